@@ -1,0 +1,29 @@
+"""Relevance at every HookPoint of a TransformerBridge: propagation rules (AttnLRP and its kin, exact pair rules) in one backward pass."""
+
+from lens_relevance._version import __version__
+from lens_relevance.cache import RelevanceCache
+from lens_relevance.engine import attach, propagate
+from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, RelevanceError
+from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
+from lens_relevance.rulesets import register_ruleset, rulesets
+from lens_relevance.targets import Target, log_prob, logit, logit_diff
+
+__all__ = [
+    "CoverageError",
+    "LivenessError",
+    "NotKeptError",
+    "RelevanceCache",
+    "RelevanceError",
+    "Target",
+    "__version__",
+    "attach",
+    "log_prob",
+    "logit",
+    "logit_diff",
+    "mean_embedding",
+    "propagate",
+    "random_tokens",
+    "register_ruleset",
+    "rulesets",
+    "zero_embedding",
+]

@@ -1,0 +1,90 @@
+"""The conservation account: where the target's value went, layer by layer.
+
+The sink of an operation is the relevance at its output less the relevance at its inputs; under a ruleset each has a closed form
+(Rule.sink) computed from the operation's own inputs, output and upstream coefficient. The account telescopes,
+
+    target = tokens + positions + biases + norm biases + what rules keep (norm, activation, gate, softmax, products) + target,
+
+so `unexplained`, what the sinks do not account for, is zero up to rounding, unless a rule is wrong or does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lens_relevance.rules import LNRule, Reference
+from lens_relevance.rules.base import Rule, per_example, share
+from lens_relevance.sites import Anatomy, Site
+
+COLUMNS = ("biases", "norm_biases", "norm", "activation", "gate", "scores", "softmax", "product", "positions", "target")
+_COLUMN = {
+    "linear": "biases",
+    "norm": "norm",
+    "activation": "activation",
+    "gate": "gate",
+    "scores": "scores",
+    "pattern": "softmax",
+    "z": "product",
+    "soft_cap": "activation",
+}
+
+
+def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
+    """Names of the HookPoints whose activations and coefficients the account needs."""
+    names = [str(p.name) for site in sites for p in (*site.inputs, site.output) if p is not None]
+    cuts = [f"blocks.{layer}.hook_in" for layer in range(anatomy.n_layers)] + [f"blocks.{anatomy.n_layers - 1}.hook_out"]
+    return list(dict.fromkeys([*anatomy.leaves, *cuts, *names]))
+
+
+def account(
+    anatomy: Anatomy,
+    placed: list[tuple[Site, Rule]],
+    activations: dict[str, Tensor],
+    references: dict[str, Tensor] | None,
+    coefficients: dict[str, Tensor],
+    value: Tensor,
+    target_sink: Tensor,
+    average: Callable[[Tensor], Tensor],
+) -> pd.DataFrame:
+    """Rows per example: `embed`, each layer, `output`. `value` is the target, `relevance` that at the residual cut below the row's blocks.
+
+    activations, references and coefficients are raw tensors by canonical name; `average` turns rows of several references into examples.
+    """
+    n, zero = anatomy.n_layers, torch.zeros_like(value)
+
+    def at(name: str) -> Tensor:
+        if name not in coefficients:
+            return zero
+        a = activations[name] if references is None else activations[name].to(coefficients[name].dtype) - references[name]
+        return per_example(share(a, coefficients[name]))
+
+    sinks: dict[tuple[object, str], Tensor] = {("output", "target"): target_sink}
+    for name in anatomy.leaves[1:]:
+        sinks["embed", "positions"] = sinks.get(("embed", "positions"), zero) + at(name)
+    for site, rule in placed:
+        names = [*(str(p.name) for p in site.inputs), site.output_name]
+        if names[-1] not in coefficients:
+            continue
+        *inputs, output = (activations[name] for name in names)
+        reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
+        kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
+        column = "norm_biases" if isinstance(rule, LNRule) and references is None else _COLUMN[site.kind]
+        key = (site.layer if site.layer is not None else "output", column)
+        sinks[key] = sinks.get(key, zero) + kept.to(zero.dtype)
+    cuts = [at(f"blocks.{layer}.hook_in") for layer in range(n)] + [at(f"blocks.{n - 1}.hook_out"), value]
+    below: dict[object, Tensor] = {"embed": at(anatomy.leaves[0]), **{layer: cuts[layer] for layer in range(n)}, "output": cuts[n]}
+    above: dict[object, Tensor] = {"embed": cuts[0], **{layer: cuts[layer + 1] for layer in range(n)}, "output": value}
+    frames = []
+    for row in below:
+        stays = {column: average(sinks.get((row, column), zero)) for column in COLUMNS}
+        unexplained = average(above[row] - below[row]) - torch.stack(list(stays.values())).sum(0)
+        columns = {"value": average(value), "relevance": average(below[row]), **stays, "unexplained": unexplained}
+        frame = pd.DataFrame({name: column.detach().double().cpu().numpy() for name, column in columns.items()})
+        frame.insert(0, "layer", str(row))
+        frame.insert(0, "example", range(len(frame)))
+        frames.append(frame)
+    return pd.concat(frames).sort_values("example", kind="stable").reset_index(drop=True)

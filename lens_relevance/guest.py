@@ -1,0 +1,45 @@
+"""The model is a guest: what a call changes on it is put back, also after an exception or Ctrl-C."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lens_relevance.errors import RelevanceError
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter asks for a gradient inside; each flag is put back as it was found."""
+    everything = [*torch.nn.Module.parameters(model), *model.original_model.parameters()]
+    asked = list({id(p): p for p in everything if p.requires_grad}.values())
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def check_model(model: Any) -> None:
+    """Refuse states of the model in which relevance would be wrong without anybody noticing."""
+    if torch.is_inference_mode_enabled():
+        raise RelevanceError(
+            "relevance needs autograd, which torch.inference_mode() forbids; use torch.no_grad() instead, or leave the block"
+        )
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise RelevanceError(
+            f"the model is in train mode ({training or 'the model itself'}), where dropout makes relevance random; call model.eval()"
+        )
+    if getattr(model, "_weights_processed", False):
+        warnings.warn(
+            "this model's weights were processed (process_weights or enable_compatibility_mode): norms are folded and weights "
+            "centred, so raw logits are shifted and relevance is that of the processed model",
+            stacklevel=4,
+        )

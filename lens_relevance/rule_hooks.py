@@ -1,0 +1,287 @@
+"""Puts rules on HookPoints and takes them off again.
+
+A rule sits *outside* the hooks of a HookPoint: the output of its operation is substituted before any hook of the output HookPoint runs, and
+the operation's inputs are captured after all hooks of the input HookPoints have. So every reader, ours and TransformerLens's, whenever
+registered, finds the right coefficient. To that end the class of a HookPoint instance is exchanged, while rules are attached, for one
+whose `__call__` wraps the original.
+
+Liveness: the model is handed a view of each captured input. A gradient that arrives at that view has come through the model's own
+computation, past the rule: the HookPoint was decorative and the relevance would be wrong. That is an error, raised in the backward itself.
+A rule off every path sees no gradient at either place and passes; so does one whose gradient is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.errors import LivenessError, RelevanceError
+from lens_relevance.rules.base import Reference, Rule
+from lens_relevance.sites import Site
+
+
+class _Visit:
+    """One passage of a forward through one site: what the backward needs to know besides tensors."""
+
+    __slots__ = ("rule", "site", "visited")
+
+    def __init__(self, site: Site, rule: Rule) -> None:
+        self.site, self.rule, self.visited = site, rule, False
+
+    def refuse_bypass(self, _: Tensor) -> None:
+        """Runs when a gradient reaches the operation's input through the model's own computation."""
+        if not (self.rule.on_output and self.visited):
+            raise LivenessError(
+                f"the rule {self.rule!r} at {self.site.name} ({self.site.points}) was bypassed: the model does not go on "
+                f"with what {self.site.output_name} returns, or does so only in part. Declare the site at live "
+                "HookPoints, or give its operation no rule"
+            )
+
+
+class _Substitute(torch.autograd.Function):
+    """The output of an operation as it is, with the rule's backward in place of the operation's own."""
+
+    @staticmethod
+    def forward(ctx: Any, visit: _Visit, reference: Reference | None, output: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.visit = visit
+        ctx.dtypes = [x.dtype for x in inputs]
+        plain = output.detach()
+        if not visit.rule.on_output:
+            ctx.save_for_backward(*visit.rule.keep(visit.site.operation, tuple(x.detach() for x in inputs), plain, reference))
+        return plain
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        visit: _Visit = ctx.visit
+        visit.visited = True
+        coefficients = visit.rule.backward(visit.site.operation, ctx.saved_tensors, upstream[0])
+        if visit.rule.on_output:
+            return None, None, coefficients[0]
+        downstream = (None if c is None else c.to(t) for c, t in zip(coefficients, ctx.dtypes, strict=True))
+        return (None, None, None, *downstream)
+
+
+class _Placed:
+    """A rule placed on a site, with what is in flight between its input and output HookPoints."""
+
+    def __init__(self, site: Site, rule: Rule, session: Session) -> None:
+        self.site, self.rule, self.session = site, rule, session
+        self.visit: _Visit | None = None
+        self.captured: dict[int, Tensor] = {}
+        self.fired = 0
+        self.recorded: list[Reference] = []
+
+    @property
+    def active(self) -> bool:
+        """A reference run is recorded for every form of a site: which one the run itself will use is not known yet."""
+        return self.session.recording or self.site.enabled()
+
+    def reset(self) -> None:
+        self.visit, self.captured, self.fired = None, {}, 0
+
+    def capture(self, index: int, x: Tensor) -> _Visit | None:
+        """Take an input; gives the visit that a marker on it has to tell, if one is needed."""
+        if index in self.captured:
+            raise LivenessError(
+                f"{self.site.inputs[index].name} fired twice before {self.site.output_name} did, so the rule at {self.site.name} "
+                "cannot tell which call it belongs to; declare a site per call, or leave it out with strict=False"
+            )
+        self.captured[index] = x
+        if self.session.recording or not (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        self.visit = self.visit or _Visit(self.site, self.rule)
+        return self.visit
+
+    def substitute(self, output: Tensor) -> Tensor:
+        inputs, visit = self.captured, self.visit
+        self.captured, self.visit = {}, None
+        self.fired += 1
+        if len(inputs) < len(self.site.inputs):
+            missing = [str(p.name) for i, p in enumerate(self.site.inputs) if i not in inputs]
+            raise LivenessError(
+                f"{self.site.output_name} fired without {', '.join(missing)}, so the rule at {self.site.name} has no inputs"
+            )
+        ordered = tuple(inputs[i] for i in range(len(self.site.inputs)))
+        if self.session.recording:
+            if self.rule.needs_reference:
+                self.recorded.append(Reference(tuple(x.detach() for x in ordered), output.detach()))
+            return output
+        if visit is None:  # nothing differentiable comes in
+            return output
+        if self.rule.on_output:
+            return _Substitute.apply(visit, None, output)
+        return _Substitute.apply(visit, self._reference(ordered), output.detach(), *ordered)
+
+    def _reference(self, inputs: tuple[Tensor, ...]) -> Reference | None:
+        if not self.rule.needs_reference:
+            return None
+        if len(self.recorded) < self.fired:
+            raise RelevanceError(
+                f"the reference run did not pass {self.site.name}; give attach or propagate a reference that runs the whole model"
+            )
+        reference = self.recorded[self.fired - 1]
+        for mine, its in zip(inputs, reference.inputs, strict=True):
+            if mine.shape[-2:] != its.shape[-2:] or mine.shape[0] % its.shape[0]:
+                raise RelevanceError(
+                    f"the run and its reference differ in shape at {self.site.name} ({tuple(mine.shape)} against {tuple(its.shape)}); "
+                    "pass a reference of the same number of tokens and rows"
+                )
+        return reference
+
+
+class _PointState:
+    """What a ruled HookPoint does around its own hooks."""
+
+    def __init__(self) -> None:
+        self.starts_graph = False
+        self.replace: Callable[[Tensor], Tensor] | None = None
+        self.output_of: list[_Placed] = []
+        self.input_of: list[tuple[_Placed, int]] = []
+        self.taps: list[Callable[[Tensor], Tensor | None]] = []
+
+    def before(self, x: Tensor) -> Tensor:
+        if self.replace is not None:
+            x = self.replace(x)
+        if self.starts_graph:
+            x = x.detach().requires_grad_(torch.is_grad_enabled())
+        for placed in self.output_of:
+            if placed.active:
+                x = placed.substitute(x)
+        return x
+
+    def after(self, x: Tensor) -> Tensor:
+        for tap in self.taps:
+            tapped = tap(x)
+            x = x if tapped is None else tapped
+        visits = [v for placed, i in self.input_of if placed.active and (v := placed.capture(i, x)) is not None]
+        if not visits:
+            return x
+        marked = x.view_as(x)
+        for visit in visits:
+            marked.register_hook(visit.refuse_bypass)
+        return marked
+
+
+class RuledHookPoint(HookPoint):
+    """The class of a HookPoint instance while something of ours stands around its hooks."""
+
+    def __call__(self, x: Any) -> Any:
+        state: _PointState = self.__dict__["_lens_relevance"]
+        return state.after(super().__call__(state.before(x)))
+
+
+class Session:
+    """Rules, taps and leaves on the HookPoints of one model; everything is undone by `close`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.recording = False
+        self.placed: list[_Placed] = []
+        self._states: dict[HookPoint, _PointState] = {}
+        self._handles: list[Any] = []
+        self._on_begin: list[Callable[[dict[str, Any]], None]] = []
+
+    def state(self, point: HookPoint) -> _PointState:
+        """The state of a HookPoint, exchanging its class at the first call."""
+        if point not in self._states:
+            if type(point) is not HookPoint:
+                kind = (
+                    "already carries rules; leave the inner attach or propagate"
+                    if isinstance(point, RuledHookPoint)
+                    else "is of a class of its own"
+                )
+                raise RelevanceError(f"HookPoint {point.name} {kind}: rules are attached to a model once at a time")
+            self._states[point] = _PointState()
+            point.__dict__["_lens_relevance"] = self._states[point]
+            point.__class__ = RuledHookPoint
+        return self._states[point]
+
+    def place(self, site: Site, rule: Rule) -> None:
+        """Put a rule on a site."""
+        placed = _Placed(site, rule, self)
+        self.placed.append(placed)
+        if site.output is not None:
+            self.state(site.output).output_of.append(placed)
+        for index, point in enumerate(site.inputs):
+            self.state(point).input_of.append((placed, index))
+        self.listen(site)
+
+    def listen(self, site: Site) -> None:
+        """Hand a site the call arguments of the module it asks for."""
+        if site.caller is not None and site.on_call is not None:
+            on_call = site.on_call
+            self._handles.append(site.caller.register_forward_pre_hook(lambda _, a, k: on_call(a, k), with_kwargs=True))
+
+    def open(self) -> None:
+        """Watch the beginning and the end of each forward of the wrapped model."""
+        root: nn.Module = self.model.original_model
+        self._handles.append(root.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(root.register_forward_hook(self._end))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for point in self._states:
+            point.__class__ = HookPoint
+            del point.__dict__["_lens_relevance"]
+        self._handles.clear()
+        self._states.clear()
+        self.placed.clear()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for placed in self.placed:
+            placed.reset()
+        check_forward(self.model, kwargs)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for placed in self.placed:
+            if placed.site.output is None:
+                output = _with_logits(output, placed.substitute)
+        silent = [p.site for p in self.placed if p.fired == 0 and p.site.enabled()]
+        if silent:
+            raise LivenessError(
+                f"{len(silent)} site(s) never fired in this forward, so their rules did nothing: "
+                + "; ".join(f"{s.name} ({s.points})" for s in silent[:3])
+                + ". Declare these sites at HookPoints that fire, or leave them out with strict=False"
+            )
+        return output
+
+
+def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:
+    """What a model returned (a tensor, a tuple or an output object), with its logits substituted."""
+    if isinstance(output, Tensor):
+        return substitute(output)
+    if isinstance(output, tuple):
+        return (substitute(output[0]), *output[1:])
+    output.logits = substitute(output.logits)
+    return output
+
+
+def check_forward(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse forwards on which rules would be wrong without anybody noticing."""
+    if kwargs.get("past_key_values") is not None:
+        raise RelevanceError("relevance needs the whole sequence: pass all tokens at once instead of past_key_values (a KV cache)")
+    for flag in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(model.cfg, flag, False):
+            raise RelevanceError(
+                f"{flag} is on: TransformerLens then runs the raw norm once per head, past any rule on it. Turn it off "
+                f"(model.set_{flag}(False)); edges are available without it from analyses.flow_graph"
+            )
+    if model.original_model.training:
+        raise RelevanceError("the model is in train mode, where dropout would make relevance random; call model.eval() first")
+
+
+@contextmanager
+def session(model: Any) -> Iterator[Session]:
+    """A Session that is closed whatever happens."""
+    opened = Session(model)
+    try:
+        opened.open()
+        yield opened
+    finally:
+        opened.close()

@@ -1,0 +1,54 @@
+"""Rules and operations: pure torch, no model. One file per kind of operation."""
+
+from lens_relevance.rules.activation import Activation, Gated, GatedActivation, Identity, Rescale, SoftCap
+from lens_relevance.rules.attention import (
+    AttentionGeometry,
+    Constant,
+    Half,
+    Mix,
+    PairProduct,
+    PairSoftmax,
+    Scale,
+    Scores,
+    ScoresSoftmax,
+    ScoresThenSoftmax,
+    Softmax,
+    SoftmaxTemperature,
+    UniformScores,
+)
+from lens_relevance.rules.base import Operation, Reference, Rule
+from lens_relevance.rules.linear import Linear, ZeroRule
+from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, PairLN, PairNorm
+
+__all__ = [
+    "Activation",
+    "AttentionGeometry",
+    "Constant",
+    "Gated",
+    "GatedActivation",
+    "Half",
+    "Identity",
+    "LNRule",
+    "Linear",
+    "Mix",
+    "Norm",
+    "NormDivide",
+    "NormScale",
+    "Operation",
+    "PairLN",
+    "PairNorm",
+    "PairProduct",
+    "PairSoftmax",
+    "Reference",
+    "Rescale",
+    "Rule",
+    "Scale",
+    "Scores",
+    "ScoresSoftmax",
+    "ScoresThenSoftmax",
+    "Softmax",
+    "SoftCap",
+    "SoftmaxTemperature",
+    "UniformScores",
+    "ZeroRule",
+]

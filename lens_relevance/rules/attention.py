@@ -1,0 +1,324 @@
+"""Attention in three steps: scores = scale * q k^T (soft-capped, masked), pattern = softmax(scores), z = pattern v.
+
+| step | rule | backward | source |
+|---|---|---|---|
+| scores, z | `Scale(1/2)` | half of the gradient to each factor | AttnLRP (2402.05602) eq. 7 |
+| pattern | gradient | relevance x_i (R'_i - s_i sum_j R'_j), the plain softmax gradient | AttnLRP eq. 8 |
+| pattern | `Scale(0)` | the pattern is a constant (AH-rule) | Ali et al. 2022 |
+| pattern | `SoftmaxTemperature(T)` | gradient of softmax(x / T) without the factor 1/T | GIM, arXiv 2505.17630 |
+| scores, z | `PairProduct` | dz = mean(v) du + mean(u) dv | derived here |
+| pattern | `PairSoftmax` | dp_i = l_i (ds_i - sum_j l_j ds_j / sum_k l_k), l the logarithmic mean of the two patterns | derived here |
+
+A half rule scales the gradient at the product's *output*: that equals the q/4, k/4, v/2 form and leaves every reader in between right.
+Upstream tensors may carry leading dimensions before [batch, head, query, key].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_relevance.rules.activation import derivative, identity_factor, rescale_factor
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, working
+
+
+class AttentionGeometry:
+    """How raw tensors become heads: [.., pos, head * d_head] or already [.., head, pos, d_head].
+
+    rotate(x, sign, constants) turns queries and keys by their positions (sign -1 pulls coefficients back), where the model does it between
+    the HookPoints; `soft_cap` is Gemma2's c in c tanh(r / c); `mask(shape, device)` gives True where a score is masked, where it is needed.
+    """
+
+    def __init__(
+        self,
+        n_heads: int,
+        n_key_value_heads: int,
+        d_head: int,
+        scale: float,
+        soft_cap: float | None = None,
+        rotate: Callable[[Tensor, int, Tensors], Tensor] | None = None,
+        mask: Callable[[Tensor], Tensor] | None = None,
+        queries_are_split: bool = False,
+    ) -> None:
+        self.n_heads, self.n_key_value_heads, self.d_head = n_heads, n_key_value_heads, d_head
+        self.scale, self.soft_cap, self.rotate, self.mask = scale, soft_cap, rotate, mask
+        self.queries_are_split = queries_are_split
+
+    @property
+    def group(self) -> int:
+        return self.n_heads // self.n_key_value_heads
+
+    def split(self, x: Tensor) -> Float[Tensor, "... head pos d_head"]:
+        return working(x).unflatten(-1, (-1, self.d_head)).transpose(-2, -3)
+
+    def merge(self, x: Tensor) -> Float[Tensor, "... pos head_x_d_head"]:
+        return x.transpose(-2, -3).flatten(-2)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Key-value heads repeated for their group of query heads (GQA)."""
+        return x if self.group == 1 else x.repeat_interleave(self.group, dim=-3)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Coefficients of a group of query heads summed at their key-value head."""
+        return x if self.group == 1 else x.unflatten(-3, (self.n_key_value_heads, self.group)).sum(-3)
+
+    def queries_keys(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+        """q and k as they meet in the product: [.., head, pos, d_head] and [.., kv head, pos, d_head]."""
+        q, k = (working(x) if self.queries_are_split else self.split(x) for x in inputs[:2])
+        if self.rotate is not None:
+            q, k = self.rotate(q, 1, inputs[2:]), self.rotate(k, 1, inputs[2:])
+        return q, k
+
+
+class Scores(Operation):
+    """(q, k[, rotary constants]) -> attention scores before the softmax. Recomputed without the mask."""
+
+    kind = "scores"
+    factors = 2
+
+    def __init__(self, geometry: AttentionGeometry) -> None:
+        self.geometry = geometry
+
+    def raw(self, inputs: Tensors) -> Tensor:
+        q, k = self.geometry.queries_keys(inputs)
+        return q @ self.geometry.expand(k).transpose(-1, -2) * self.geometry.scale
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        cap, raw = self.geometry.soft_cap, self.raw(inputs)
+        return raw if cap is None else cap * torch.tanh(raw / cap)
+
+    def back(self, upstream: Tensor, q: Tensor, k: Tensor, constants: Tensors) -> Coefficients:
+        """Coefficients at the raw q and k, for given values of the other factor."""
+        geometry = self.geometry
+        coefficients: Tensors = (
+            upstream @ geometry.expand(k) * geometry.scale,
+            geometry.reduce(upstream.transpose(-1, -2) @ q * geometry.scale),
+        )
+        if geometry.rotate is not None:
+            coefficients = tuple(geometry.rotate(c, -1, constants) for c in coefficients)
+        if not geometry.queries_are_split:
+            coefficients = tuple(geometry.merge(c) for c in coefficients)
+        return (*coefficients, *(None for _ in constants))
+
+
+class Softmax(Operation):
+    """scores -> pattern."""
+
+    kind = "pattern"
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return torch.softmax(working(inputs[0]), -1)
+
+
+class ScoresSoftmax(Operation):
+    """(q, k[, constants]) -> pattern, where the model offers no live HookPoint between the two steps."""
+
+    kind = "pattern"
+    factors = 2
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores = scores
+
+    def masked_scores(self, inputs: Tensors) -> Tensor:
+        scores, mask = self.scores(*inputs), self.scores.geometry.mask
+        return scores if mask is None else scores.masked_fill(mask(scores), float("-inf"))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return masked_softmax(self.masked_scores(inputs))
+
+
+class Mix(Operation):
+    """(pattern, v) -> z."""
+
+    kind = "z"
+
+    def __init__(self, geometry: AttentionGeometry) -> None:
+        self.geometry = geometry
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.geometry.merge(working(inputs[0]) @ self.geometry.expand(self.geometry.split(inputs[1])))
+
+    def back(self, upstream: Tensor, pattern: Tensor, v: Tensor) -> Coefficients:
+        """Coefficients at the pattern and the raw v, for given values of the other factor."""
+        g = self.geometry.split(upstream)
+        to_v = self.geometry.reduce(pattern.transpose(-1, -2) @ g)
+        return g @ self.geometry.expand(v).transpose(-1, -2), self.geometry.merge(to_v)
+
+
+def masked_softmax(scores: Tensor) -> Tensor:
+    """Softmax in which a row with every entry masked (-inf) gives 0, not NaN."""
+    dead = torch.isneginf(scores).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+
+
+def is_masked(scores: Tensor) -> Tensor:
+    """True where a score was masked: -inf, or finfo.min and what a mask of finfo.min added to a score makes of it."""
+    return scores <= torch.finfo(scores.dtype).min / 2
+
+
+def logarithmic_mean(s1: Tensor, s2: Tensor) -> Tensor:
+    """l_i = (p1_i - p2_i) / (log p1_i - log p2_i) of p = softmax(s), stable; p_i where the two are equal; 0 where masked in both.
+
+    Written as max(p1, p2) (1 - exp(-|d|)) / |d| with d from the scores themselves, so that it stays right where probabilities underflow.
+    """
+    both = is_masked(s1) & is_masked(s2)
+    log_p1, log_p2 = (torch.log_softmax(s, -1) for s in (s1, s2))
+    gap = (log_p1 - log_p2).abs()
+    zero = both | ~(gap > 0)  # also where -inf - -inf gave NaN
+    gap = torch.where(zero, torch.ones_like(gap), gap)
+    mean = torch.maximum(log_p1, log_p2).exp() * torch.where(zero, torch.ones_like(gap), -torch.expm1(-gap) / gap)
+    return mean.masked_fill(both, 0.0).nan_to_num(0.0)  # NaN is left only in rows with every entry masked
+
+
+def pull_back(l: Tensor, upstream: Tensor) -> Tensor:  # noqa: E741
+    """ds_i = l_i (g_i - sum_j l_j g_j / sum_k l_k): the transpose of the pair softmax, which is symmetric."""
+    total = l.sum(-1, keepdim=True)
+    mean = (l * upstream).sum(-1, keepdim=True) / torch.where(total > 0, total, torch.ones_like(total))
+    return l * (upstream - mean)
+
+
+class Scale(Rule):
+    """The gradient times a constant, at the operation's output: 1/2 for products (uniform rule), 0 to hold the output constant."""
+
+    on_output = True
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        return (upstream * self.factor,)
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        product = isinstance(op, Mix) or (isinstance(op, Scores) and op.geometry.soft_cap is None)
+        if product and self.factor == 0.5 and reference is None:  # each factor carries half of the product's relevance
+            return torch.zeros_like(per_example(working(upstream)))
+        downstream = tuple(None if g is None else g * self.factor for g in op.gradient(inputs, working(upstream)))
+        return balance(inputs, output, reference, upstream, downstream)
+
+
+Half = Scale(0.5)
+Constant = Scale(0.0)
+
+
+class SoftmaxTemperature(Rule):
+    """The gradient of softmax(x / T) without the factor 1/T; the forward stays at T = 1 (GIM, arXiv 2505.17630, as described there).
+
+    T = 1 is the plain gradient, which a fused operation needs spelled out.
+    """
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        self.temperature = temperature
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        scores = working(inputs[0])
+        return (masked_softmax(torch.where(is_masked(scores), float("-inf"), scores / self.temperature)),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        flat, g = kept[0], working(upstream)
+        return (flat * (g - (flat * g).sum(-1, keepdim=True)),)
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
+
+
+class UniformScores(Rule):
+    """`part` of the gradient of q k^T to each factor, and a soft-cap passed by its gradient or by the identity rule on the tanh."""
+
+    def __init__(self, part: float = 1.0, identity_cap: bool = False) -> None:
+        self.part, self.identity_cap = part, identity_cap
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert isinstance(op, Scores)
+        factors, cap = op.geometry.queries_keys(inputs), op.geometry.soft_cap
+        if cap is None:
+            return (*factors, *inputs[2:])
+        raw = op.raw(inputs) / cap
+        slope = identity_factor(torch.tanh, raw, torch.tanh(raw)) if self.identity_cap else derivative(torch.tanh, raw)
+        return (*factors, slope, *inputs[2:])
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        assert isinstance(op, Scores)
+        upstream, rest = working(upstream) * self.part, tuple(kept[2:])
+        if op.geometry.soft_cap is not None:
+            upstream, rest = upstream * rest[0], rest[1:]
+        return op.back(upstream, kept[0], kept[1], rest)
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
+
+
+class PairRule(Rule):
+    """Base of the exact pair forms: nothing stays behind."""
+
+    needs_reference = True
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        return torch.zeros_like(per_example(working(upstream)))
+
+
+class PairProduct(PairRule):
+    """A product of two factors between two runs: each factor gets the gradient at the mean of the other's two values (derived here).
+
+    A soft-cap on the scores (Gemma2) is passed by the rescale rule at the raw scores.
+    """
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert reference is not None
+        if isinstance(op, Mix):
+            pattern = (working(inputs[0]) + working(reference.inputs[0])) / 2
+            return pattern, op.geometry.split((working(inputs[1]) + working(reference.inputs[1])) / 2)
+        assert isinstance(op, Scores)
+        q1, k1 = op.geometry.queries_keys(inputs)
+        q2, k2 = op.geometry.queries_keys(reference.inputs)
+        factors, cap = ((q1 + q2) / 2, (k1 + k2) / 2), op.geometry.soft_cap
+        if cap is None:
+            return (*factors, *inputs[2:])
+        r1, r2 = op.raw(inputs) / cap, op.raw(reference.inputs) / cap
+        return (*factors, rescale_factor(torch.tanh, r1, torch.tanh(r1), r2, torch.tanh(r2)), *inputs[2:])
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        if isinstance(op, Mix):
+            return op.back(upstream, kept[0], kept[1])
+        return UniformScores().backward(op, kept, upstream)
+
+
+class PairSoftmax(PairRule):
+    """The softmax between two runs, exact and shift-invariant; the softmax's own Jacobian where they are equal (derived here)."""
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert reference is not None
+        return (logarithmic_mean(working(inputs[0]), working(reference.inputs[0])),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        return (pull_back(kept[0], working(upstream)),)
+
+
+class ScoresThenSoftmax(Rule):
+    """The rules of scores and softmax, one after the other, where a model fuses the two operations."""
+
+    def __init__(self, scores: Rule, pattern: Rule) -> None:
+        self.scores, self.pattern = scores, pattern
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.scores.needs_reference or self.pattern.needs_reference
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert isinstance(op, ScoresSoftmax)
+        other = None if reference is None else Reference((op.masked_scores(reference.inputs),), reference.output)
+        (weights,) = self.pattern.keep(op, (op.masked_scores(inputs),), output, other)
+        return (weights, *self.scores.keep(op.scores, inputs, output, reference))
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        assert isinstance(op, ScoresSoftmax)
+        (to_scores,) = self.pattern.backward(op, kept[:1], upstream)
+        assert to_scores is not None
+        return self.scores.backward(op.scores, kept[1:], to_scores)
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        if isinstance(self.scores, PairRule) and isinstance(self.pattern, PairRule):
+            return torch.zeros_like(per_example(working(upstream)))
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))

@@ -1,0 +1,147 @@
+"""LayerNorm and RMSNorm, whole or seen in two steps (the scale, then the division by it).
+
+`LNRule`: the standard deviation is a constant, the centring stays (Ali et al. 2022, arXiv 2202.07304).
+`PairNorm`: exact between two runs (derived here, docs in DERIVATION.md): with c = x - mean(x), v = mean(c^2) + eps, r = v^(-1/2),
+dy = w [mean(r1, r2) dc + mean(c1, c2) dr],  dr = -dv / (sqrt(v1 v2) (sqrt(v1) + sqrt(v2))),  dv = mean_features (c1 + c2) dc.
+`PairLN`: the same without the dr term, the LN-rule between two runs.
+
+The two-step form is used while something watches `hook_scale` or `hook_normalized`, so that it finds the right coefficient there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, share, working
+
+
+class Norm(Operation):
+    """y = weight * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) + bias; RMSNorm (`centred` False) does not subtract the mean.
+
+    `offset` is added to the weight (Gemma stores weight - 1).
+    """
+
+    kind = "norm"
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool, offset: float = 0.0) -> None:
+        self.weight, self.bias, self.eps, self.centred, self.offset = weight, bias, eps, centred, offset
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The standard deviation (RMS), eps included."""
+        return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def weighted(self, upstream: Tensor) -> Tensor:
+        upstream = working(upstream)
+        if self.weight is None:
+            return upstream
+        weight = self.weight.detach().to(upstream.dtype)
+        return upstream * (weight + self.offset if self.offset else weight)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        x = working(inputs[0])
+        y = self.weighted(self.centre(x) / self.scale(x))
+        return y if self.bias is None else y + self.bias.detach().to(y.dtype)
+
+
+class NormScale(Operation):
+    """The first step of a norm: x -> its standard deviation."""
+
+    kind = "norm"
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.norm.scale(working(inputs[0]))
+
+
+class NormDivide(Operation):
+    """The second step of a norm: (x, scale) -> (x - mean(x)) / scale."""
+
+    kind = "norm"
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.norm.centre(working(inputs[0])) / working(inputs[1])
+
+
+def _norm_of(op: Operation) -> Norm:
+    return op if isinstance(op, Norm) else op.norm  # type: ignore[attr-defined]
+
+
+class LNRule(Rule):
+    """The standard deviation is a constant; centring and weight stay (Ali et al. 2022)."""
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        return (_norm_of(op).scale(working(inputs[0])),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        norm, scale = _norm_of(op), kept[0]
+        if isinstance(op, NormScale):  # nothing arrives here under this rule; the step is linearised for completeness
+            return (torch.zeros_like(upstream),)
+        coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) / scale)
+        return (coefficient,) if op is norm else (coefficient, torch.zeros_like(scale))
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        """Only the bias (beta) keeps relevance; between two runs the change of the scale does."""
+        if reference is None:
+            norm = _norm_of(op)
+            bias = torch.zeros_like(upstream[..., :1]) if norm.bias is None else norm.bias
+            return per_example(share(bias.expand_as(upstream), upstream))
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, None), upstream))
+
+
+class PairNorm(Rule):
+    """Exact between two runs, and the plain gradient where they are equal (derived here)."""
+
+    needs_reference = True
+
+    def __init__(self, constant_scale: bool = False) -> None:
+        self.constant_scale = constant_scale
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert reference is not None
+        norm = _norm_of(op)
+        c1, c2 = norm.centre(working(inputs[0])), norm.centre(working(reference.inputs[0]))
+        s1 = (c1.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        s2 = (c2.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        mean_r = (1 / s1 + 1 / s2) / 2
+        return (mean_r, s1, s2) if self.constant_scale else (mean_r, s1, s2, (c1 + c2) / 2)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        norm, (mean_r, s1, s2) = _norm_of(op), kept[:3]
+        if self.constant_scale:
+            if isinstance(op, NormScale):
+                return (torch.zeros_like(upstream),)
+            coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) * mean_r)
+            return (coefficient,) if op is norm else (coefficient, torch.zeros_like(s1))
+        mean_c = kept[3]
+        features = mean_c.shape[-1]
+        if isinstance(op, NormScale):  # ds = dv / (s1 + s2)
+            return (norm.centre(working(upstream) * mean_c * (2 / (features * (s1 + s2)))),)
+        g = norm.weighted(upstream) if op is norm else working(upstream)
+        towards_r = (g * mean_c).sum(-1, keepdim=True)
+        if op is not norm:  # dr = -ds / (s1 s2); the scale's own step follows separately
+            return norm.centre(g * mean_r), -towards_r / (s1 * s2)
+        return (norm.centre(g * mean_r - mean_c * (towards_r * 2 / (features * s1 * s2 * (s1 + s2)))),)
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        """Nothing stays: the form is exact. With a constant scale, what the change of the scale did."""
+        if not self.constant_scale:
+            return torch.zeros_like(per_example(working(upstream)))
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
+
+
+class PairLN(PairNorm):
+    """The LN-rule between two runs: mean of the two scales, their difference left out (variant `deeplift_ln`)."""
+
+    def __init__(self) -> None:
+        super().__init__(constant_scale=True)

@@ -1,0 +1,106 @@
+"""The anatomy of a model: all its sites, its HookPoints by name, and what has no site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import generalized_components as components
+
+from lens_relevance.errors import CoverageError, RelevanceError
+from lens_relevance.sites.attention import attention_sites, decorative_points
+from lens_relevance.sites.base import Site
+from lens_relevance.sites.linear import linear_sites
+from lens_relevance.sites.logits import logit_sites
+from lens_relevance.sites.mlp import mlp_sites
+from lens_relevance.sites.normalization import norm_sites
+
+# Components that only carry tensors around or are linear in them.
+_TRANSPARENT = ("BlockBridge", "ParallelBlockBridge", "EmbeddingBridge", "PosEmbedBridge", "RotaryEmbeddingBridge")
+
+
+@dataclass
+class Anatomy:
+    """Sites and HookPoints of one model.
+
+    points: canonical name -> HookPoint; aliases: any name TransformerLens accepts -> canonical name.
+    uncovered: component path -> why it has no site. decorative: names of HookPoints that say one thing and carry another.
+    leaves: names of the HookPoints at which the graph starts, token embeddings first, then learned positions.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    points: dict[str, HookPoint] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    uncovered: dict[str, str] = field(default_factory=dict)
+    decorative: set[str] = field(default_factory=set)
+    leaves: list[str] = field(default_factory=list)
+    n_layers: int = 0
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a HookPoint given by any of its names."""
+        if name in self.aliases:
+            return self.aliases[name]
+        close = [n for n in self.aliases if name.rsplit(".", 1)[-1] in n][:5]
+        hint = f" Did you mean one of {', '.join(close)}?" if close else " model.hook_dict lists the names."
+        raise RelevanceError(f"unknown HookPoint {name!r}.{hint}")
+
+
+def anatomy(model: Any) -> Anatomy:
+    """Walk the component tree of a TransformerBridge."""
+    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+        raise RelevanceError(f"expected a TransformerBridge, got {type(model).__name__}; load one with TransformerBridge.boot_transformers")
+    found = Anatomy()
+    for name, point in model.hook_dict.items():
+        found.aliases[name] = str(point.name)
+        found.points[str(point.name)] = point
+    for name in found.points:
+        found.aliases.setdefault(name, name)
+    for name, component in _components(model):
+        try:
+            found.sites += _sites_of(name, component)
+        except CoverageError as error:
+            found.uncovered[name] = str(error)
+        if type(component) in (components.EmbeddingBridge, components.PosEmbedBridge):
+            found.leaves.append(str(component.hook_out.name))
+        if isinstance(component, components.AttentionBridge):
+            found.decorative |= {str(p.name) for p in decorative_points(component)}
+    found.sites += logit_sites(model)
+    found.n_layers = len(model.blocks) if hasattr(model, "blocks") else 0
+    return found
+
+
+def _components(model: Any) -> list[tuple[str, Any]]:
+    """Bridge components by path, parents first, without what they wrap."""
+    listed: list[tuple[str, Any]] = []
+
+    def walk(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            if name == "_original_component" or isinstance(child, HookPoint):
+                continue
+            here = f"{path}.{name}" if path else name
+            if isinstance(child, components.base.GeneralizedComponent):
+                listed.append((here, child))
+                walk(child, here)
+            elif isinstance(child, nn.ModuleList):
+                walk(child, here)
+
+    walk(model, "")
+    return listed
+
+
+def _sites_of(name: str, component: Any) -> list[Site]:
+    if isinstance(component, components.NormalizationBridge):
+        return norm_sites(name, component)
+    if isinstance(component, components.LinearBridge | components.UnembeddingBridge):
+        return linear_sites(name, component)
+    if isinstance(component, components.AttentionBridge):
+        return attention_sites(name, component)
+    if type(component) in (components.MLPBridge, components.GatedMLPBridge):
+        return mlp_sites(name, component)
+    if type(component).__name__ in _TRANSPARENT:
+        return []
+    if type(component).__name__ == "GeneralizedComponent" and isinstance(component.original_component, nn.Identity):
+        return []
+    raise CoverageError(f"{name}: no site is known for {type(component).__name__}")

@@ -1,0 +1,141 @@
+"""Attention components whose steps TransformerLens computes at live HookPoints.
+
+| class | families | scores | pattern | rotation |
+|---|---|---|---|---|
+| JointQKVAttentionBridge | GPT-2 | live | live | none |
+| JointQKVPositionEmbeddingsAttentionBridge | NeoX | live | live | between q, k and the scores, no HookPoint |
+| PositionEmbeddingsAttentionBridge | Llama, Qwen, Gemma, OLMo2 | live | live | at hook_rot_q, hook_rot_k |
+| AttentionBridge over a NativeAttention | boot_native | none | live | between q, k and the pattern, no HookPoint |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+
+from lens_relevance.errors import CoverageError
+from lens_relevance.rules import AttentionGeometry, Mix, Scores, ScoresSoftmax, Softmax
+from lens_relevance.sites.base import Site
+
+
+def attention_sites(name: str, component: AttentionBridge) -> list[Site]:
+    """Scores, pattern and z of an attention component; raises CoverageError where it runs behind closed doors."""
+    if type(component) is JointQKVAttentionBridge:
+        return _live_sites(name, component, _joint_geometry(component), (component.q.hook_out, component.k.hook_out))
+    if type(component) is JointQKVPositionEmbeddingsAttentionBridge:
+        geometry = _joint_geometry(component)
+        geometry.rotate = _rotate_halves
+        inputs = (component.q.hook_out, component.k.hook_out, component.hook_cos, component.hook_sin)
+        return _live_sites(name, component, geometry, inputs)
+    if isinstance(component, PositionEmbeddingsAttentionBridge):
+        return _live_sites(name, component, _llama_geometry(name, component), (component.hook_rot_q, component.hook_rot_k))
+    if getattr(component.original_component, "accepts_pattern_fn", False):
+        return _native_sites(name, component)
+    raise CoverageError(
+        f"{name}: {type(component).__name__} runs {type(component.original_component).__name__} as a whole, "
+        "so its scores and pattern HookPoints are decorative and no attention rule can be placed there yet"
+    )
+
+
+def decorative_points(component: AttentionBridge) -> list[HookPoint]:
+    """HookPoints that fire on something else than their name says, or whose edits are thrown away."""
+    live = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
+    if isinstance(component, live):
+        return []
+    native = getattr(component.original_component, "accepts_pattern_fn", False)
+    return [component.hook_attn_scores] if native else [component.hook_attn_scores, component.hook_pattern]
+
+
+def _live_sites(name: str, component: Any, geometry: AttentionGeometry, inputs: tuple[HookPoint, ...]) -> list[Site]:
+    scores, pattern = component.hook_attn_scores, component.hook_pattern
+    return [
+        Site(f"{name}:scores", "attn", Scores(geometry), inputs, scores),
+        Site(f"{name}:pattern", "attn", Softmax(), (scores,), pattern),
+        Site(f"{name}:z", "attn", Mix(geometry), (pattern, component.v.hook_out), component.o.hook_in),
+    ]
+
+
+def _heads(component: Any) -> tuple[int, int, int]:
+    config = component.config
+    n_heads = int(config.n_heads)
+    d_head = int(getattr(config, "d_head", 0) or config.d_model // n_heads)
+    return n_heads, int(getattr(config, "n_key_value_heads", None) or n_heads), d_head
+
+
+def _joint_geometry(component: Any) -> AttentionGeometry:
+    n_heads, n_key_value_heads, d_head = _heads(component)
+    scale = d_head**-0.5
+    if getattr(component.config, "scale_attn_by_inverse_layer_idx", False) and component._layer_idx is not None:
+        scale /= component._layer_idx + 1
+    return AttentionGeometry(n_heads, n_key_value_heads, d_head, scale)
+
+
+def _llama_geometry(name: str, component: Any) -> AttentionGeometry:
+    original = component.original_component
+    for attribute in ("sinks",):
+        if getattr(original, attribute, None) is not None:
+            raise CoverageError(f"{name}: attention {attribute} are not supported by the attention rules yet")
+    if component._modules.get("gate") is not None or getattr(component.config, "gated_q_proj", False):
+        raise CoverageError(f"{name}: gated attention outputs are not supported by the attention rules yet")
+    d_head = int(original.head_dim)
+    n_heads = component.q.original_component.weight.shape[0] // d_head
+    group = int(getattr(original, "num_key_value_groups", 1))
+    scale, cap = getattr(original, "scaling", d_head**-0.5), getattr(original, "attn_logit_softcapping", None)
+    return AttentionGeometry(n_heads, n_heads // group, d_head, float(scale), soft_cap=cap, queries_are_split=True)
+
+
+def _rotate_halves(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:
+    """Rotary embedding of [.., head, pos, d_head] with the model's own cos and sin [batch, pos, rotary]; sign -1 is its transpose."""
+    cos, sin = (c.to(x.dtype).unsqueeze(1) for c in constants)
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    return torch.cat([turned * cos + sign * torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+def _native_sites(name: str, component: AttentionBridge) -> list[Site]:
+    original: Any = component.original_component
+    call: dict[str, Any] = {}
+
+    def on_call(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        call.clear()
+        call.update({k: kwargs.get(k) for k in ("attention_mask", "position_ids")})
+
+    def mask(scores: Tensor) -> Tensor:
+        seq = scores.shape[-1]
+        blocked = original.causal_mask[:seq, :seq] if original.causal else torch.zeros(seq, seq, dtype=torch.bool, device=scores.device)
+        given = call.get("attention_mask")
+        return blocked if given is None else original._combine_attention_mask(blocked, given, batch=scores.shape[-4])
+
+    def rotate(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:
+        rotary, positions = original.rotary, call.get("position_ids")
+        rd, seq = rotary.rotary_dim, x.shape[-2]
+        cos, sin = (t[:seq] if positions is None else t[positions].unsqueeze(1) for t in (rotary.cos_cached, rotary.sin_cached))
+        turned, rest = x[..., :rd], x[..., rd:]
+        return torch.cat([turned * cos.to(x.dtype) + sign * rotary._rotate_half(turned) * sin.to(x.dtype), rest], -1)
+
+    cap = original.attn_scores_soft_cap if original.attn_scores_soft_cap > 0 else None
+    geometry = AttentionGeometry(
+        original.n_heads,
+        original.n_kv_heads,
+        original.d_head,
+        1.0 / original.scale,
+        soft_cap=cap,
+        rotate=None if original.rotary is None else rotate,
+        mask=mask,
+    )
+    both = ScoresSoftmax(Scores(geometry))
+    inputs = (component.q.hook_out, component.k.hook_out)
+    pattern = component.hook_pattern
+    return [
+        Site(f"{name}:pattern", "attn", both, inputs, pattern, caller=original, on_call=on_call),
+        Site(f"{name}:z", "attn", Mix(geometry), (pattern, component.v.hook_out), component.o.hook_in),
+    ]

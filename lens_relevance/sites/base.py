@@ -1,0 +1,55 @@
+"""Site: where one operation of a model has its input and output HookPoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.rules.base import Operation
+
+LOGITS = "logits"
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|encoder_blocks|decoder_blocks)\.(\d+)\.")
+
+
+@dataclass(eq=False)
+class Site:
+    """One operation and the HookPoints around it.
+
+    name: path of the component, with the operation behind a colon where a component has several ("blocks.0.attn:scores").
+    mount: the component's place in its parent ("ln1", "q_norm", "ln_final", "mlp"), by which rules can be chosen.
+    inputs, output: HookPoints whose raw (unconverted) tensors the operation takes and gives; output None: the logits the model returns.
+    caller: a module whose call arguments the operation needs (masks, positions); handed to `on_call` before each forward of it.
+    enabled: says whether the site stands in for its operation right now (a norm has two forms, see rules/normalization.py).
+    """
+
+    name: str
+    mount: str
+    operation: Operation
+    inputs: tuple[HookPoint, ...]
+    output: HookPoint | None
+    caller: nn.Module | None = None
+    on_call: Callable[[tuple[object, ...], dict[str, object]], None] | None = None
+    enabled: Callable[[], bool] = field(default=lambda: True)
+
+    @property
+    def kind(self) -> str:
+        return self.operation.kind
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the block that holds the site; None for embeddings, the final norm and the unembedding."""
+        found = _BLOCK.search(self.name + ".")
+        return int(found.group(1)) if found else None
+
+    @property
+    def points(self) -> str:
+        """The HookPoints in words, for messages."""
+        return f"{', '.join(str(p.name) for p in self.inputs)} -> {self.output_name}"
+
+    @property
+    def output_name(self) -> str:
+        return LOGITS if self.output is None else str(self.output.name)
