@@ -6,7 +6,7 @@ from lens_relevance.engine import attach, propagate
 from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, RelevanceError
 from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.rulesets import register_ruleset, rulesets
-from lens_relevance.targets import Target, log_prob, logit, logit_diff
+from lens_relevance.targets import Target, continuation, latent, log_prob, logit, logit_diff
 
 __all__ = [
     "CoverageError",
@@ -17,6 +17,8 @@ __all__ = [
     "Target",
     "__version__",
     "attach",
+    "continuation",
+    "latent",
     "log_prob",
     "logit",
     "logit_diff",

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens_relevance.rules import LNRule, Reference
+from lens_relevance.rules import LNRule, NormWeight, Reference
 from lens_relevance.rules.base import Rule, per_example, share
 from lens_relevance.sites import Anatomy, Site
 
@@ -38,6 +38,11 @@ def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
     names = [str(p.name) for site in sites for p in (*site.inputs, site.output) if p is not None]
     cuts = [f"blocks.{layer}.hook_in" for layer in range(anatomy.n_layers)] + [f"blocks.{anatomy.n_layers - 1}.hook_out"]
     return list(dict.fromkeys([*anatomy.leaves, *cuts, *names]))
+
+
+def _keeps_norm_bias(site: Site, rule: Rule) -> bool:
+    """Whether all that the rule keeps at this site is a norm's bias."""
+    return isinstance(site.operation, NormWeight) or (site.kind == "norm" and isinstance(rule, LNRule))
 
 
 def account(
@@ -72,7 +77,7 @@ def account(
         *inputs, output = (activations[name] for name in names)
         reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
-        column = "norm_biases" if isinstance(rule, LNRule) and references is None else _COLUMN[site.kind]
+        column = "norm_biases" if _keeps_norm_bias(site, rule) and references is None else _COLUMN[site.kind]
         key = (site.layer if site.layer is not None else "output", column)
         sinks[key] = sinks.get(key, zero) + kept.to(zero.dtype)
     cuts = [at(f"blocks.{layer}.hook_in") for layer in range(n)] + [at(f"blocks.{n - 1}.hook_out"), value]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,17 +14,18 @@ from torch import Tensor
 from lens_relevance._version import __version__
 from lens_relevance.audit import account, audited_points
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.conditions import backward_through, read_conditions
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.guest import check_model, frozen
 from lens_relevance.inputs import Inputs, tokenize
+from lens_relevance.metrics import Metric, gradient_at
 from lens_relevance.references import ReferenceRun, reference_run
 from lens_relevance.rule_hooks import Session, session
-from lens_relevance.rules.base import difference, share
+from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.rulesets import Table, needs_reference, rule_for, ruleset, ruleset_name
 from lens_relevance.sites import LOGITS, Anatomy, anatomy
-from lens_relevance.targets import Metric, Target, as_target, describe, gradient_at, top_prediction
-
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+from lens_relevance.taps import NamesFilter, Taps, average, collect, wanted
+from lens_relevance.targets import Target, as_target, describe, top_prediction
 
 
 def propagate(
@@ -37,13 +38,14 @@ def propagate(
     attention_mask: Tensor | None = None,
     device: torch.device | str | None = None,
     audit: bool = False,
+    through: Mapping[str, Mapping[str, Any]] | None = None,
     strict: bool = True,
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.
 
     model: a TransformerBridge in eval mode. inputs: a prompt, prompts, or token ids [batch, pos].
-    target: `logit`, `logit_diff`, `log_prob`, ..., or a function from logits [batch, pos, vocab] to a scalar or [batch]; None explains each
-        row's top prediction against its runner-up.
+    target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, or a function from logits [batch, pos, vocab] to a scalar or
+        [batch]; None explains each row's top prediction against its runner-up.
     rules: a ruleset's name or table; None means `deeplift` where a reference is given and `attnlrp` where none is.
     names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings, every
         block's resid_pre, the final residual, z, and the MLP neurons after the activation.
@@ -51,6 +53,7 @@ def propagate(
         (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
         `-propagate(corrupt, reference=clean)`.
     attention_mask: 1 where a token is real, for padded ids. device: where kept tensors go. audit: fill `.conservation()`.
+    through: only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.conditions.
     strict: refuse models of which a part has no site.
 
     Raises RelevanceError (a ValueError) for bad input, LivenessError where a rule would have done nothing, CoverageError where
@@ -58,88 +61,56 @@ def propagate(
     """
     check_model(model)
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
-    table = ruleset(rules)
-    if needs_reference(table) and reference is None:
-        raise RelevanceError(
-            f"ruleset {ruleset_name(rules)!r} compares two runs: pass reference= a prompt of the same length, or mean_embedding() or "
-            "random_tokens(8) where the prompt has no counterpart"
-        )
+    table = _table(rules, reference)
     body = anatomy(model)
     tokens, mask = tokenize(model, inputs, attention_mask)
-    names, explicit = _wanted(body, names_filter)
-    kept = names + [n for n in audited_points(body, body.sites) if n not in names] if audit else names
+    target = None if target is None else as_target(target)
+    if target is not None:
+        tokens, mask = target.extend(model, tokens, mask)
+    names, explicit = wanted(body, names_filter)
+    conditions = read_conditions(body, through)
+    point = None if target is None or target.point is None else body.canonical(target.point)
+    other = None if reference is None else _reference(model, reference, target, tokens, mask)
+    n = 1 if other is None else other.n
     with torch.enable_grad(), frozen(model), session(model) as opened:
         _place(opened, body, table, strict)
-        tap = _Taps(opened, body, kept)
+        taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
+        if audit:
+            taps.add(audited_points(body, [s for s in body.sites if s.enabled()]))
         for name in body.leaves:
             opened.state(body.points[name]).starts_graph = True
-        other = None if reference is None else reference_run(model, reference, tokens, mask)
-        n = 1 if other is None else other.n
-        references, reference_logits = None, None
+        before = None
         if other is not None:
             with torch.no_grad(), _recording(opened), _embeddings(opened, body, other):
-                reference_logits = _forward(model, other.tokens, mask.repeat_interleave(n, 0))
-            references = tap.take()
-        logits = _forward(model, tokens.repeat_interleave(n, 0), mask.repeat_interleave(n, 0))
-        taps = tap.take()
-        target = top_prediction(logits[::n], tokens, mask) if target is None else as_target(target)
+                before = _pass(model, other.tokens, mask.repeat_interleave(n, 0), taps, point)
+        run = _pass(model, tokens.repeat_interleave(n, 0), mask.repeat_interleave(n, 0), taps, point)
+        if target is None:
+            target = top_prediction(run.root[::n], tokens, mask)
         metric = target.metric(model, tokens, mask)
-        value, seed = _seed(metric, logits, reference_logits if needs_reference(table) else None, n)
-        absent = _check_fired(body, kept, taps, explicit if names_filter is not None else ())
-        listed = [name for name in taps if taps[name].requires_grad]
-        gradients = torch.autograd.grad(logits, [taps[name] for name in listed], seed, allow_unused=True)
-        coefficients = {}
-        for name, gradient in zip(listed, gradients, strict=True):
-            if gradient is not None:
-                coefficients[name] = gradient
-        for name in kept:
-            if name not in coefficients and name not in absent:
-                absent[name] = "nothing flows from the target to this HookPoint, or the model does not go on with what it returns"
-                if name in explicit:
-                    raise RelevanceError(f"{name}: {absent[name]}")
-        reference_value = None
-        if reference_logits is not None:
-            reference_value = _per_reference(metric, reference_logits, n)
-        with torch.no_grad():
-            ledger = None
-            if audit:
-                taps[LOGITS], coefficients[LOGITS] = logits, seed
-                if references is not None and reference_logits is not None:
-                    references[LOGITS] = reference_logits
-                whole = value if reference_value is None else value - reference_value
-                through = share(difference(logits, None if reference_logits is None else reference_logits), seed).flatten(1).sum(1)
-                ledger = account(
-                    body,
-                    [(s, rule_for(table, s)) for s in body.sites if s.enabled()],
-                    {k: v.detach() for k, v in taps.items()},
-                    references,
-                    coefficients,
-                    whole.to(through.dtype),
-                    whole.to(through.dtype) - through,
-                    partial(_average, n=n),
-                )
-            groups = _collect(body, [k for k in names if k in coefficients], taps, references, coefficients, mask, n, device)
-    info = {
-        "model": str(getattr(model.cfg, "model_name", "")),
-        "architecture": str(getattr(model.cfg, "architecture", "")),
-        "dtype": str(logits.dtype).removeprefix("torch."),
-        "ruleset": ruleset_name(rules),
-        "target": describe(target, model),
-        "reference": "none" if reference is None else ("given tensor" if isinstance(reference, Tensor) else str(reference)),
-        "lens_relevance": __version__,
-        "transformer_lens": str(getattr(transformer_lens, "__version__", "4")),
-        "torch": torch.__version__,
-    }
+        seed = _seed(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n)
+        absent = taps.absent(run.tensors, explicit)
+        coefficients = backward_through(run.root, seed, run.tensors, conditions)
+        taps.check_reached(coefficients, absent, explicit)
+    with torch.no_grad():
+        value = _values(metric, run.root.detach(), n)
+        reference_value = None if before is None else _values(metric, before.root, n)
+        ledger = None
+        if audit:
+            if conditions or point is not None:
+                raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
+            ledger = _ledger(body, table, run, before, coefficients, seed, value, reference_value, n)
+        references = None if before is None else before.tensors
+        groups = collect(body, [k for k in names if k in coefficients], run.tensors, references, coefficients, mask, n, device)
     return RelevanceCache(
         **groups,
-        value=_average(value.detach(), n),
-        logits=logits.detach()[::n],
+        value=average(value, n),
+        logits=run.logits.detach()[::n],
         input_tokens=tokens,
         mask=mask,
         n_layers=body.n_layers,
         aliases=body.aliases,
-        info=info,
-        reference_value=None if reference_value is None else _average(reference_value, n),
+        info=_info(model, rules, target, reference, run.logits),
+        reference_value=None if reference_value is None else average(reference_value, n),
         absent={k: v for k, v in absent.items() if k in names},
         account=ledger,
     )
@@ -156,20 +127,45 @@ def attach(model: Any, rules: str | Table, reference: Any = None, strict: bool =
     Raises as `propagate` does; a rule that would do nothing raises LivenessError in the backward that passes it by.
     """
     check_model(model)
-    table = ruleset(rules)
-    if needs_reference(table) and reference is None:
-        raise RelevanceError(f"ruleset {ruleset_name(rules)!r} compares two runs: pass attach(..., reference=tokens)")
-    body = anatomy(model)
+    table = _table(rules, reference)
     with session(model) as opened:
-        _place(opened, body, table, strict)
-        if reference is not None and needs_reference(table):
+        _place(opened, anatomy(model), table, strict)
+        if needs_reference(table):
             tokens, mask = tokenize(model, reference)
             with torch.no_grad(), _recording(opened):
                 _forward(model, tokens, mask)
         yield
 
 
-def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> list[Any]:
+@dataclass
+class _Run:
+    """One forward: what the taps saw, the logits, and the tensor that the target is a function of (the logits, or a latent)."""
+
+    tensors: dict[str, Tensor]
+    logits: Tensor
+    root: Tensor
+
+
+def _table(rules: str | Table, reference: Any) -> Table:
+    table = ruleset(rules)
+    if needs_reference(table) and reference is None:
+        raise RelevanceError(
+            f"ruleset {ruleset_name(rules)!r} compares two runs: pass reference= a prompt of the same length, or mean_embedding() or "
+            "random_tokens(8) where the prompt has no counterpart"
+        )
+    return table
+
+
+def _reference(model: Any, reference: Any, target: Target | None, tokens: Tensor, mask: Tensor) -> ReferenceRun:
+    """The reference runs; a text or ids given for the prompt alone get the target's continuation as the inputs did."""
+    if target is not None and (
+        isinstance(reference, str | list | tuple) or (isinstance(reference, Tensor) and not reference.is_floating_point())
+    ):
+        reference, _ = target.extend(model, *tokenize(model, reference))
+    return reference_run(model, reference, tokens, mask)
+
+
+def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> None:
     """Put each site's rule on it; refuse what has no site."""
     if body.uncovered and strict:
         listed = "; ".join(list(body.uncovered.values())[:3])
@@ -178,29 +174,10 @@ def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> list[A
         )
     for site in body.sites:
         rule = rule_for(table, site)
-        if not rule.is_plain:
-            opened.place(site, rule)
-        else:
+        if rule.is_plain:
             opened.listen(site)
-    return opened.placed
-
-
-class _Taps:
-    """Collects the tensors that pass chosen HookPoints, as they leave the point's hooks."""
-
-    def __init__(self, opened: Session, body: Anatomy, names: list[str]) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self._opened = opened
-        for name in names:
-            opened.state(body.points[name]).taps.append(partial(self._store, name))
-
-    def _store(self, name: str, x: Tensor) -> None:
-        if isinstance(x, Tensor) and x.is_floating_point():
-            self._tensors[name] = x
-
-    def take(self) -> dict[str, Tensor]:
-        taken, self._tensors = self._tensors, {}
-        return taken
+        else:
+            opened.place(site, rule)
 
 
 @contextmanager
@@ -228,6 +205,16 @@ def _embeddings(opened: Session, body: Anatomy, run: ReferenceRun) -> Iterator[N
         state.replace = None
 
 
+def _pass(model: Any, tokens: Tensor, mask: Tensor, taps: Taps, point: str | None) -> _Run:
+    logits = _forward(model, tokens, mask)
+    tensors = taps.take()
+    if point is None:
+        return _Run(tensors, logits, logits)
+    if point not in tensors:
+        raise RelevanceError(f"the target's HookPoint {point} did not fire in this forward")
+    return _Run(tensors, logits, taps.convert(point, tensors[point]))
+
+
 def _forward(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Logits, by the same call a user would make; the mask is passed only where it hides something."""
     hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
@@ -237,103 +224,56 @@ def _forward(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
-def _seed(metric: Metric, logits: Tensor, reference: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
-    """The target's value per row, and the coefficients it gives the logits; n rows per example where there are n references."""
-    detached = logits.detach()
-    value, seed = _per_reference(metric, detached, n), torch.empty_like(detached)
+def _seed(metric: Metric, root: Tensor, reference: Tensor | None, n: int) -> Tensor:
+    """The coefficients that the target gives its root; rows of one example's n references are n apart."""
+    seed = torch.empty_like(root)
     for i in range(n):
-        mine = detached[i::n]
-        seed[i::n] = gradient_at(metric, mine) if reference is None else metric.pair_coefficients(mine, reference[i::n])
-    return value, seed
+        seed[i::n] = gradient_at(metric, root[i::n]) if reference is None else metric.pair_coefficients(root[i::n], reference[i::n])
+    return seed
 
 
-def _per_reference(metric: Metric, logits: Tensor, n: int) -> Tensor:
-    batch = logits.shape[0] // n
-    with torch.no_grad():
-        values = [metric(logits[i::n]).expand(batch) for i in range(n)]
-    return torch.stack(values, 1).flatten()
+def _values(metric: Metric, root: Tensor, n: int) -> Tensor:
+    batch = root.shape[0] // n
+    return torch.stack([metric(root[i::n]).expand(batch) for i in range(n)], 1).flatten()
 
 
-def _average(rows: Tensor, n: int) -> Tensor:
-    return rows if n == 1 else rows.unflatten(0, (-1, n)).mean(1)
-
-
-def _wanted(body: Anatomy, names_filter: NamesFilter) -> tuple[list[str], set[str]]:
-    """Canonical names to keep, and those among them that were asked for by name."""
-    if names_filter is None:
-        names = [f"blocks.{i}.{p}" for i in range(body.n_layers) for p in ("hook_in", "attn.o.hook_in", "mlp.out.hook_in")]
-        names = [*body.leaves, *names, f"blocks.{body.n_layers - 1}.hook_out"]
-        return [n for n in names if n in body.points], set()
-    if callable(names_filter):
-        return [n for n in body.points if names_filter(n)], set()
-    listed = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    names = list(dict.fromkeys(body.canonical(n) for n in listed))
-    for name in names:
-        if name in body.decorative:
-            raise RelevanceError(
-                f"{name} is decorative on this model: it fires on another tensor than its name says, or its edits are thrown away"
-            )
-    return names, set(names)
-
-
-def _check_fired(body: Anatomy, names: list[str], taps: dict[str, Tensor], explicit: Sequence[str] | set[str]) -> dict[str, str]:
-    absent = {}
-    for name in names:
-        if name in body.decorative:
-            taps.pop(name, None)
-            absent[name] = "decorative on this model: it fires on another tensor than its name says"
-        elif name not in taps:
-            absent[name] = "did not fire in this forward, or holds integers"
-            if name in explicit:
-                raise RelevanceError(
-                    f"{name} {absent[name]}; some HookPoints fire only behind a flag such as model.set_use_attn_result(True)"
-                )
-        elif not taps[name].requires_grad:
-            absent[name] = "is a side branch on this model: the model does not go on with it"
-            if name in explicit:
-                raise RelevanceError(f"{name} {absent[name]}; ask for the component's hook_in or hook_out instead")
-    return absent
-
-
-def _collect(
+def _ledger(
     body: Anatomy,
-    names: list[str],
-    taps: dict[str, Tensor],
-    references: dict[str, Tensor] | None,
+    table: Table,
+    run: _Run,
+    before: _Run | None,
     coefficients: dict[str, Tensor],
-    mask: Tensor,
+    seed: Tensor,
+    value: Tensor,
+    reference_value: Tensor | None,
     n: int,
-    device: torch.device | str | None,
-) -> dict[str, dict[str, Tensor]]:
-    """Kept tensors in TransformerLens's layout, zero at padding, moved where the user wants them."""
-    groups: dict[str, dict[str, Tensor]] = {"activations": {}, "coefficients": {}, "reference_activations": {}, "averaged": {}}
-    padded = not bool((mask == 1).all())
-    for name in names:
-        point = body.points[name]
-        convert = point.hook_conversion.convert if point.hook_conversion is not None else (lambda x: x)
-        activation, coefficient = convert(taps[name].detach()), convert(coefficients[name])
-        if padded:
-            coefficient = _zero_at_padding(name, coefficient, mask.repeat_interleave(n, 0), point.pos_dim)
-        other = None if references is None else convert(references[name])
-        move = nullcontext() if device is None else device
-        if n > 1:
-            groups["averaged"][name] = _to(_average(share(difference(activation, other), coefficient), n), move)
-            activation, coefficient, other = activation[::n], _average(coefficient, n), _average(other, n) if other is not None else None
-        groups["activations"][name] = _to(activation, move)
-        groups["coefficients"][name] = _to(coefficient, move)
-        if other is not None:
-            groups["reference_activations"][name] = _to(other, move)
-    return groups
+) -> Any:
+    """The conservation account of a run; the sink `target` is what the logits' coefficients do not account for."""
+    whole = value if reference_value is None else value - reference_value
+    at_logits = per_example(share(difference(run.logits, None if before is None else before.logits), seed))
+    references = None if before is None else {**before.tensors, LOGITS: before.logits}
+    return account(
+        body,
+        [(site, rule_for(table, site)) for site in body.sites if site.enabled()],
+        {**{name: tensor.detach() for name, tensor in run.tensors.items()}, LOGITS: run.logits.detach()},
+        references,
+        {**coefficients, LOGITS: seed},
+        whole.to(at_logits.dtype),
+        whole.to(at_logits.dtype) - at_logits,
+        lambda rows: average(rows, n),
+    )
 
 
-def _to(tensor: Tensor, device: Any) -> Tensor:
-    return tensor if isinstance(device, nullcontext) else tensor.to(device)
-
-
-def _zero_at_padding(name: str, coefficient: Tensor, mask: Tensor, pos_dim: int | None) -> Tensor:
-    """Exactly 0 at padding, whatever NaN a fully masked row may hold there. Patterns and scores have their queries at dim -2."""
-    attention = name.endswith(("hook_pattern", "hook_attn_scores"))
-    dim = pos_dim if pos_dim is not None else (-2 if attention else 1)
-    shape = [1] * coefficient.ndim
-    shape[0], shape[dim] = mask.shape
-    return torch.where(mask.bool().reshape(shape), coefficient, torch.zeros_like(coefficient))
+def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits: Tensor) -> dict[str, str]:
+    """What makes a result repeatable."""
+    return {
+        "model": str(getattr(model.cfg, "model_name", "")),
+        "architecture": str(getattr(model.cfg, "architecture", "")),
+        "dtype": str(logits.dtype).removeprefix("torch."),
+        "ruleset": ruleset_name(rules),
+        "target": describe(target, model),
+        "reference": "none" if reference is None else ("given tensor" if isinstance(reference, Tensor) else str(reference)),
+        "lens_relevance": __version__,
+        "transformer_lens": str(getattr(transformer_lens, "__version__", "4")),
+        "torch": torch.__version__,
+    }

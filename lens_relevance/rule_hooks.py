@@ -170,6 +170,11 @@ class _PointState:
 class RuledHookPoint(HookPoint):
     """The class of a HookPoint instance while something of ours stands around its hooks."""
 
+    @property
+    def is_tapped(self) -> bool:
+        """Whether something of ours reads here."""
+        return bool(self.__dict__["_lens_relevance"].taps)
+
     def __call__(self, x: Any) -> Any:
         state: _PointState = self.__dict__["_lens_relevance"]
         return state.after(super().__call__(state.before(x)))

@@ -11,88 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.rules.attention import logarithmic_mean
+from lens_relevance.metrics import LatentValue, LogitCombination, LogProbs, Metric
 
 Logits = Float[Tensor, "batch pos vocab"]
 Tokens = Any  # str | int | sequence of them | Int[Tensor, "batch"]; checked by token_ids with messages of its own
 
 
-class Metric:
-    """A function from logits [batch, pos, vocab] to [batch] (or a scalar), for the tokens it was made for."""
-
-    linear = False
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return self.function(logits)
-
-    def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
-        """Coefficients at the logits that make (logits - reference) * coefficients sum to the difference of the metric.
-
-        Here the gradient averaged over the straight path between the two logits (8-point Gauss-Legendre): exact for polynomials up to
-        degree 15 and as near as quadrature comes for others; the audit shows what is left as the sink `target`.
-        """
-        nodes, weights = np.polynomial.legendre.leggauss(8)
-        total = torch.zeros_like(logits)
-        for t, w in zip((nodes + 1) / 2, weights / 2, strict=True):
-            total += float(w) * gradient_at(self, reference + float(t) * (logits - reference))
-        return total
-
-
-class LogitCombination(Metric):
-    """mean of logits[at, answer] - mean of logits[at, wrong]."""
-
-    linear = True
-
-    def __init__(self, at: Int[Tensor, " batch"], answer: Int[Tensor, "batch n"], wrong: Int[Tensor, "batch m"] | None) -> None:
-        self.at, self.answer, self.wrong = at, answer, wrong
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        at = self.at.to(logits.device)
-        last = _upcast(logits[torch.arange(at.shape[0], device=at.device), at])
-        value = last.gather(1, self.answer.to(at.device)).mean(1)
-        return value if self.wrong is None else value - last.gather(1, self.wrong.to(at.device)).mean(1)
-
-    def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
-        return gradient_at(self, logits)
-
-
-class LogProbs(Metric):
-    """Sum over n of log softmax(logits[at])[token]."""
-
-    def __init__(self, at: Int[Tensor, "batch n"], tokens: Int[Tensor, "batch n"]) -> None:
-        self.at, self.tokens = at, tokens
-
-    def _at(self, logits: Tensor) -> Tensor:
-        rows = torch.arange(self.at.shape[0], device=logits.device).unsqueeze(1)
-        return _upcast(logits[rows, self.at.to(logits.device)])
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return self._at(logits).log_softmax(-1).gather(2, self.tokens.to(logits.device).unsqueeze(2)).sum((1, 2))
-
-    def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
-        """The softmax pair form, exact: d log p_t = ds_t - sum_j l_j ds_j / sum_k l_k (derived here)."""
-        weights = logarithmic_mean(self._at(logits), self._at(reference))
-        onehot = torch.nn.functional.one_hot(self.tokens.to(logits.device), logits.shape[-1])
-        coefficients = (onehot - weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
-        index = self.at.to(logits.device).unsqueeze(2).expand_as(coefficients)
-        return torch.zeros_like(logits).scatter_add(1, index, coefficients)
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 class Target(ABC):
-    """A scalar per example that relevance is propagated from."""
+    """A scalar per example that relevance is propagated from; `point` names the HookPoint it is a function of, None the logits."""
+
+    point: str | None = None
 
     @abstractmethod
     def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
@@ -102,15 +35,9 @@ class Target(ABC):
         """The target of some rows (slice, list or index tensor) of the batch."""
         return self
 
-
-def gradient_at(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
-    """d(sum of the metric over the batch) / d(logits)."""
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_(True)
-        value = metric(leaf)
-        if not value.requires_grad:
-            raise RelevanceError("the target does not depend on the logits, so there is nothing to propagate")
-        return torch.autograd.grad(value.sum(), leaf)[0]
+    def extend(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs with what the target itself adds to them (a continuation); by default nothing."""
+        return tokens, attention_mask
 
 
 def token_ids(model: Any, tokens: Tokens, batch: int, what: str) -> Int[Tensor, "batch n"]:
@@ -232,6 +159,78 @@ class CallableTarget(Target):
         return Metric(checked)
 
 
+@dataclass(frozen=True)
+class Continuation(Target):
+    """The summed log-probability of an answer of several tokens; built by `continuation`."""
+
+    text: Any
+
+    def _answers(self, model: Any, batch: int) -> list[Tensor]:
+        given = [self.text] * batch if isinstance(self.text, str) or _is_ids(self.text) else list(self.text)
+        if len(given) != batch:
+            raise RelevanceError(f"continuation: {len(given)} given for {batch} example(s); give one per example, or one for all")
+        device = _device(model)
+        answers = [model.to_tokens(a, prepend_bos=False)[0] if isinstance(a, str) else torch.as_tensor(a, device=device) for a in given]
+        if any(a.numel() == 0 for a in answers):
+            raise RelevanceError("continuation: an answer is empty")
+        if len({len(a) for a in answers}) > 1:
+            raise RelevanceError(f"continuation: answers need equally many tokens within a batch, got {[len(a) for a in answers]}")
+        return [a.to(device) for a in answers]
+
+    def extend(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        from lens_relevance.inputs import pad
+
+        rows = zip(tokens, attention_mask.bool(), self._answers(model, tokens.shape[0]), strict=True)
+        return pad([torch.cat([row[real], answer[:-1]]) for row, real, answer in rows], model)
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        answers = torch.stack(self._answers(model, tokens.shape[0]))
+        n = answers.shape[1]
+        at = torch.stack([positions(i - n, tokens, attention_mask) for i in range(n)], 1)
+        return LogProbs(at, answers)
+
+    def select(self, rows: Any) -> Continuation:
+        return self if _is_ids(self.text) else replace(self, text=_rows(self.text, rows))
+
+
+def _is_ids(given: Any) -> bool:
+    """Whether this is one row of token ids, meant for all examples."""
+    return (isinstance(given, Tensor) and given.ndim == 1) or (isinstance(given, list | tuple) and all(isinstance(i, int) for i in given))
+
+
+def continuation(text: Any) -> Continuation:
+    """The summed log-probability of several tokens that follow the prompt, e.g. continuation(" went home"). Units: nats.
+
+    text: a string, a row of token ids, or one of these per example (equally many tokens). All but its last token are appended to the
+    inputs, so results have that many more positions.
+    """
+    return Continuation(text)
+
+
+@dataclass(frozen=True, eq=False)
+class Latent(Target):
+    """A latent instead of the output; built by `latent`."""
+
+    point: str | None = None
+    head: int | None = None
+    unit: int | None = None
+    direction: Float[Tensor, " d"] | None = None
+    position: int = -1
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        return LatentValue(str(self.point), positions(self.position, tokens, attention_mask), self.head, self.unit, self.direction)
+
+
+def latent(
+    name: str, unit: int | None = None, head: int | None = None, direction: Float[Tensor, " d"] | None = None, position: int = -1
+) -> Latent:
+    """Start from a unit, or a direction, at a HookPoint (of one head, where the layout is [.., head, d_head]) at a position.
+
+    Units: those of the activation.
+    """
+    return Latent(name, head, unit, direction, position)
+
+
 def top_prediction(logits: Logits, tokens: Tensor, mask: Tensor | None) -> TokenTarget:
     """Each row's most likely next token against its runner-up."""
     rows = torch.arange(tokens.shape[0], device=logits.device)
@@ -252,6 +251,12 @@ def as_target(target: Target | Callable[[Tensor], Tensor]) -> Target:
 
 def describe(target: Target | Callable[[Tensor], Tensor] | None, model: Any | None = None) -> str:
     """A target in words, for tables and pages."""
+    if isinstance(target, Latent):
+        return f"latent({target.point}, head={target.head}, unit={target.unit})"
+    if isinstance(target, Continuation):
+        return f"continuation({target.text!r})"
+    if isinstance(target, CallableTarget):
+        return getattr(target.function, "__name__", "metric")
     if not isinstance(target, TokenTarget):
         return type(target).__name__ if isinstance(target, Target) else getattr(target, "__name__", "top prediction")
 

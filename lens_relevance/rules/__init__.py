@@ -18,7 +18,7 @@ from lens_relevance.rules.attention import (
 )
 from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.linear import Linear, ZeroRule
-from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, PairLN, PairNorm
+from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm
 
 __all__ = [
     "Activation",
@@ -34,6 +34,7 @@ __all__ = [
     "Norm",
     "NormDivide",
     "NormScale",
+    "NormWeight",
     "Operation",
     "PairLN",
     "PairNorm",

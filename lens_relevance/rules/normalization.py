@@ -73,6 +73,19 @@ class NormDivide(Operation):
         return self.norm.centre(working(inputs[0])) / working(inputs[1])
 
 
+class NormWeight(Operation):
+    """The last step of a norm: weight and bias. Linear, so that no rule is needed there; the audit asks for its bias."""
+
+    kind = "linear"
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm, self.bias = norm, norm.bias
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        y = self.norm.weighted(inputs[0])
+        return y if self.bias is None else y + self.bias.detach().to(y.dtype)
+
+
 def _norm_of(op: Operation) -> Norm:
     return op if isinstance(op, Norm) else op.norm  # type: ignore[attr-defined]
 
@@ -85,17 +98,17 @@ class LNRule(Rule):
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         norm, scale = _norm_of(op), kept[0]
-        if isinstance(op, NormScale):  # nothing arrives here under this rule; the step is linearised for completeness
-            return (torch.zeros_like(upstream),)
+        if isinstance(op, NormScale):  # the scale is a constant
+            return (None,)
         coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) / scale)
         return (coefficient,) if op is norm else (coefficient, torch.zeros_like(scale))
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
         """Only the bias (beta) keeps relevance; between two runs the change of the scale does."""
         if reference is None:
-            norm = _norm_of(op)
-            bias = torch.zeros_like(upstream[..., :1]) if norm.bias is None else norm.bias
-            return per_example(share(bias.expand_as(upstream), upstream))
+            if not isinstance(op, Norm) or op.bias is None:
+                return torch.zeros_like(per_example(working(upstream)))
+            return per_example(share(op.bias.expand_as(upstream), upstream))
         return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, None), upstream))
 
 
@@ -120,7 +133,7 @@ class PairNorm(Rule):
         norm, (mean_r, s1, s2) = _norm_of(op), kept[:3]
         if self.constant_scale:
             if isinstance(op, NormScale):
-                return (torch.zeros_like(upstream),)
+                return (None,)
             coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) * mean_r)
             return (coefficient,) if op is norm else (coefficient, torch.zeros_like(s1))
         mean_c = kept[3]

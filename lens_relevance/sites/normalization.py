@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformer_lens.model_bridge.generalized_components import LayerNormPreBridge, NormalizationBridge, RMSNormPreBridge
 
-from lens_relevance.rules import Norm, NormDivide, NormScale
+from lens_relevance.rules import Norm, NormDivide, NormScale, NormWeight
 from lens_relevance.sites.base import Site
 
 
@@ -24,13 +24,16 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
         Where the bridge runs HF's own norm, these points are a side branch; they join the graph only for backward hooks.
         """
         inner = (component.hook_scale, component.hook_normalized)
-        return any(p.bwd_hooks for p in inner) or (not _runs_hf_norm(component) and any(p.fwd_hooks for p in inner))
+        if any(p.bwd_hooks for p in inner):
+            return True
+        return not _runs_hf_norm(component) and any(p.fwd_hooks or getattr(p, "is_tapped", False) for p in inner)
 
     x = component.hook_in
     return [
         Site(name, mount, norm, (x,), component.hook_out, enabled=lambda: not watched()),
         Site(f"{name}:scale", mount, NormScale(norm), (x,), component.hook_scale, enabled=watched),
         Site(f"{name}:divide", mount, NormDivide(norm), (x, component.hook_scale), component.hook_normalized, enabled=watched),
+        Site(f"{name}:weight", mount, NormWeight(norm), (component.hook_normalized,), component.hook_out, enabled=watched),
     ]
 
 

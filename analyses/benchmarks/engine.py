@@ -1,0 +1,102 @@
+"""What relevance costs: `propagate` and `attach` beside a plain forward and input gradient through the same bridge.
+
+    python -m analyses.benchmarks.engine [--layers 12 --batch 4 --positions 64 --repeats 15 --device cpu --dtype float32]
+
+GPT-2-small shape with random weights. Every case runs once per round, the rounds interleave, and each figure is the median over rounds of
+the ratio to the plain gradient of the same round, so that a machine whose speed drifts does not favour anybody.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lens_relevance import logit_diff, propagate
+from lens_relevance.guest import frozen
+
+
+def gpt2_shape(layers: int = 12, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A bridge over a random GPT-2 of 12 heads and 768 features."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers)
+    model = GPT2LMHeadModel(config).eval().to(device=device, dtype=dtype)
+    bridge = build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=config, device=device, dtype=dtype)
+    return bridge.eval()
+
+
+def plain_gradient(model: Any, tokens: Tensor) -> Tensor:
+    """Forward, and the gradient of a logit difference at the token embeddings; parameters frozen, as in propagate."""
+    kept: list[Tensor] = []
+
+    def start(x: Tensor, hook: Any) -> Tensor:
+        kept.append(x.detach().requires_grad_(True))
+        return kept[0]
+
+    with frozen(model), torch.enable_grad(), model.hooks(fwd_hooks=[("embed.hook_out", start)]):
+        logits = model(tokens, return_type="logits", use_cache=False)
+        value = (logits[:, -1, 11].float() - logits[:, -1, 22].float()).sum()
+        return torch.autograd.grad(value, kept[0])[0]
+
+
+def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, device: str) -> pd.DataFrame:
+    """Seconds per case and round, after one warm-up round; rows are rounds."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(rounds + 1):
+        for name, run in cases.items():
+            started = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - started)
+    return pd.DataFrame(times)
+
+
+def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Median over rounds of each case's ratio to `base` in the same round, and median seconds."""
+    return pd.DataFrame({"ratio": times.div(times[base], axis=0).median(), "seconds": times.median()}).rename_axis("case").reset_index()
+
+
+def main(
+    layers: int = 12,
+    batch: int = 4,
+    positions: int = 64,
+    repeats: int = 15,
+    device: str = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+) -> None:
+    """Print the table of ratios."""
+    model = gpt2_shape(layers, device, getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(1)
+    tokens, other = (torch.randint(0, 50000, (batch, positions), generator=generator).to(device) for _ in range(2))
+    target = logit_diff(11, 22)
+
+    def case(**options: Any) -> Callable[[], Any]:
+        return lambda: propagate(model, tokens, target, **options)
+
+    cases: dict[str, Callable[[], Any]] = {"plain gradient": lambda: plain_gradient(model, tokens)}
+    for rules in ("gradient", "attnlrp", "cp_lrp", "relp", "gim"):
+        cases[f"{rules}, default names"] = case(rules=rules)
+    cases["attnlrp, tokens only"] = case(rules="attnlrp", names_filter="embed.hook_out")
+    cases["attnlrp, with audit"] = case(rules="attnlrp", audit=True)
+    cases["deeplift, default names"] = case(rules="deeplift", reference=other)
+    cases["deeplift, tokens only"] = case(rules="deeplift", reference=other, names_filter="embed.hook_out")
+    cases["deeplift, with audit"] = case(rules="deeplift", reference=other, audit=True)
+    table = ratios(interleaved(cases, repeats, device), "plain gradient")
+    spread = statistics.median(table["seconds"])
+    Console().print(f"GPT-2-small shape, {layers} layers, {batch} x {positions} tokens, {dtype} on {device}; median case {spread:.3f} s")
+    Console().print(table.to_string(index=False, formatters={"ratio": "{:.3f}".format, "seconds": "{:.4f}".format}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

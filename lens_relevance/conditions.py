@@ -1,0 +1,91 @@
+"""Conditional relevance: only what flows through chosen units, as concept-based LRP does (CRP, Achtibat et al. 2023; our reading).
+
+`through` maps HookPoints to the units kept there, by axis: {"blocks.1.attn.hook_z": {"head": [0, 3]}},
+{"blocks.2.mlp.hook_post": {"unit": [17]}}, {"blocks.1.hook_resid_pre": {"position": [4]}}. The flow from the target has to pass every
+HookPoint named, from the top of the model downward, and only through those units; everything else, the paths around a HookPoint among it,
+is left out. So the sum over a partition of a HookPoint's units is what passes that HookPoint, and for a whole cut (a resid_pre) it is the
+unrestricted relevance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.errors import RelevanceError
+from lens_relevance.sites import Anatomy
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The units of one HookPoint that the flow has to pass."""
+
+    name: str
+    point: HookPoint
+    units: Mapping[str, Any]
+
+    def restrict(self, coefficient: Tensor) -> Tensor:
+        """The raw coefficient with everything but these units set to zero."""
+        conversion = self.point.hook_conversion
+        laid_out = coefficient if conversion is None else conversion.convert(coefficient)
+        axes = {"position": 1, "head": 2, "unit": -1} if laid_out.ndim == 4 else {"position": 1, "unit": -1}
+        mask = torch.ones(laid_out.shape[1:], dtype=torch.bool, device=laid_out.device)
+        for axis, indices in self.units.items():
+            if axis not in axes:
+                raise RelevanceError(f"through: {self.name} has the axes {', '.join(axes)}, not {axis!r}")
+            dim = axes[axis] % laid_out.ndim
+            chosen = torch.zeros(laid_out.shape[dim], dtype=torch.bool, device=laid_out.device)
+            listed = torch.as_tensor(indices, device=laid_out.device).reshape(-1)
+            size = laid_out.shape[dim]
+            if listed.dtype == torch.bool:
+                listed = listed.nonzero().flatten()
+            if bool(((listed < -size) | (listed >= size)).any()):
+                raise RelevanceError(f"through: {axis} {listed.tolist()} is out of range at {self.name}, which has {size}")
+            chosen[listed] = True
+            shape = [1] * mask.ndim
+            shape[dim - 1] = size
+            mask = mask & chosen.reshape(shape)
+        restricted = laid_out * mask
+        return restricted if conversion is None else conversion.revert(restricted).reshape(coefficient.shape)
+
+
+def read_conditions(anatomy: Anatomy, through: Mapping[str, Mapping[str, Any]] | None) -> list[Condition]:
+    """Conditions from what the user gave."""
+    conditions = []
+    for name, units in (through or {}).items():
+        if not isinstance(units, Mapping) or not units:
+            raise RelevanceError(f"through[{name!r}] must name units by axis, as in {{'head': [0, 3]}}, got {units!r}")
+        canonical = anatomy.canonical(name)
+        conditions.append(Condition(canonical, anatomy.points[canonical], units))
+    return conditions
+
+
+def backward_through(root: Tensor, seed: Tensor, tensors: dict[str, Tensor], conditions: list[Condition]) -> dict[str, Tensor]:
+    """Coefficients at the tapped tensors, from `seed` at `root` by way of every condition, the one that fired last first.
+
+    One backward pass; a condition adds one from its HookPoint downward.
+    """
+    order = list(tensors)
+    upward = sorted(conditions, key=lambda c: order.index(c.name) if c.name in tensors else -1)
+    tops, seeds = [root], [seed]
+    while upward:
+        condition = upward.pop()
+        here = tensors.get(condition.name)
+        if here is None or not here.requires_grad:
+            raise RelevanceError(f"through: {condition.name} did not fire, or is not live, in this forward")
+        (arrived,) = torch.autograd.grad(tops, [here], seeds, allow_unused=True, retain_graph=True)
+        if arrived is None:
+            raise RelevanceError(f"through: nothing flows from the target to {condition.name}")
+        tops, seeds = [here], [condition.restrict(arrived)]
+    last = next((name for name, tensor in tensors.items() if tensor is tops[0]), None) if conditions else None
+    listed = [name for name, tensor in tensors.items() if tensor.requires_grad and name != last]
+    gradients = torch.autograd.grad(tops, [tensors[name] for name in listed], seeds, allow_unused=True) if listed else ()
+    coefficients = {name: g for name, g in zip(listed, gradients, strict=True) if g is not None}
+    if last:
+        coefficients[last] = seeds[0]
+    return coefficients
