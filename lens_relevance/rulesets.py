@@ -11,7 +11,7 @@ a key may name a mount position as well (`norm@q_norm`), which then goes first. 
 | `relp` | LN-rule | identity | half | plain gradient | arXiv 2508.21258 |
 | `relp_ah` | LN-rule | identity | half | constant pattern | arXiv 2508.21258, the option with the AH-rule |
 | `gim` | LN-rule | - | half | softmax temperature 2, half on both products | arXiv 2505.17630, as its authors describe it |
-| `deeplift` | pair form | rescale | pair form | pair form | derived here (docs in DERIVATION.md); needs a reference run |
+| `deeplift` | pair form | rescale | pair form | pair form | derived here (see DERIVATION.md); needs a reference run |
 | `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | derived here; needs a reference run |
 """
 

@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm, whole or seen in two steps (the scale, then the division by it).
 
 `LNRule`: the standard deviation is a constant, the centring stays (Ali et al. 2022, arXiv 2202.07304).
-`PairNorm`: exact between two runs (derived here, docs in DERIVATION.md): with c = x - mean(x), v = mean(c^2) + eps, r = v^(-1/2),
+`PairNorm`: exact between two runs (derived here, see DERIVATION.md): with c = x - mean(x), v = mean(c^2) + eps, r = v^(-1/2),
 dy = w [mean(r1, r2) dc + mean(c1, c2) dr],  dr = -dv / (sqrt(v1 v2) (sqrt(v1) + sqrt(v2))),  dv = mean_features (c1 + c2) dc.
 `PairLN`: the same without the dr term, the LN-rule between two runs.
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lens_relevance.errors import RelevanceError
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, share, working
 
 
@@ -126,6 +127,11 @@ class PairNorm(Rule):
         c1, c2 = norm.centre(working(inputs[0])), norm.centre(working(reference.inputs[0]))
         s1 = (c1.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
         s2 = (c2.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        if bool(((s2.pow(2) < 11 * norm.eps) & (s1 > 3 * s2)).any()):
+            raise RelevanceError(
+                f"the reference is degenerate: at a norm its variance is not well above eps ({norm.eps:g}), so that 1/std is huge and the "
+                "comparison meaningless; use mean_embedding(), random_tokens(8) or a real prompt instead"
+            )
         mean_r = (1 / s1 + 1 / s2) / 2
         return (mean_r, s1, s2) if self.constant_scale else (mean_r, s1, s2, (c1 + c2) / 2)
 

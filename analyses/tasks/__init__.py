@@ -1,0 +1,21 @@
+"""Prompt pairs with a target. Every task fits its words to the tokenizer of the model it is given, or says why it cannot."""
+
+from collections.abc import Callable
+
+from analyses.tasks.agreement import agreement
+from analyses.tasks.greater_than import greater_than
+from analyses.tasks.induction import induction
+from analyses.tasks.ioi import ioi
+from analyses.tasks.pairs import PromptPairs
+from analyses.tasks.pronoun import pronoun
+
+TASKS: dict[str, Callable[..., PromptPairs]] = {
+    "ioi": ioi,
+    "induction": induction,
+    "greater_than": greater_than,
+    "agreement": agreement,
+    "pronoun": pronoun,
+}
+"""Every task by name; all take (model, n, seed)."""
+
+__all__ = ["TASKS", "PromptPairs", "agreement", "greater_than", "induction", "ioi", "pronoun"]

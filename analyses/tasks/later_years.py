@@ -1,0 +1,42 @@
+"""The target of the greater-than task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lens_relevance.errors import RelevanceError
+from lens_relevance.targets import Metric, Target, positions
+
+
+@dataclass(frozen=True, eq=False)
+class LaterYears(Target):
+    """Probability of the years that are right less that of the other years, at each row's last token; in [-1, 1] (Hanna et al. 2023).
+
+    Attributes:
+        years: token ids of the two-digit years.
+        later: which of them are right, per row.
+    """
+
+    years: Int[Tensor, " year"]
+    later: Bool[Tensor, "n year"]
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        if len(tokens) != len(self.later):
+            raise RelevanceError(f"this target is of {len(self.later)} rows and was given {len(tokens)}; take its rows with select")
+        last = positions(-1, tokens, attention_mask)
+        sign = 2 * self.later.long() - 1
+
+        def later_years(logits: Tensor) -> Tensor:
+            at = logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
+            at = at if at.dtype == torch.float64 else at.float()
+            return (at.softmax(-1)[:, self.years.to(at.device)] * sign.to(at.device)).sum(-1)
+
+        return Metric(later_years)
+
+    def select(self, rows: Any) -> LaterYears:
+        return LaterYears(self.years, self.later[rows])

@@ -1,0 +1,140 @@
+"""Prompt pairs with a target: what every analysis of a clean and a corrupt run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.tasks import prompts, storage
+from lens_relevance.errors import RelevanceError
+from lens_relevance.targets import Metric, Target, TokenTarget, as_target, logit_diff, token_ids
+
+Rows = int | slice | Sequence[int] | Sequence[bool] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs:
+    """Rows of a clean and a corrupt prompt of equal length, and what is asked of the model there.
+
+    Attributes:
+        clean, corrupt: token ids [n, pos].
+        target: a target of `lens_relevance` (one token for all rows, or one per row), or any callable logits -> [batch]. A callable is
+            handed on as it is when rows are selected, so it must not depend on which rows it sees.
+        clean_mask, corrupt_mask: attention masks [n, pos], 1 on real tokens; all ones where not given.
+        dropped: what a task left out because it does not fit the tokenizer (words, templates).
+    """
+
+    clean: Int[Tensor, "n pos"]
+    corrupt: Int[Tensor, "n pos"]
+    target: Target | Callable[[Tensor], Tensor]
+    clean_mask: Int[Tensor, "n pos"] = None  # type: ignore[assignment]  # a tensor after __post_init__
+    corrupt_mask: Int[Tensor, "n pos"] = None  # type: ignore[assignment]
+    dropped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.clean.shape != self.corrupt.shape or self.clean.ndim != 2:
+            raise RelevanceError(
+                f"clean and corrupt must be ids of one shape [n, pos], got {tuple(self.clean.shape)} and {tuple(self.corrupt.shape)}; "
+                "a position must mean the same in both prompts"
+            )
+        for name in ("clean_mask", "corrupt_mask"):
+            mask = getattr(self, name)
+            if mask is None:
+                object.__setattr__(self, name, torch.ones_like(self.clean))
+            elif mask.shape != self.clean.shape:
+                raise RelevanceError(f"{name} has shape {tuple(mask.shape)}, the prompts have {tuple(self.clean.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, rows: Rows) -> PromptPairs:
+        """The chosen rows (int, slice, list of ints, mask of bools) as pairs of their own; an int gives one row."""
+        ids = torch.arange(len(self))
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"row {rows} of {len(self)} pairs")
+            ids = ids[rows].reshape(1)
+        else:
+            ids = ids[rows if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")]
+        here = ids.to(self.clean.device)
+        return replace(
+            self,
+            clean=self.clean[here],
+            corrupt=self.corrupt[here],
+            target=self.target.select(ids) if isinstance(self.target, Target) else self.target,
+            clean_mask=self.clean_mask[here],
+            corrupt_mask=self.corrupt_mask[here],
+        )
+
+    def metric(self, model: TransformerBridge, on: Literal["clean", "corrupt"] = "clean") -> Metric:
+        """The target as a function logits [n, pos, d_vocab] -> [n], for the logits of the clean (or the corrupt) prompts."""
+        return as_target(self.target).metric(model, getattr(self, on), getattr(self, f"{on}_mask"))
+
+    def batches(self, size: int) -> Iterator[PromptPairs]:
+        """Consecutive pieces of `size` rows; the last one may be shorter."""
+        if size < 1:
+            raise RelevanceError(f"a batch has at least one row, got size {size}")
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def to(self, device: str | torch.device) -> PromptPairs:
+        """The same pairs with token ids and masks on `device`."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in storage.TENSORS})
+
+    def to_frame(self, model: TransformerBridge) -> pd.DataFrame:
+        """One row per pair with the columns clean, corrupt, answer, wrong as text.
+
+        Several answers of one row are joined by " | "; answer and wrong are None where the target is not about given tokens.
+        """
+        columns: dict[str, list[str] | list[None]] = {
+            "clean": prompts.texts(model, self.clean, self.clean_mask),
+            "corrupt": prompts.texts(model, self.corrupt, self.corrupt_mask),
+            "answer": [None] * len(self),
+            "wrong": [None] * len(self),
+        }
+        if isinstance(self.target, TokenTarget):
+            for name, tokens in (("answer", self.target.answer), ("wrong", self.target.wrong)):
+                if tokens is not None:
+                    columns[name] = prompts.words(model, token_ids(model, tokens, len(self), name))
+        return pd.DataFrame(columns)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file with token ids, masks and, in its metadata, the target as JSON.
+
+        Raises:
+            RelevanceError: the target is a plain callable (or a target class of your own), which cannot be written without pickling code.
+        """
+        storage.save(Path(path), {name: getattr(self, name) for name in storage.TENSORS}, self.target, self.dropped)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PromptPairs:
+        """What `save` wrote, on the CPU."""
+        return cls(**storage.load(Path(path)))
+
+    @classmethod
+    def from_strings(
+        cls, model: TransformerBridge, clean: Sequence[str], corrupt: Sequence[str], answer: Sequence[str], wrong: Sequence[str]
+    ) -> PromptPairs:
+        """Pairs from text, with the target logit(answer) - logit(wrong). Rows may differ in length (padded on the right); a pair may not.
+
+        Raises:
+            RelevanceError: lists every bad row: clean and corrupt of different token length, an answer that is not one token.
+        """
+        answers, wrongs = prompts.check_rows(model, clean, corrupt, answer, wrong)
+        clean_tokens, clean_mask = prompts.tokenize(model, list(clean))
+        corrupt_tokens, corrupt_mask = prompts.tokenize(model, list(corrupt))
+        return cls(clean_tokens, corrupt_tokens, logit_diff(torch.tensor(answers), torch.tensor(wrongs)), clean_mask, corrupt_mask)
+
+    @classmethod
+    def from_file(cls, model: TransformerBridge, path: str | Path) -> PromptPairs:
+        """`from_strings` on a .csv or a .jsonl (one JSON object per line) with the columns clean, corrupt, answer, wrong."""
+        columns = prompts.read_columns(Path(path))
+        return cls.from_strings(model, **columns)

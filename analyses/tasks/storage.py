@@ -1,0 +1,68 @@
+"""Prompt pairs on disk: one safetensors file, the target described as JSON in its metadata. No pickle, so a file runs no code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from analyses.tasks.later_years import LaterYears
+from lens_relevance.errors import RelevanceError
+from lens_relevance.targets import Target, TokenTarget
+
+_FORMAT = "lens_relevance prompt pairs 1"
+TENSORS = ("clean", "corrupt", "clean_mask", "corrupt_mask")
+
+
+def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tensor], Tensor], dropped: Sequence[str]) -> None:
+    """Writes the parts of `PromptPairs`; a RelevanceError names a target that cannot be written."""
+    if isinstance(target, TokenTarget):
+        described = {"kind": target.kind, "answer": _plain(target.answer), "wrong": _plain(target.wrong), "position": target.position}
+    elif isinstance(target, LaterYears):
+        described = {"kind": "later_years"}
+        tensors = tensors | {"years": target.years, "later": target.later}
+    else:
+        raise RelevanceError(
+            f"prompt pairs with the target {getattr(target, '__name__', type(target).__name__)!r} cannot be saved: it is code; "
+            "only logit, logit_diff, log_prob and the targets of the tasks are data"
+        )
+    metadata = {"format": _FORMAT, "target": json.dumps(described), "dropped": json.dumps(list(dropped))}
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The arguments of `PromptPairs` from a file that `save` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise RelevanceError(f"{path} cannot be read as saved prompt pairs: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise RelevanceError(f"{path} was not written by PromptPairs.save; text goes through PromptPairs.from_file")
+    described = json.loads(metadata["target"])
+    target: Target
+    if described["kind"] == "later_years":
+        target = LaterYears(tensors["years"], tensors["later"])
+    else:
+        answer, wrong = _tokens(described["answer"]), _tokens(described["wrong"])
+        target = TokenTarget(described["kind"], answer, wrong, described["position"])
+    parts: dict[str, Any] = {name: tensors[name] for name in TENSORS}
+    return parts | {"target": target, "dropped": tuple(json.loads(metadata["dropped"]))}
+
+
+def _plain(tokens: Any) -> Any:
+    """Tokens of a target (str, int, None, a tensor or a nest of sequences of them) as JSON can hold them."""
+    if isinstance(tokens, Tensor):
+        return tokens.tolist()
+    return [_plain(token) for token in tokens] if isinstance(tokens, list | tuple) else tokens
+
+
+def _tokens(plain: Any) -> Any:
+    return torch.tensor(plain) if isinstance(plain, list) and all(isinstance(token, int) for token in plain) else plain

@@ -1,0 +1,167 @@
+"""Text and numbers on their way into HTML: everything that may come from a prompt passes through here."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+# In a script these could end it, open a comment, or break a line inside a string literal (JSON allows U+2028, older JavaScript does not).
+_SCRIPT_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_WHITESPACE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def escape(text: object) -> str:
+    """Text for HTML content or a quoted attribute."""
+    return html.escape(str(text), quote=True)
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a `<script>`: no character of it can end the script or be read as markup.
+
+    Raises ValueError where a number is not finite, since JSON has no such numbers.
+    """
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True, default=_plain)
+    return re.sub("[<>&\u2028\u2029]", lambda match: _SCRIPT_ESCAPES[match.group()], text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be shown on a page: give text, numbers, lists, dicts, arrays or tensors")
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """Tensor, array or nested list as float64 numpy; ValueError where it holds a number that is not finite."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()  # numpy knows no bfloat16
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise ValueError(f"{name} holds {bad} values that are not finite, which a picture would hide; look for the cause first")
+    return array
+
+
+def check_tokens(tokens: Sequence[str], count: int, name: str) -> list[str]:
+    """The tokens as a list; ValueError where `name` does not have one position per token."""
+    if isinstance(tokens, str):
+        raise ValueError("tokens is one string; give a list with one string per position, e.g. model.to_str_tokens(prompt)")
+    if len(tokens) != count:
+        raise ValueError(f"{name} has {count} positions but there are {len(tokens)} tokens; give one example's tokens, with the same BOS")
+    return [str(token) for token in tokens]
+
+
+def show_token(token: str) -> str:
+    """A token as a label: outer spaces go, line breaks and tabs become visible, an empty one stays visible."""
+    visible = "".join(_WHITESPACE.get(sign, sign) for sign in token)
+    return visible.strip(" ") or "␣" * max(len(token), 1)
+
+
+def short(label: str, length: int = 11) -> str:
+    """A label cut to `length` characters, where a long one would take the picture's room."""
+    return label if len(label) <= length else f"{label[: length - 1]}…"
+
+
+def round_significant(value: float, digits: int = 6) -> float:
+    """`value` to so many significant digits: what is sent to a page, where 17 digits would only cost room."""
+    return float(f"{float(value):.{digits}g}")
+
+
+def rounded(values: np.ndarray) -> Any:
+    """The array as nested lists of numbers with 6 significant digits."""
+    return _rounded(values.tolist())
+
+
+def _rounded(values: Any) -> Any:
+    return [_rounded(value) for value in values] if isinstance(values, list) else round_significant(values)
+
+
+def format_number(value: float, signed: bool = True, digits: int = 3) -> str:
+    """A number for people: so many significant digits, an exponent only where it must be."""
+    value = float(value)
+    if not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    sign = "+" if signed else ""
+    if abs(value) < 1e-4:
+        return f"{value:{sign}.{digits - 1}e}"
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:{sign},.{decimals}f}"
+
+
+def inline_markup(text: str) -> str:
+    """Escaped text in which `code` and **bold** are rendered; nothing else is markup."""
+    escaped = escape(text)
+    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped)
+
+
+def table_html(frame: pd.DataFrame, caption: str = "", bars: Sequence[str] = ()) -> str:
+    """A DataFrame as an HTML table; each numeric cell keeps its full value in `data-value`.
+
+    Args:
+        frame: what is shown. A named index becomes a column, an unnamed one is left out.
+        bars: columns whose signed numbers also get a bar (blue right of zero, red left), all on one scale per column.
+    """
+    if missing := [name for name in bars if name not in frame.columns]:
+        raise ValueError(f"the table has no column {missing[0]!r} to draw bars in; it has {list(map(str, frame.columns))}")
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    limits = {name: _largest(frame[name]) for name in bars}
+    head = "".join(f'<th scope="col"{_align(frame.iloc[:, i])}>{escape(name)}</th>' for i, name in enumerate(frame.columns))
+    cell_of: list[Callable[[Any], str]] = [_cell_maker(limits.get(name)) for name in frame.columns]
+    rows = (
+        "<tr>" + "".join(make(value) for make, value in zip(cell_of, row, strict=True)) + "</tr>" for row in frame.itertuples(index=False)
+    )
+    title = f"<caption>{inline_markup(caption)}</caption>" if caption else ""
+    return f'<div class="lr-table"><table>{title}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def facts_html(facts: Mapping[str, object]) -> str:
+    """Names and values, as a definition list."""
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{_fact(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="lr-facts">{rows}</dl>'
+
+
+def _fact(value: object) -> str:
+    return escape(format_number(value, signed=False, digits=4) if isinstance(value, float) else value)
+
+
+def _align(column: pd.Series) -> str:
+    return ' class="num"' if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) else ""
+
+
+def _largest(column: pd.Series) -> float:
+    return float(column.abs().max()) or 1.0
+
+
+def _cell_maker(bar_limit: float | None) -> Callable[[Any], str]:
+    def cell(value: Any) -> str:
+        if isinstance(value, bool | np.bool_):
+            return f"<td>{'yes' if value else 'no'}</td>"
+        if value is None or (isinstance(value, Real) and not math.isfinite(value)):
+            return '<td class="num">–</td>'
+        if isinstance(value, Integral):
+            return f'<td class="num" data-value="{int(value)}">{int(value)}</td>'
+        if not isinstance(value, Real):
+            return f"<td>{escape(value)}</td>"
+        number = float(value)
+        shown = format_number(number, signed=bar_limit is not None, digits=4)
+        if bar_limit is None:
+            return f'<td class="num" data-value="{number!r}">{shown}</td>'
+        share = min(abs(number) / bar_limit, 1.0)
+        sign = "lr-neg" if number < 0 else "lr-pos"
+        return f'<td class="num lr-bar" data-value="{number!r}"><i class="{sign}" style="--v:{share:.4f}"></i><span>{shown}</span></td>'
+
+    return cell

@@ -1,0 +1,95 @@
+"""Colours and the plain matplotlib canvas that all pictures share.
+
+Blue is positive, red is negative, zero is the colour of the paper. The two hues are ColorBrewer's RdBu ends, which people with every
+common form of colour blindness tell apart, and they are CircuitsVis's convention too (positive blue, negative red).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+POSITIVE = "#2166ac"
+NEGATIVE = "#b2182b"
+ZERO = "#ffffff"
+INK = "#1b1f24"
+MUTED = "#59636e"
+LINE = "#d8dee4"
+# Okabe and Ito's colour-blind-safe set without its yellow, for curves and stacked bars.
+CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
+
+SIGNED = LinearSegmentedColormap.from_list("signed_relevance", [NEGATIVE, ZERO, POSITIVE])
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "text.parse_math": False,  # a token may hold a dollar sign
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "svg.hashsalt": "lens_relevance",  # the same picture is the same file
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches that belongs to no GUI and to no pyplot state."""
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def figure_bytes(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
+    """The figure as a file: `"png"` or `"svg"`, without a date, so that equal figures are equal bytes."""
+    metadata: dict[str, str | None] = {"Date": None} if file_format == "svg" else {"Software": None}
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Prompts hold signs that the plotting font lacks (CJK, emoji); a box in the static picture is not worth a warning per glyph.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
+    return buffer.getvalue()
+
+
+def small_png(figure: Figure, dpi: int) -> bytes:
+    """The figure as a PNG of at most 128 colours, a third of the size: for pages and notebooks, which carry many."""
+    with Image.open(io.BytesIO(figure_bytes(figure, "png", dpi))) as image:
+        buffer = io.BytesIO()
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def styled() -> AbstractContextManager[None]:
+    """Context in which figures are drawn in the shared style."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def limit_of(values: Sequence[float] | np.ndarray) -> float:
+    """The largest finite magnitude: both ends of a symmetric colour scale. 1 where all are zero, so that nothing divides by zero."""
+    magnitudes = np.abs(np.asarray(values, dtype=float))
+    finite = magnitudes[np.isfinite(magnitudes)]
+    largest = float(finite.max()) if finite.size else 0.0
+    return largest if largest > 0 else 1.0
+
+
+def add_scale(figure: Figure, axis: Axes | list[Axes], limit: float) -> None:
+    """The colour scale beside one axis or several, from `-limit` to `limit`."""
+    scale = figure.colorbar(ScalarMappable(Normalize(-limit, limit), SIGNED), ax=axis, fraction=0.04, pad=0.02, aspect=14, shrink=0.8)
+    scale.outline.set_visible(False)
+    scale.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:+.2g}"])
+    scale.ax.tick_params(labelsize=7, length=0)

@@ -1,0 +1,90 @@
+"""Relevance flow of each head: from which source tokens, through its values or its keys, its relevance comes.
+
+The picture to show for a head: unlike its pattern, it says what the attended tokens brought for the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_relevance.attention_methods.key_flow import key_flow, key_points, rotary_constants
+from lens_relevance.attention_methods.run import check_patterns
+from lens_relevance.cache import RelevanceCache
+from lens_relevance.engine import propagate
+from lens_relevance.errors import RelevanceError
+from lens_relevance.inputs import Inputs
+from lens_relevance.rules.base import share, working
+from lens_relevance.rulesets import Table
+from lens_relevance.sites import anatomy
+from lens_relevance.targets import Target
+
+
+def head_flow(
+    model: Any,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    rules: str | Table | None = None,
+    path: Literal["value", "key"] = "value",
+    layers: Sequence[int] | None = None,
+    reference: Any = None,
+    attention_mask: Tensor | None = None,
+) -> Float[Tensor, "batch layer head query key"]:
+    """F_h[t, s]: relevance that head h at token t takes from token s, in units of the target.
+
+    path "value": A[t, s] v[s] . g_z[t]; a row sums to the head's relevance at t, `propagate(...).heads()`.
+    path "key": k[s] . (what query t adds to the coefficient at the keys); a column sums to the key relevance of s in this head, and over
+        the heads that share a key-value head to the relevance at `k.hook_out` (`hook_rot_k` where the model has it).
+    With a reference (of one run): (A[t, s] v[s] - A'[t, s] v'[s]) . g_z[t], and k[s] - k'[s] in place of k[s].
+    layers: which, in this order (all by default). Other arguments as for `propagate`.
+
+    Raises CoverageError for a model without live patterns, RelevanceError for a layer out of range, several references, or bad input.
+    """
+    body = anatomy(model)
+    check_patterns(body, model)
+    chosen = list(range(body.n_layers)) if layers is None else list(layers)
+    for layer in chosen:
+        if not 0 <= layer < body.n_layers:
+            raise RelevanceError(f"layer {layer} is out of range: the model has {body.n_layers} layers, 0 to {body.n_layers - 1}")
+    if path not in ("value", "key"):
+        raise RelevanceError(f"unknown path {path!r}; choose 'value' or 'key'")
+    if getattr(reference, "n", 1) > 1:
+        raise RelevanceError(f"a flow is that of one pair of runs, but {reference} holds {reference.n}; use mean_embedding() or a prompt")
+
+    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    if path == "key":
+        with rotary_constants(model, body, chosen) as constants:
+            cache = propagate(model, inputs, target, rules, key_points(body, chosen), reference, attention_mask)
+        return torch.stack([key_flow(body, cache, constants, layer, rules) for layer in chosen], 1)
+    names = [f"blocks.{layer}.attn.{point}" for layer in chosen for point in ("hook_pattern", "v.hook_out", "hook_z")]
+    cache = propagate(model, inputs, target, rules, names, reference, attention_mask)
+    return torch.stack([_of_layer(cache, layer) for layer in chosen], 1)
+
+
+def value_flow(
+    pattern: Float[Tensor, "batch head query key"],
+    v: Float[Tensor, "batch key kv_head d_head"],
+    g_z: Float[Tensor, "batch query head d_head"],
+) -> Float[Tensor, "batch head query key"]:
+    """A[t, s] v[s] . g_z[t] for one run; heads share key-value heads in equal groups."""
+    values = working(v).repeat_interleave(pattern.shape[1] // v.shape[2], 2)
+    return share(pattern, torch.einsum("bqhd,bkhd->bhqk", working(g_z), values))
+
+
+def _of_layer(cache: RelevanceCache, layer: int) -> Float[Tensor, "batch head query key"]:
+    names = [cache.canonical(f"blocks.{layer}.attn.{point}") for point in ("hook_pattern", "v.hook_out", "hook_z")]
+    pattern, v, z = names
+    real = cache.mask.bool()
+    open_ = real[:, None, :, None] & real[:, None, None, :]
+
+    def one(activations: dict[str, Tensor]) -> Tensor:
+        values = torch.where(real[:, :, None, None], activations[v], torch.zeros_like(activations[v]))
+        flow = value_flow(activations[pattern], values, cache.coefficients[z])
+        return torch.where(open_, flow, torch.zeros_like(flow))
+
+    flow = one(cache.activations)
+    return flow - one(cache.reference_activations) if cache.reference_activations else flow

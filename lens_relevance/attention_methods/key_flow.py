@@ -1,0 +1,112 @@
+"""Relevance that reaches a head's keys, query by query: the key path of `head_flow`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_relevance.cache import RelevanceCache
+from lens_relevance.rules import (
+    PairProduct,
+    Reference,
+    Rule,
+    Scale,
+    Scores,
+    ScoresSoftmax,
+    ScoresThenSoftmax,
+    Softmax,
+    SoftmaxTemperature,
+    UniformScores,
+)
+from lens_relevance.rules.base import share, working
+from lens_relevance.rulesets import Table, rule_for, ruleset
+from lens_relevance.sites import Anatomy, Site
+
+
+def scores_site(body: Anatomy, layer: int) -> Site:
+    """Where a layer's scores are made: a site of their own, or one fused with the softmax."""
+    return next(s for s in body.sites if s.layer == layer and isinstance(s.operation, Scores | ScoresSoftmax))
+
+
+def key_points(body: Anatomy, layers: Sequence[int]) -> list[str]:
+    """HookPoints the key path needs: queries, keys and the scores (the pattern, where scores are not live)."""
+    sites = [scores_site(body, layer) for layer in layers]
+    return [str(point.name) for site in sites for point in (*site.inputs[:2], site.output) if point is not None]
+
+
+@contextmanager
+def rotary_constants(model: Any, body: Anatomy, layers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+    """cos and sin of the forwards that run inside, by HookPoint name: they are not part of the graph, so no cache has them."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        kept[hook.name] = x.detach()
+
+    names = [str(point.name) for layer in layers for point in scores_site(body, layer).inputs[2:]]
+    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        yield kept
+
+
+def key_flow(
+    body: Anatomy, cache: RelevanceCache, constants: dict[str, Tensor], layer: int, rules: str | Table
+) -> Float[Tensor, "batch head query key"]:
+    """(k[s] - k'[s]) . scale * q[t] * (coefficient at the raw score of t and s); k' = 0 where there is no reference.
+
+    Under pair rules q is the mean of both runs; the part that a rule leaves to the keys (1/2 under the uniform rule) is applied.
+    """
+    site = scores_site(body, layer)
+    scores = site.operation.scores if isinstance(site.operation, ScoresSoftmax) else site.operation
+    assert isinstance(scores, Scores)
+    geometry, rule = scores.geometry, rule_for(ruleset(rules), site)
+
+    def inputs(activations: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        q, k = (activations[str(point.name)] for point in site.inputs[:2])
+        raw = (x.transpose(1, 2) if geometry.queries_are_split else x.flatten(-2) for x in (q, k))
+        return (*raw, *(constants[str(point.name)] for point in site.inputs[2:]))
+
+    own = inputs(cache.activations)
+    other = inputs(cache.reference_activations) if cache.reference_activations else None
+    name = str(site.output.name) if site.output is not None else ""
+    upstream, part = cache.coefficients[name], rule
+    if isinstance(site.operation, ScoresSoftmax):
+        upstream, part = _through_softmax(rule, cache, name)
+    reference = None if other is None else Reference(other, torch.empty(0))
+    uniform = _uniform(part)
+    kept = (part if isinstance(part, PairProduct) else uniform).keep(scores, own, torch.empty(0), reference)
+    if geometry.soft_cap is not None:
+        upstream = working(upstream) * kept[2]
+    keys = geometry.queries_keys(own)[1]
+    if other is not None:
+        keys = keys - geometry.queries_keys(other)[1]
+    real = cache.mask.bool()
+    keys = torch.where(real[:, None, :, None], keys, torch.zeros_like(keys))
+    products = kept[0] @ geometry.expand(keys).mT * (geometry.scale * uniform.part)
+    return share(torch.where(real[:, None, :, None], products, torch.zeros_like(products)), upstream)
+
+
+def _uniform(rule: Rule) -> UniformScores:
+    """A rule of the product as the part it leaves to each factor, its soft-cap passed by the rule's own choice."""
+    if isinstance(rule, UniformScores):
+        return rule
+    return UniformScores(rule.factor if isinstance(rule, Scale) else 1.0)
+
+
+def _through_softmax(rule: Rule, cache: RelevanceCache, name: str) -> tuple[Tensor, Rule]:
+    """Coefficient at the scores and the rule of their product, where the model fuses scores and softmax."""
+    g, softmax = cache.coefficients[name], Softmax()
+    if not isinstance(rule, ScoresThenSoftmax):  # the plain gradient, or a part of it
+        (to_scores,) = SoftmaxTemperature(1.0).backward(softmax, [working(cache.activations[name])], g)
+        assert to_scores is not None
+        return to_scores, rule
+    # log of the pattern are the scores less a constant per row, to which no softmax rule is sensitive; closed entries become -inf
+    scores = working(cache.activations[name]).log()
+    reference = Reference((working(cache.reference_activations[name]).log(),), torch.empty(0)) if cache.reference_activations else None
+    kept = rule.pattern.keep(softmax, (scores,), torch.empty(0), reference)
+    (to_scores,) = rule.pattern.backward(softmax, kept, g)
+    assert to_scores is not None
+    return to_scores, rule.scores

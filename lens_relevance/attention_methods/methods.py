@@ -1,0 +1,120 @@
+"""All methods by name, and the function that runs one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lens_relevance.attention_methods import (
+    attention_flow,
+    chefer_2021a,
+    chefer_2021b,
+    globenc,
+    gradient_attention,
+    legrad,
+    raw_attention,
+    rollout,
+    weighted_accumulation,
+)
+from lens_relevance.attention_methods.accumulation import Accumulation
+from lens_relevance.attention_methods.result import TokenRelevance
+from lens_relevance.attention_methods.run import AttentionRun, check_patterns, run_points
+from lens_relevance.engine import propagate
+from lens_relevance.errors import RelevanceError
+from lens_relevance.guest import check_model
+from lens_relevance.inputs import Inputs
+from lens_relevance.rulesets import Table, needs_reference, ruleset, ruleset_name
+from lens_relevance.sites import Anatomy, anatomy
+from lens_relevance.targets import Target
+
+
+def _nothing_more(body: Anatomy, importance: str) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Method:
+    """accumulate: from a run to relevance. points: HookPoints it needs besides the patterns. two_gradients: it wants the plain one too."""
+
+    accumulate: Callable[[AttentionRun], Accumulation]
+    points: Callable[[Anatomy, str], list[str]] = _nothing_more
+    two_gradients: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "weighted_accumulation": Method(weighted_accumulation.accumulate, weighted_accumulation.points),
+    "chefer_2021b": Method(chefer_2021b.accumulate),
+    "chefer_2021a": Method(chefer_2021a.accumulate, two_gradients=True),
+    "rollout": Method(rollout.accumulate),
+    "attention_flow": Method(attention_flow.accumulate),
+    "globenc": Method(globenc.accumulate, globenc.points),
+    "legrad": Method(legrad.accumulate),
+    "gradient_attention": Method(gradient_attention.accumulate),
+    "raw_attention": Method(raw_attention.accumulate),
+}
+ALIASES = {"chefer": "chefer_2021b"}
+
+
+def token_relevance(
+    model: Any,
+    inputs: Inputs | Mapping[str, Inputs],
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    method: str = "weighted_accumulation",
+    importance: str = "relevance",
+    rules: str | Table = "gradient",
+    attention_mask: Tensor | None = None,
+) -> TokenRelevance:
+    """Relevance of tokens for tokens from attention patterns and their gradients, in one forward and one backward pass.
+
+    model: a TransformerBridge in eval mode with live patterns. inputs, target, attention_mask: as for `propagate`; the row that is explained
+        is that of the position the target reads.
+    method: `weighted_accumulation` (our reading of Huang et al. 2023: only the paper's abstract was at hand, and its own weights could not
+        be checked), `chefer_2021b` (or `chefer`), `chefer_2021a`, `rollout`, `attention_flow`, `globenc`, `legrad`, `gradient_attention`,
+        `raw_attention`. Sources are named in each one's module.
+    importance: for weighted accumulation: `relevance`, `norm`, `grad_norm`, or `equal`, which is `chefer_2021b`.
+    rules: ruleset under which the backward pass delivers gradients (any that needs no reference run).
+
+    These are scores of a single run: they say along which attention the target's relevance came, mostly without a sign, and do not add up
+    to the target. For a pair of prompts `propagate(..., rules="deeplift", reference=...)` explains the difference of the two targets,
+    signed and adding up exactly.
+
+    Raises RelevanceError for an unknown method, importance or ruleset and for bad inputs; CoverageError for a model without live patterns.
+    """
+    chosen = METHODS.get(ALIASES.get(method, method))
+    if chosen is None:
+        raise RelevanceError(f"unknown method {method!r}; choose one of {', '.join([*METHODS, *ALIASES])}")
+    if importance not in weighted_accumulation.IMPORTANCES:
+        raise RelevanceError(f"unknown importance {importance!r}; choose one of {', '.join(weighted_accumulation.IMPORTANCES)}")
+    table = ruleset(rules)
+    if needs_reference(table):
+        raise RelevanceError(
+            f"ruleset {ruleset_name(rules)!r} compares two runs and token relevance explains one; choose a ruleset for single runs, such "
+            "as 'gradient' or 'attnlrp', or propagate(..., reference=...).tokens()"
+        )
+    if isinstance(inputs, Mapping):
+        raise RelevanceError(
+            f"inputs name two token sets ({', '.join(map(str, inputs))}), but this model has one and no cross-attention; give one prompt"
+        )
+    check_model(model)
+    body = anatomy(model)
+    check_patterns(body, model)
+    names = list(dict.fromkeys([*run_points(body), *chosen.points(body, importance)]))
+    cache = propagate(model, inputs, target, rules, names, attention_mask=attention_mask)
+    plain = cache
+    if chosen.two_gradients and ruleset_name(rules) != "gradient":
+        plain = propagate(model, inputs, target, "gradient", run_points(body), attention_mask=attention_mask)
+    run = AttentionRun(body, cache, importance, plain)
+    accumulation = chosen.accumulate(run)
+    return TokenRelevance(
+        ALIASES.get(method, method),
+        importance,
+        ruleset_name(rules),
+        cache.value,
+        run.start,
+        cache.input_tokens,
+        run.mask,
+        accumulation,
+    )

@@ -1,0 +1,89 @@
+"""Shared fixtures. The models are small enough to build anew for every test; builders with arguments are in tests/models.py."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from tests import models
+
+torch.set_num_threads(2)
+
+STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260k"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, in whatever order or selection the suite runs."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def gpt2() -> TransformerBridge:
+    return models.build_gpt2()
+
+
+@pytest.fixture
+def neox_parallel() -> TransformerBridge:
+    return models.build_neox(parallel=True)
+
+
+@pytest.fixture
+def neox_sequential() -> TransformerBridge:
+    return models.build_neox(parallel=False)
+
+
+@pytest.fixture
+def llama() -> TransformerBridge:
+    return models.build_llama()
+
+
+@pytest.fixture(params=list(models.NATIVE_VARIANTS))
+def native(request: pytest.FixtureRequest) -> TransformerBridge:
+    """TransformerLens's native model, once per variant of `models.NATIVE_VARIANTS`."""
+    return models.build_native(**models.NATIVE_VARIANTS[request.param])
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Token ids [2, 6] that fit every model of tests/models.py."""
+    return models.random_tokens()
+
+
+@pytest.fixture(scope="session")
+def _embedded() -> TransformerBridge:
+    from analyses.embedded import load_embedded
+
+    return load_embedded()
+
+
+@pytest.fixture
+def embedded(_embedded: TransformerBridge) -> Iterator[TransformerBridge]:
+    """The trained model that ships with the package, loaded once for the session and left free of hooks after each test."""
+    yield _embedded
+    _embedded.reset_hooks()
+    _embedded.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def _stories() -> TransformerBridge:
+    if not STORIES.is_dir():
+        pytest.skip("needs the trained model ../shared/models/stories260k beside the checkout, which is not there")
+    return TransformerBridge.boot_transformers(str(STORIES)).eval()
+
+
+@pytest.fixture
+def stories(_stories: TransformerBridge) -> Iterator[TransformerBridge]:
+    """stories260k, a trained Llama-type model (TinyStories), loaded once for the session and left free of hooks after each test."""
+    yield _stories
+    _stories.reset_hooks()
+    _stories.zero_grad()
