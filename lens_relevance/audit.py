@@ -40,6 +40,11 @@ def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
     return list(dict.fromkeys([*anatomy.leaves, *cuts, *names]))
 
 
+def _row(site: Site) -> object:
+    """The account's row of a site: its layer, or the embeddings below the blocks, or the output above them."""
+    return site.layer if site.layer is not None else ("embed" if site.name.startswith("embed") else "output")
+
+
 def _keeps_norm_bias(site: Site, rule: Rule) -> bool:
     """Whether all that the rule keeps at this site is a norm's bias."""
     return isinstance(site.operation, NormWeight) or (site.kind == "norm" and isinstance(rule, LNRule))
@@ -61,11 +66,15 @@ def account(
     """
     n, zero = anatomy.n_layers, torch.zeros_like(value)
 
+    def rows(summed: Tensor) -> Tensor:
+        """Per example also where a model folds positions into the batch (OPT's MLP)."""
+        return summed.reshape(len(zero), -1).sum(1)
+
     def at(name: str) -> Tensor:
         if name not in coefficients:
             return zero
         a = activations[name] if references is None else activations[name].to(coefficients[name].dtype) - references[name]
-        return per_example(share(a, coefficients[name]))
+        return rows(per_example(share(a, coefficients[name])))
 
     sinks: dict[tuple[object, str], Tensor] = {("output", "target"): target_sink}
     for name in anatomy.leaves[1:]:
@@ -78,8 +87,8 @@ def account(
         reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
         column = "norm_biases" if _keeps_norm_bias(site, rule) and references is None else _COLUMN[site.kind]
-        key = (site.layer if site.layer is not None else "output", column)
-        sinks[key] = sinks.get(key, zero) + kept.to(zero.dtype)
+        key = (_row(site), column)
+        sinks[key] = sinks.get(key, zero) + rows(kept).to(zero.dtype)
     cuts = [at(f"blocks.{layer}.hook_in") for layer in range(n)] + [at(f"blocks.{n - 1}.hook_out"), value]
     below: dict[object, Tensor] = {"embed": at(anatomy.leaves[0]), **{layer: cuts[layer] for layer in range(n)}, "output": cuts[n]}
     above: dict[object, Tensor] = {"embed": cuts[0], **{layer: cuts[layer + 1] for layer in range(n)}, "output": value}

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules import (
+    AttentionRule,
     Constant,
     Gated,
     GatedActivation,
@@ -39,6 +40,7 @@ from lens_relevance.rules import (
     ScoresThenSoftmax,
     SoftmaxTemperature,
     UniformScores,
+    WholeAttention,
     ZeroRule,
 )
 from lens_relevance.sites import Site
@@ -134,6 +136,8 @@ def rule_for(table: Table, site: Site) -> Rule:
         return _gated(entry("activation"), rule)
     if isinstance(operation, ScoresSoftmax):
         return _scores_and_pattern(entry("scores"), rule, operation.scores, entry("soft_cap"))
+    if isinstance(operation, WholeAttention):
+        return _attention(entry("scores"), entry("pattern"), rule, entry("soft_cap"), operation)
     if isinstance(operation, Scores) and operation.geometry.soft_cap is not None:
         return _capped(rule, entry("soft_cap"))
     if site.kind == "linear" and rule is PLAIN:
@@ -179,3 +183,19 @@ def _scores_and_pattern(scores: Rule, pattern: Rule, operation: Scores, cap: Rul
         return Scale(_part(scores)) if isinstance(scores, Scale) else pattern
     uniform = UniformScores(_part(scores), identity_cap) if isinstance(scores, Scale) or scores.is_plain else scores
     return ScoresThenSoftmax(uniform, SoftmaxTemperature(1.0) if pattern.is_plain else pattern)
+
+
+def _attention(scores: Rule, pattern: Rule, z: Rule, cap: Rule, operation: WholeAttention) -> Rule:
+    """The rule of an attention that is one operation; all plain stays with autograd."""
+    if scores.is_plain and pattern.is_plain and z.is_plain:
+        return PLAIN
+    inner = _scores_and_pattern(scores, pattern, operation.pattern.scores, cap)
+    pair = isinstance(z, PairProduct)
+    if isinstance(pattern, Scale) and pattern.factor == 0:
+        return AttentionRule(scores, None, _part(z), pair)
+    if isinstance(inner, Scale):
+        inner = ScoresThenSoftmax(UniformScores(inner.factor), SoftmaxTemperature(1.0))
+    elif inner.is_plain:
+        inner = ScoresThenSoftmax(UniformScores(), SoftmaxTemperature(1.0))
+    assert isinstance(inner, ScoresThenSoftmax)
+    return AttentionRule(inner.scores, inner.pattern, _part(z), pair)

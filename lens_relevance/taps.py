@@ -111,17 +111,24 @@ def collect(
     for name in names:
         point = body.points[name]
         convert = point.hook_conversion.convert if point.hook_conversion is not None else (lambda x: x)
-        kept = {"activations": convert(taps[name].detach()), "coefficients": convert(coefficients[name].detach())}
+        kept = {"activations": taps[name].detach(), "coefficients": coefficients[name].detach()}
+        if references is not None:
+            kept["reference_activations"] = references[name]
+        kept = {group: convert(_batched(tensor, mask)) for group, tensor in kept.items()}
         if padded:
             kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], mask.repeat_interleave(n, 0), point.pos_dim)
-        if references is not None:
-            kept["reference_activations"] = convert(references[name])
         if n > 1:
             each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
             kept = {key: average(tensor, n) for key, tensor in kept.items()} | {"averaged": average(each, n)}
         for group, tensor in kept.items():
             groups[group][name] = tensor if device is None else tensor.to(device)
     return groups
+
+
+def _batched(tensor: Tensor, mask: Tensor) -> Tensor:
+    """[batch * pos, d] as [batch, pos, d]: OPT folds positions into the batch around its MLP."""
+    pos = mask.shape[1]
+    return tensor.unflatten(0, (-1, pos)) if tensor.ndim == 2 and tensor.shape[0] % mask.numel() == 0 else tensor
 
 
 def average(rows: Tensor, n: int) -> Tensor:

@@ -3,6 +3,7 @@
 from lens_relevance.rules.activation import Activation, Gated, GatedActivation, Identity, Rescale, SoftCap
 from lens_relevance.rules.attention import (
     AttentionGeometry,
+    AttentionRule,
     Constant,
     Half,
     Mix,
@@ -15,6 +16,7 @@ from lens_relevance.rules.attention import (
     Softmax,
     SoftmaxTemperature,
     UniformScores,
+    WholeAttention,
 )
 from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.linear import Linear, ZeroRule
@@ -23,6 +25,7 @@ from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormSca
 __all__ = [
     "Activation",
     "AttentionGeometry",
+    "AttentionRule",
     "Constant",
     "Gated",
     "GatedActivation",
@@ -51,5 +54,6 @@ __all__ = [
     "SoftCap",
     "SoftmaxTemperature",
     "UniformScores",
+    "WholeAttention",
     "ZeroRule",
 ]

@@ -29,7 +29,8 @@ class AttentionGeometry:
     """How raw tensors become heads: [.., pos, head * d_head] or already [.., head, pos, d_head].
 
     rotate(x, sign, constants) turns queries and keys by their positions (sign -1 pulls coefficients back), where the model does it between
-    the HookPoints; `soft_cap` is Gemma2's c in c tanh(r / c); `mask(shape, device)` gives True where a score is masked, where it is needed.
+    the HookPoints; `soft_cap` is Gemma2's c in c tanh(r / c); `bias(scores)` gives what is added to rebuilt scores, -inf where they are
+    masked; adds_bias: a position bias (ALiBi, T5) is added to the scores, which keeps a share of a single run's relevance.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class AttentionGeometry:
         scale: float,
         soft_cap: float | None = None,
         rotate: Callable[[Tensor, int, Tensors], Tensor] | None = None,
-        mask: Callable[[Tensor], Tensor] | None = None,
+        bias: Callable[[Tensor], Tensor | None] | None = None,
         queries_are_split: bool = False,
+        adds_bias: bool = False,
     ) -> None:
         self.n_heads, self.n_key_value_heads, self.d_head = n_heads, n_key_value_heads, d_head
-        self.scale, self.soft_cap, self.rotate, self.mask = scale, soft_cap, rotate, mask
-        self.queries_are_split = queries_are_split
+        self.scale, self.soft_cap, self.rotate, self.bias = scale, soft_cap, rotate, bias
+        self.queries_are_split, self.adds_bias = queries_are_split, adds_bias
 
     @property
     def group(self) -> int:
@@ -123,8 +125,9 @@ class ScoresSoftmax(Operation):
         self.scores = scores
 
     def masked_scores(self, inputs: Tensors) -> Tensor:
-        scores, mask = self.scores(*inputs), self.scores.geometry.mask
-        return scores if mask is None else scores.masked_fill(mask(scores), float("-inf"))
+        scores, bias = self.scores(*inputs), self.scores.geometry.bias
+        added = None if bias is None else bias(scores)
+        return scores if added is None else scores + added
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return masked_softmax(self.masked_scores(inputs))
@@ -146,6 +149,18 @@ class Mix(Operation):
         g = self.geometry.split(upstream)
         to_v = self.geometry.reduce(pattern.transpose(-1, -2) @ g)
         return g @ self.geometry.expand(v).transpose(-1, -2), self.geometry.merge(to_v)
+
+
+class WholeAttention(Operation):
+    """(q, k, v) -> z, where a model computes its whole attention between these HookPoints."""
+
+    kind = "z"
+
+    def __init__(self, pattern: ScoresSoftmax, mix: Mix) -> None:
+        self.pattern, self.mix = pattern, mix
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.mix(self.pattern(*inputs[:2]), inputs[2])
 
 
 def masked_softmax(scores: Tensor) -> Tensor:
@@ -192,7 +207,7 @@ class Scale(Rule):
         return (upstream * self.factor,)
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        product = isinstance(op, Mix) or (isinstance(op, Scores) and op.geometry.soft_cap is None)
+        product = isinstance(op, Mix) or (isinstance(op, Scores) and op.geometry.soft_cap is None and not op.geometry.adds_bias)
         if product and self.factor == 0.5 and reference is None:  # each factor carries half of the product's relevance
             return torch.zeros_like(per_example(working(upstream)))
         downstream = tuple(None if g is None else g * self.factor for g in op.gradient(inputs, working(upstream)))
@@ -320,5 +335,44 @@ class ScoresThenSoftmax(Rule):
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
         if isinstance(self.scores, PairRule) and isinstance(self.pattern, PairRule):
+            return torch.zeros_like(per_example(working(upstream)))
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
+
+
+class AttentionRule(Rule):
+    """The rules of scores, pattern and z together, for an attention that is one operation; `pattern` None holds the pattern constant."""
+
+    def __init__(self, scores: Rule, pattern: Rule | None, part: float, pair: bool) -> None:
+        self.scores, self.pattern, self.part, self.pair = scores, pattern, part, pair
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.pair or self.scores.needs_reference or (self.pattern is not None and self.pattern.needs_reference)
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert isinstance(op, WholeAttention)
+        pattern, other = op.pattern(*inputs[:2]), None
+        values = op.mix.geometry.split(inputs[2])
+        if reference is not None and self.needs_reference:
+            other = Reference(reference.inputs[:2], op.pattern(*reference.inputs[:2]))
+            pattern2, values2 = other.output, op.mix.geometry.split(reference.inputs[2])
+            values = (values + values2) / 2 if self.pair else values
+        mean = (pattern + pattern2) / 2 if self.pair else pattern
+        if self.pattern is None:
+            return mean, values
+        return mean, values, *ScoresThenSoftmax(self.scores, self.pattern).keep(op.pattern, inputs[:2], pattern, other)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        assert isinstance(op, WholeAttention)
+        to_pattern, to_v = op.mix.back(upstream * self.part, kept[0], kept[1])
+        assert to_pattern is not None and to_v is not None
+        if self.pattern is None:
+            return torch.zeros_like(to_v), torch.zeros_like(to_v), to_v
+        return *ScoresThenSoftmax(self.scores, self.pattern).backward(op.pattern, kept[2:], to_pattern), to_v
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        constant = self.pattern is None and self.part == 1 and reference is None
+        exact = self.pair and isinstance(self.pattern, PairRule) and isinstance(self.scores, PairRule)
+        if constant or exact:
             return torch.zeros_like(per_example(working(upstream)))
         return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))

@@ -13,12 +13,12 @@ from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.sites.attention import attention_sites, decorative_points
 from lens_relevance.sites.base import Site
 from lens_relevance.sites.linear import linear_sites
-from lens_relevance.sites.logits import logit_sites
 from lens_relevance.sites.mlp import mlp_sites
 from lens_relevance.sites.normalization import norm_sites
+from lens_relevance.sites.output import output_sites
 
 # Components that only carry tensors around or are linear in them.
-_TRANSPARENT = ("BlockBridge", "ParallelBlockBridge", "EmbeddingBridge", "PosEmbedBridge", "RotaryEmbeddingBridge")
+_TRANSPARENT = ("EmbeddingBridge", "PosEmbedBridge", "RotaryEmbeddingBridge")
 
 
 @dataclass
@@ -66,7 +66,10 @@ def anatomy(model: Any) -> Anatomy:
             found.leaves.append(str(component.hook_out.name))
         if isinstance(component, components.AttentionBridge):
             found.decorative |= {str(p.name) for p in decorative_points(component)}
-    found.sites += logit_sites(model)
+    try:
+        found.sites += output_sites(model)
+    except CoverageError as error:
+        found.uncovered["output"] = str(error)
     found.n_layers = len(model.blocks) if hasattr(model, "blocks") else 0
     return found
 
@@ -97,9 +100,9 @@ def _sites_of(name: str, component: Any) -> list[Site]:
         return linear_sites(name, component)
     if isinstance(component, components.AttentionBridge):
         return attention_sites(name, component)
-    if type(component) in (components.MLPBridge, components.GatedMLPBridge):
+    if isinstance(component, components.MLPBridge):
         return mlp_sites(name, component)
-    if type(component).__name__ in _TRANSPARENT:
+    if isinstance(component, components.BlockBridge) or type(component).__name__ in _TRANSPARENT:
         return []
     if type(component).__name__ == "GeneralizedComponent" and isinstance(component.original_component, nn.Identity):
         return []

@@ -2,10 +2,11 @@
 
 | class | families | scores | pattern | rotation |
 |---|---|---|---|---|
-| JointQKVAttentionBridge | GPT-2 | live | live | none |
+| JointQKVAttentionBridge, BloomAttentionBridge | GPT-2, Bloom | live | live | none |
 | JointQKVPositionEmbeddingsAttentionBridge | NeoX | live | live | between q, k and the scores, no HookPoint |
 | PositionEmbeddingsAttentionBridge | Llama, Qwen, Gemma, OLMo2 | live | live | at hook_rot_q, hook_rot_k |
 | AttentionBridge over a NativeAttention | boot_native | none | live | between q, k and the pattern, no HookPoint |
+| AttentionBridge over anything else | OPT, GPT-J, BERT | none | none | inside: see delegated_attention.py |
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
+    BloomAttentionBridge,
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     PositionEmbeddingsAttentionBridge,
@@ -25,11 +27,12 @@ from transformer_lens.model_bridge.generalized_components import (
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import AttentionGeometry, Mix, Scores, ScoresSoftmax, Softmax
 from lens_relevance.sites.base import Site
+from lens_relevance.sites.delegated_attention import delegated_sites
 
 
 def attention_sites(name: str, component: AttentionBridge) -> list[Site]:
     """Scores, pattern and z of an attention component; raises CoverageError where it runs behind closed doors."""
-    if type(component) is JointQKVAttentionBridge:
+    if type(component) in (JointQKVAttentionBridge, BloomAttentionBridge):  # ALiBi is added to the scores, the same in both runs
         return _live_sites(name, component, _joint_geometry(component), (component.q.hook_out, component.k.hook_out))
     if type(component) is JointQKVPositionEmbeddingsAttentionBridge:
         geometry = _joint_geometry(component)
@@ -40,10 +43,7 @@ def attention_sites(name: str, component: AttentionBridge) -> list[Site]:
         return _live_sites(name, component, _llama_geometry(name, component), (component.hook_rot_q, component.hook_rot_k))
     if getattr(component.original_component, "accepts_pattern_fn", False):
         return _native_sites(name, component)
-    raise CoverageError(
-        f"{name}: {type(component).__name__} runs {type(component.original_component).__name__} as a whole, "
-        "so its scores and pattern HookPoints are decorative and no attention rule can be placed there yet"
-    )
+    return delegated_sites(name, component)
 
 
 def decorative_points(component: AttentionBridge) -> list[HookPoint]:
@@ -76,7 +76,7 @@ def _joint_geometry(component: Any) -> AttentionGeometry:
     scale = d_head**-0.5
     if getattr(component.config, "scale_attn_by_inverse_layer_idx", False) and component._layer_idx is not None:
         scale /= component._layer_idx + 1
-    return AttentionGeometry(n_heads, n_key_value_heads, d_head, scale)
+    return AttentionGeometry(n_heads, n_key_value_heads, d_head, scale, adds_bias=isinstance(component, BloomAttentionBridge))
 
 
 def _llama_geometry(name: str, component: Any) -> AttentionGeometry:
@@ -109,11 +109,13 @@ def _native_sites(name: str, component: AttentionBridge) -> list[Site]:
         call.clear()
         call.update({k: kwargs.get(k) for k in ("attention_mask", "position_ids")})
 
-    def mask(scores: Tensor) -> Tensor:
+    def bias(scores: Tensor) -> Tensor:
         seq = scores.shape[-1]
         blocked = original.causal_mask[:seq, :seq] if original.causal else torch.zeros(seq, seq, dtype=torch.bool, device=scores.device)
         given = call.get("attention_mask")
-        return blocked if given is None else original._combine_attention_mask(blocked, given, batch=scores.shape[-4])
+        if given is not None:
+            blocked = original._combine_attention_mask(blocked, given, batch=scores.shape[-4])
+        return torch.zeros_like(blocked, dtype=scores.dtype).masked_fill(blocked, float("-inf"))
 
     def rotate(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:
         rotary, positions = original.rotary, call.get("position_ids")
@@ -130,7 +132,7 @@ def _native_sites(name: str, component: AttentionBridge) -> list[Site]:
         1.0 / original.scale,
         soft_cap=cap,
         rotate=None if original.rotary is None else rotate,
-        mask=mask,
+        bias=bias,
     )
     both = ScoresSoftmax(Scores(geometry))
     inputs = (component.q.hook_out, component.k.hook_out)

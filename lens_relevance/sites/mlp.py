@@ -12,7 +12,7 @@ from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Activation, GatedActivation
 from lens_relevance.sites.base import Site
 
-_FUNCTION_NAMES = ("act", "act_fn", "activation_fn", "activation_function", "activation", "gelu_impl")
+_FUNCTION_NAMES = ("act", "act_fn", "activation_fn", "activation_function", "activation", "gelu_impl", "intermediate_act_fn")
 
 
 def mlp_sites(name: str, component: MLPBridge) -> list[Site]:
@@ -31,6 +31,9 @@ def mlp_sites(name: str, component: MLPBridge) -> list[Site]:
 
 def _activation_function(name: str, component: MLPBridge) -> tuple[Callable[[Tensor], Tensor], str]:
     original = component.original_component
+    original = getattr(
+        original, "intermediate", original
+    )  # BERT's MLP has no module of its own: the activation sits beside the first layer
     for attribute in _FUNCTION_NAMES:
         function = getattr(original, attribute, None)
         if callable(function):

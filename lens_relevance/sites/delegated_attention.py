@@ -1,0 +1,92 @@
+"""Attention that TransformerLens leaves to Hugging Face's own module: one site from q, k, v to z.
+
+The scores and pattern HookPoints of such a component are decorative, so the three steps are rebuilt from q, k and v, with the mask that the
+module is called with. A family is one entry of `_FAMILIES`: the module that is called with the mask, and how it scales and rotates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_relevance.errors import CoverageError
+from lens_relevance.rules import AttentionGeometry, Mix, Scores, ScoresSoftmax, WholeAttention
+from lens_relevance.sites.base import Site
+
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one Hugging Face attention module computes.
+
+    caller: from the component's original to the module that gets the mask; mask: names of that argument; scale: of q k^T, from the module;
+    rotate: of queries and keys, for a module and its last call.
+    """
+
+    scale: Callable[[Any], float]
+    caller: Callable[[Any], nn.Module] = lambda original: original
+    mask: tuple[str, ...] = ("attention_mask",)
+    rotate: Callable[[Any, Call, Tensor, int], Tensor] | None = None
+    n_heads: str = "num_heads"
+
+
+def _rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
+    """GPT-J: adjacent pairs of the first rotary_dim features, by the module's own table of sines and cosines."""
+    table = module._get_embed_positions(call["position_ids"])[torch.arange(1), call["position_ids"]]
+    sin, cos = (t.to(x.dtype).repeat_interleave(2, -1).unsqueeze(1) for t in table.chunk(2, -1))
+    turned, rest = x[..., : sin.shape[-1]], x[..., sin.shape[-1] :]
+    swapped = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
+    return torch.cat([turned * cos + sign * swapped * sin, rest], -1)
+
+
+_FAMILIES: dict[str, _Family] = {
+    "OPTAttention": _Family(scale=lambda m: float(m.scaling)),
+    "BertAttention": _Family(scale=lambda m: float(m.scaling), caller=lambda original: original.self, n_heads="num_attention_heads"),
+    "GPTJAttention": _Family(scale=lambda m: 1.0 / float(m.scale_attn), rotate=_rotate_pairs, n_heads="num_attention_heads"),
+}
+
+
+def delegated_sites(name: str, component: Any) -> list[Site]:
+    """The one site of a delegated attention; raises CoverageError for a module that is not known."""
+    original = component.original_component
+    family = _FAMILIES.get(type(original).__name__)
+    if family is None:
+        raise CoverageError(
+            f"{name}: {type(component).__name__} runs {type(original).__name__} as a whole, so its scores and pattern HookPoints are "
+            "decorative, and how it computes is not known; no attention rule can be placed there yet"
+        )
+    module = family.caller(original)
+    call: Call = {}
+
+    def on_call(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        call.clear()
+        call.update(kwargs)
+
+    def bias(scores: Tensor) -> Tensor | None:
+        given = next((call[m] for m in family.mask if call.get(m) is not None), None)
+        if given is None and getattr(module, "is_causal", False):
+            given = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if given is None:
+            return None
+        if given.dtype == torch.bool:
+            return torch.zeros_like(given, dtype=scores.dtype).masked_fill(~given, float("-inf"))
+        return given.to(scores.dtype).masked_fill(given <= torch.finfo(given.dtype).min / 2, float("-inf"))
+
+    rotate = family.rotate
+    n_heads = int(getattr(module, family.n_heads))
+    geometry = AttentionGeometry(
+        n_heads,
+        n_heads,
+        component.q.original_component.weight.shape[0] // n_heads,
+        family.scale(module),
+        rotate=None if rotate is None else lambda x, sign, _: rotate(module, call, x, sign),
+        bias=bias,
+    )
+    operation = WholeAttention(ScoresSoftmax(Scores(geometry)), Mix(geometry))
+    inputs = (component.q.hook_out, component.k.hook_out, component.v.hook_out)
+    return [Site(f"{name}:z", "attn", operation, inputs, component.o.hook_in, caller=module, on_call=on_call)]

@@ -1,0 +1,27 @@
+"""What lies between the last block and the logits besides norm and unembedding.
+
+A final soft-cap (Gemma 2, native models) lies outside all HookPoints; a masked-language-model head (BERT) has an activation of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_relevance.errors import CoverageError
+from lens_relevance.rules import Activation, SoftCap
+from lens_relevance.sites.base import Site
+
+
+def output_sites(model: Any) -> list[Site]:
+    """The soft-cap, from `unembed.hook_out` to what the model returns, and the head's activation, where a model has them."""
+    original, sites = model.original_model, []
+    cap = getattr(getattr(original, "config", None), "final_logit_softcapping", None) or getattr(original, "output_logits_soft_cap", None)
+    if cap and cap > 0:
+        sites.append(Site("logits", "logits", SoftCap(float(cap)), (model.unembed.hook_out,), None))
+    if "mlm_head" in model._modules:
+        transform = getattr(getattr(getattr(original, "cls", None), "predictions", None), "transform", None)
+        function = getattr(transform, "transform_act_fn", None)
+        if function is None:
+            raise CoverageError(f"mlm_head: the activation of {type(original).__name__}'s head was not found")
+        sites.append(Site("mlm_head:activation", "mlm_head", Activation(function), (model.mlm_head.hook_out,), model.ln_final.hook_in))
+    return sites
