@@ -54,7 +54,7 @@ class Condition:
         return restricted if conversion is None else conversion.revert(restricted).reshape(coefficient.shape)
 
 
-def read_conditions(anatomy: Anatomy, through: Mapping[str, Mapping[str, Any]] | None) -> list[Condition]:
+def read_conditions(anatomy: Anatomy, through: Mapping[str, Any] | None) -> list[Condition]:
     """Conditions from what the user gave."""
     conditions = []
     for name, units in (through or {}).items():

@@ -38,7 +38,7 @@ def propagate(
     attention_mask: Tensor | None = None,
     device: torch.device | str | None = None,
     audit: bool = False,
-    through: Mapping[str, Mapping[str, Any]] | None = None,
+    through: Mapping[str, Any] | None = None,
     strict: bool = True,
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.

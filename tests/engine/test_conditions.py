@@ -1,0 +1,115 @@
+"""Conditional relevance: flow through chosen units, and relevance from a latent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lens_relevance import RelevanceError, latent, logit_diff, propagate
+from tests.engine.families import build, close, exact, inputs_and_reference, reference_for
+
+TARGET = logit_diff(7, 11)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox_parallel"])
+@pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
+def test_a_partition_of_positions_of_a_whole_cut_gives_back_the_unrestricted_relevance(family: str, rules: str) -> None:
+    model, (tokens, other) = build(family), inputs_and_reference()
+    with exact(family):
+        options = dict(rules=rules, reference=reference_for(rules, other), names_filter="embed.hook_out")
+        whole = propagate(model, tokens, TARGET, **options)
+        parts = [
+            propagate(model, tokens, TARGET, through={"blocks.1.hook_resid_pre": {"position": part}}, **options)["embed.hook_out"]
+            for part in ([0, 1, 2], [3, 4], [5])
+        ]
+    close(sum(parts[1:], parts[0]), whole["embed.hook_out"], 1e-10)
+    assert all(float(part.abs().sum()) > 0 for part in parts)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_partition_of_heads_gives_back_what_passes_the_layer(family: str) -> None:
+    model, (tokens, _) = build(family), inputs_and_reference()
+    name = "blocks.1.attn.hook_z"
+    with exact(family):
+        parts = [propagate(model, tokens, TARGET, "attnlrp", through={name: {"head": [h]}}).tokens() for h in range(4)]
+        together = propagate(model, tokens, TARGET, "attnlrp", through={name: {"head": range(4)}}).tokens()
+        whole = propagate(model, tokens, TARGET, "attnlrp").tokens()
+    close(sum(parts[1:], parts[0]), together, 1e-10)
+    assert not torch.allclose(together, whole)  # what flows around the heads is left out
+
+
+def test_what_passes_a_head_is_the_relevance_that_the_head_has() -> None:
+    """cp_lrp conserves, biases aside: without them, what flows through one head down to the tokens is the head's own relevance."""
+    from tests.engine.families import zero_all_that_keeps
+
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    zero_all_that_keeps(model)
+    whole = propagate(model, tokens, TARGET, "cp_lrp")
+    part = propagate(model, tokens, TARGET, "cp_lrp", through={"blocks.1.attn.hook_z": {"head": [2]}})
+    close(part.tokens().sum(1), whole.heads()[:, :, 1, 2].sum(1), 1e-10)
+
+
+def test_conditions_on_two_layers_are_passed_one_after_the_other() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    both = {"blocks.1.attn.hook_z": {"head": [0]}, "blocks.0.mlp.hook_post": {"unit": range(5)}}
+    one = propagate(model, tokens, TARGET, "relp", through=both)
+    other = propagate(model, tokens, TARGET, "relp", through=dict(reversed(both.items())))
+    close(one.tokens(), other.tokens(), 1e-12)  # the order in which they are named does not matter
+    neurons = propagate(model, tokens, TARGET, "relp", through={"blocks.1.attn.hook_z": {"head": [0]}}).neurons(0)
+    close(one.neurons(0)[..., :5], neurons[..., :5], 1e-12)
+    assert float(one.neurons(0)[..., 5:].abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("through", "said"),
+    [
+        ({"blocks.1.attn.hook_z": {"head": [9]}}, "out of range"),
+        ({"blocks.1.hook_resid_pre": {"head": [0]}}, "axes"),
+        ({"blocks.1.attn.hook_z": [0]}, "by axis"),
+        ({"blocks.7.attn.hook_z": {"head": [0]}}, "unknown HookPoint"),
+    ],
+)
+def test_bad_conditions_are_refused(through: dict[str, object], said: str) -> None:
+    with pytest.raises(RelevanceError, match=said):
+        propagate(build("gpt2"), inputs_and_reference()[0], TARGET, "attnlrp", through=through)  # type: ignore[arg-type]
+
+
+def test_a_latent_target_is_the_gradient_of_that_unit() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    cache = propagate(model, tokens, latent("blocks.1.mlp.hook_post", unit=3, position=2), "gradient")
+    _, activations = model.run_with_cache(tokens)
+    close(cache.value, activations["blocks.1.mlp.hook_post"][:, 2, 3], 1e-12)
+    embedding = cache.activations["embed.hook_out"].clone().requires_grad_(True)
+
+    def start(x: torch.Tensor, hook: object) -> torch.Tensor:
+        return embedding
+
+    kept: list[torch.Tensor] = []
+    hooks = [("embed.hook_out", start), ("blocks.1.mlp.out.hook_in", lambda x, hook: kept.append(x))]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    (gradient,) = torch.autograd.grad(kept[0][:, 2, 3].sum(), embedding)
+    close(cache.coefficients["embed.hook_out"], gradient, 1e-10)
+    assert float(cache.tokens()[:, 3:].abs().max()) == 0  # a causal model: nothing comes from later tokens
+
+
+def test_latents_of_a_head_and_along_a_direction_are_complete_between_two_runs() -> None:
+    model, (tokens, other) = build("gpt2"), inputs_and_reference()
+    direction = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    for target in (latent("blocks.1.attn.hook_z", unit=1, head=2), latent("blocks.1.hook_resid_pre", direction=direction)):
+        cache = propagate(model, tokens, target, "deeplift", reference=other)
+        assert cache.reference_value is not None
+        gap = cache.value - cache.reference_value
+        close(cache.tokens().sum(1) + cache.positions().sum(1), gap, 1e-10)
+
+
+def test_bad_latents_are_refused() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    for target in (
+        latent("blocks.1.mlp.hook_post", unit=500),
+        latent("blocks.1.mlp.hook_post"),
+        latent("blocks.1.attn.hook_z", unit=0, head=8),
+        latent("blocks.1.hook_resid_pre", direction=torch.ones(3)),
+        latent("no.such.point", unit=0),
+    ):
+        with pytest.raises(RelevanceError):
+            propagate(model, tokens, target, "attnlrp")

@@ -1,0 +1,92 @@
+"""Targets: which scalar is explained, and its exact coefficients between two runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lens_relevance import RelevanceError, continuation, log_prob, logit, logit_diff, propagate
+from lens_relevance.metrics import LogProbs, Metric
+from tests.engine.families import build, close, inputs_and_reference
+
+
+def test_values_are_those_of_the_logits() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    logits = model(tokens)
+    close(propagate(model, tokens, logit(5)).value, logits[:, -1, 5], 1e-12)
+    close(propagate(model, tokens, logit_diff([5, 6], [7, 8], position=2)).value, logits[[0, 1], 2, [5, 6]] - logits[[0, 1], 2, [7, 8]], 1e-12)
+    close(propagate(model, tokens, log_prob(5, position=-2)).value, logits[:, -2].log_softmax(-1)[:, 5], 1e-12)
+    close(propagate(model, tokens, logit([(5, 6), (7, 8)])).value, logits[[0, 1], -1][[[0], [1]], [[5, 6], [7, 8]]].mean(1), 1e-12)
+
+
+def test_none_explains_the_top_prediction_against_its_runner_up() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    top = model(tokens)[:, -1].topk(2, -1).values
+    close(propagate(model, tokens).value, top[:, 0] - top[:, 1], 1e-12)
+
+
+def test_positions_count_real_tokens_under_a_mask() -> None:
+    model, (tokens, _) = build("gpt2", torch.float32), inputs_and_reference()
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    value = propagate(model, tokens, logit(5, position=-1), attention_mask=mask).value
+    close(value[:1], model(tokens[:1, :4])[:, -1, 5], 1e-5)
+    with pytest.raises(RelevanceError, match="outside the prompt"):
+        propagate(model, tokens, logit(5, position=5), attention_mask=mask)
+
+
+def test_a_continuation_is_the_log_probability_of_its_tokens() -> None:
+    model, (tokens, other) = build("gpt2"), inputs_and_reference()
+    answer = [3, 4, 5]
+    cache = propagate(model, tokens, continuation(answer), reference=other)
+    longer = torch.cat([tokens, torch.tensor([answer, answer])], 1)
+    log_probs = model(longer).log_softmax(-1)
+    expected = sum(log_probs[:, 5 + i, token] for i, token in enumerate(answer))
+    assert isinstance(expected, torch.Tensor) and cache.reference_value is not None
+    close(cache.value, expected, 1e-10)
+    gap = cache.value - cache.reference_value
+    close(cache.residual().sum(1), gap.unsqueeze(1).expand(-1, 3), 1e-9)
+
+
+def test_log_prob_coefficients_are_exact_between_two_logits() -> None:
+    """Also where the probabilities of one run underflow, where the plain gradient is worth nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (1.0, 30.0, 1000.0):
+        one, two = (torch.randn(3, 4, 9, dtype=torch.float64, generator=generator) * size for _ in range(2))
+        metric = LogProbs(torch.tensor([[0, 2], [1, 3], [3, 1]]), torch.tensor([[1, 2], [3, 3], [8, 0]]))
+        coefficients = metric.pair_coefficients(one, two)
+        close(((one - two) * coefficients).sum((1, 2)), metric(one) - metric(two), 1e-10)
+
+
+def test_any_other_function_is_averaged_over_the_straight_path() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    cubic = Metric(lambda logits: logits[:, -1, 0] ** 3 * logits[:, -1, 1])
+    close(((one - two) * cubic.pair_coefficients(one, two)).sum((1, 2)), cubic(one) - cubic(two), 1e-12)
+    entropy = Metric(lambda logits: -(logits[:, -1].softmax(-1) * logits[:, -1].log_softmax(-1)).sum(-1))
+    close(((one - two) * entropy.pair_coefficients(one, two)).sum((1, 2)), entropy(one) - entropy(two), 1e-4)
+
+
+def test_what_the_path_average_leaves_is_the_sink_target() -> None:
+    model, (tokens, other) = build("gpt2"), inputs_and_reference()
+    cache = propagate(model, tokens, lambda logits: (logits[:, -1, 3] * 2).relu(), "attnlrp", audit=True)
+    account = cache.conservation()
+    assert account["unexplained"].abs().max() < 1e-9
+    nonlinear = propagate(model, tokens, lambda logits: logits[:, -1, 3].exp(), "attnlrp", audit=True).conservation()
+    assert nonlinear["target"].abs().max() > 1e-3 and nonlinear["unexplained"].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (logit(500), "outside the vocabulary"),
+        (logit([1, 2, 3]), "one per example"),
+        (logit("word"), "no tokenizer"),
+        (logit(5, position=9), "outside the prompt"),
+        (continuation([]), "empty"),
+        (lambda logits: logits, "one value per example"),
+        (lambda logits: torch.zeros(2), "does not depend"),
+    ],
+)
+def test_bad_targets_are_refused(target: object, said: str) -> None:
+    with pytest.raises(RelevanceError, match=said):
+        propagate(build("gpt2"), inputs_and_reference()[0], target, "attnlrp")  # type: ignore[arg-type]
