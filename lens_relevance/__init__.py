@@ -2,6 +2,7 @@
 
 from lens_relevance._version import __version__
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.coverage import Coverage, coverage
 from lens_relevance.engine import attach, propagate
 from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, RelevanceError
 from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
@@ -9,6 +10,7 @@ from lens_relevance.rulesets import register_ruleset, rulesets
 from lens_relevance.targets import Target, continuation, latent, log_prob, logit, logit_diff
 
 __all__ = [
+    "Coverage",
     "CoverageError",
     "LivenessError",
     "NotKeptError",
@@ -18,6 +20,7 @@ __all__ = [
     "__version__",
     "attach",
     "continuation",
+    "coverage",
     "latent",
     "log_prob",
     "logit",

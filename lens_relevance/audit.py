@@ -11,12 +11,13 @@ so `unexplained`, what the sinks do not account for, is zero up to rounding, unl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lens_relevance.rules import LNRule, NormWeight, Reference
+from lens_relevance.rules import LNRule, NormWeight, Reference, Scale
 from lens_relevance.rules.base import Rule, per_example, share
 from lens_relevance.sites import Anatomy, Site
 
@@ -45,9 +46,28 @@ def _row(site: Site) -> object:
     return site.layer if site.layer is not None else ("embed" if site.name.startswith("embed") else "output")
 
 
-def _keeps_norm_bias(site: Site, rule: Rule) -> bool:
-    """Whether all that the rule keeps at this site is a norm's bias."""
-    return isinstance(site.operation, NormWeight) or (site.kind == "norm" and isinstance(rule, LNRule))
+def _column(site: Site, rule: Rule, single: bool) -> str:
+    """The account's column for what a rule keeps at a site."""
+    if single and (isinstance(site.operation, NormWeight) or (site.kind == "norm" and isinstance(rule, LNRule))):
+        return "norm_biases"  # all that these keep
+    if site.kind == "pattern" and isinstance(rule, Scale) and rule.factor == 0:
+        return "product"  # a constant pattern takes back what the product of pattern and values gave it
+    return _COLUMN[site.kind]
+
+
+def _rows(summed: Tensor, batch: int) -> Tensor:
+    """Per example also where a model folds positions into the batch (OPT's MLP)."""
+    return summed.reshape(batch, -1).sum(1)
+
+
+def _relevance_at(
+    activations: dict[str, Tensor], references: dict[str, Tensor] | None, coefficients: dict[str, Tensor], zero: Tensor, name: str
+) -> Tensor:
+    """Relevance at a HookPoint, summed per example."""
+    if name not in coefficients:
+        return zero
+    a = activations[name] if references is None else activations[name].to(coefficients[name].dtype) - references[name]
+    return _rows(per_example(share(a, coefficients[name])), len(zero))
 
 
 def account(
@@ -65,17 +85,7 @@ def account(
     activations, references and coefficients are raw tensors by canonical name; `average` turns rows of several references into examples.
     """
     n, zero = anatomy.n_layers, torch.zeros_like(value)
-
-    def rows(summed: Tensor) -> Tensor:
-        """Per example also where a model folds positions into the batch (OPT's MLP)."""
-        return summed.reshape(len(zero), -1).sum(1)
-
-    def at(name: str) -> Tensor:
-        if name not in coefficients:
-            return zero
-        a = activations[name] if references is None else activations[name].to(coefficients[name].dtype) - references[name]
-        return rows(per_example(share(a, coefficients[name])))
-
+    at = partial(_relevance_at, activations, references, coefficients, zero)
     sinks: dict[tuple[object, str], Tensor] = {("output", "target"): target_sink}
     for name in anatomy.leaves[1:]:
         sinks["embed", "positions"] = sinks.get(("embed", "positions"), zero) + at(name)
@@ -86,9 +96,9 @@ def account(
         *inputs, output = (activations[name] for name in names)
         reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
-        column = "norm_biases" if _keeps_norm_bias(site, rule) and references is None else _COLUMN[site.kind]
+        column = _column(site, rule, references is None)
         key = (_row(site), column)
-        sinks[key] = sinks.get(key, zero) + rows(kept).to(zero.dtype)
+        sinks[key] = sinks.get(key, zero) + _rows(kept, len(zero)).to(zero.dtype)
     cuts = [at(f"blocks.{layer}.hook_in") for layer in range(n)] + [at(f"blocks.{n - 1}.hook_out"), value]
     below: dict[object, Tensor] = {"embed": at(anatomy.leaves[0]), **{layer: cuts[layer] for layer in range(n)}, "output": cuts[n]}
     above: dict[object, Tensor] = {"embed": cuts[0], **{layer: cuts[layer + 1] for layer in range(n)}, "output": value}

@@ -218,7 +218,7 @@ def _pass(model: Any, tokens: Tensor, mask: Tensor, taps: Taps, point: str | Non
 def _forward(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Logits, by the same call a user would make; the mask is passed only where it hides something."""
     hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
-    logits = model(tokens, return_type="logits", use_cache=False, **hidden)
+    logits = model(tokens, return_type="logits", **hidden)
     if not isinstance(logits, Tensor):
         raise RelevanceError(f"the model returned {type(logits).__name__} instead of logits")
     return logits

@@ -47,6 +47,7 @@ from lens_relevance.sites import Site
 
 OPERATIONS = ("norm", "activation", "gate", "soft_cap", "scores", "pattern", "z", "linear")
 PLAIN = Rule()
+_ZERO = ZeroRule()
 _LRP = {"norm": LNRule(), "activation": Identity(), "gate": Half, "soft_cap": Identity()}
 _PAIR = {
     "activation": Rescale(),
@@ -127,22 +128,22 @@ def needs_reference(table: Table) -> bool:
 
 def rule_for(table: Table, site: Site) -> Rule:
     """The rule a table has for a site; operations that a model fuses get their parts' rules in one."""
-
-    def entry(kind: str) -> Rule:
-        return table.get(f"{kind}@{site.mount}", table.get(kind, PLAIN))
-
-    operation, rule = site.operation, entry(site.kind)
+    operation, rule = site.operation, _entry(table, site, site.kind)
     if isinstance(operation, GatedActivation):
-        return _gated(entry("activation"), rule)
+        return _gated(_entry(table, site, "activation"), rule)
+    cap = _entry(table, site, "soft_cap")
     if isinstance(operation, ScoresSoftmax):
-        return _scores_and_pattern(entry("scores"), rule, operation.scores, entry("soft_cap"))
+        return _scores_and_pattern(_entry(table, site, "scores"), rule, operation.scores, cap)
     if isinstance(operation, WholeAttention):
-        return _attention(entry("scores"), entry("pattern"), rule, entry("soft_cap"), operation)
+        return _attention(_entry(table, site, "scores"), _entry(table, site, "pattern"), rule, cap, operation)
     if isinstance(operation, Scores) and operation.geometry.soft_cap is not None:
-        return _capped(rule, entry("soft_cap"))
-    if site.kind == "linear" and rule is PLAIN:
-        return ZeroRule()
-    return rule
+        return _capped(rule, cap)
+    return _ZERO if site.kind == "linear" and rule is PLAIN else rule
+
+
+def _entry(table: Table, site: Site, kind: str) -> Rule:
+    """A table's rule for an operation, the one for the site's mount position first."""
+    return table.get(f"{kind}@{site.mount}", table.get(kind, PLAIN))
 
 
 def _part(rule: Rule) -> float:

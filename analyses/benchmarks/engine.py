@@ -43,7 +43,7 @@ def plain_gradient(model: Any, tokens: Tensor) -> Tensor:
         return kept[0]
 
     with frozen(model), torch.enable_grad(), model.hooks(fwd_hooks=[("embed.hook_out", start)]):
-        logits = model(tokens, return_type="logits", use_cache=False)
+        logits = model(tokens, return_type="logits")
         value = (logits[:, -1, 11].float() - logits[:, -1, 22].float()).sum()
         return torch.autograd.grad(value, kept[0])[0]
 

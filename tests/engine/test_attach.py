@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
 from lens_relevance import RelevanceError, attach, logit_diff, propagate
-from tests.engine.families import FAMILIES, PAIRS, RULESETS, TARGET, build, close, inputs_and_reference, reference_for
+from tests.engine.families import FAMILIES, PAIRS, RULESETS, TARGET, build, close, exact, inputs_and_reference, reference_for
 from tests.models import build_gpt2
 
 CORRUPT, CLEAN = inputs_and_reference()
@@ -101,8 +101,11 @@ def backward(model: TransformerBridge, tokens: Tensor = CORRUPT) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_backward_hooks_see_the_right_coefficient_everywhere(family: str, when: str) -> None:
     """Every HookPoint that has a gradient without rules has one with them, and it is propagate's."""
-    model = build(family)
+    with exact(family):
+        _backward_hooks(build(family), when)
 
+
+def _backward_hooks(model: TransformerBridge, when: str) -> None:
     def plain(hang: Callable[[], None]) -> None:
         hang()
         backward(model)
@@ -130,7 +133,7 @@ def test_backward_hooks_see_the_right_coefficient_everywhere(family: str, when: 
             expected = mine.coefficients[name]
             size = max(float(expected.abs().max()), 1e-6)
             worst = float((gradient.reshape(expected.shape) - expected).abs().max())
-            assert worst <= (1e-9 if family not in ("llama", "qwen3", "gemma2", "olmo2") else 1e-6) * size, (name, rules, worst)
+            assert worst <= 1e-9 * size, (name, rules, worst)
             compared += size > 1e-6
         assert compared > 30
 

@@ -31,7 +31,6 @@ def state(model: TransformerBridge) -> dict[str, Any]:
     parameters = [*nn.Module.parameters(model), *model.original_model.parameters()]
     with torch.no_grad():
         logits = model(TOKENS)
-    config = model.original_model.config
     return {
         "classes": [type(m) for m in found],
         "attributes": [sorted(m.__dict__) for m in found],
@@ -41,7 +40,7 @@ def state(model: TransformerBridge) -> dict[str, Any]:
         "requires_grad": [p.requires_grad for p in parameters],
         "gradients": [p.grad is None for p in parameters],
         "values": [p.detach().clone() for p in parameters],
-        "attention": getattr(config, "_attn_implementation", None),
+        "attention": getattr(getattr(model.original_model, "config", None), "_attn_implementation", None),
         "flags": {k: v for k, v in vars(model.cfg).items() if isinstance(v, bool | str | int | float)},
         "grad_enabled": torch.is_grad_enabled(),
         "logits": logits,
@@ -100,12 +99,8 @@ def test_after_attach(guest: TransformerBridge) -> None:
 
 
 def failing_hook(model: TransformerBridge) -> None:
-    handle = model.hook_dict["blocks.1.attn.o.hook_in"].add_hook(unhappy)
-    try:
+    with model.hooks(fwd_hooks=[("blocks.1.attn.o.hook_in", unhappy)]):
         propagate(model, TOKENS, TARGET)
-    finally:
-        handle.remove()
-        model.hook_dict["blocks.1.attn.o.hook_in"].fwd_hooks.clear()
 
 
 def interrupted(model: TransformerBridge) -> None:

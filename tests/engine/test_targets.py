@@ -14,7 +14,9 @@ def test_values_are_those_of_the_logits() -> None:
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     logits = model(tokens)
     close(propagate(model, tokens, logit(5)).value, logits[:, -1, 5], 1e-12)
-    close(propagate(model, tokens, logit_diff([5, 6], [7, 8], position=2)).value, logits[[0, 1], 2, [5, 6]] - logits[[0, 1], 2, [7, 8]], 1e-12)
+    close(
+        propagate(model, tokens, logit_diff([5, 6], [7, 8], position=2)).value, logits[[0, 1], 2, [5, 6]] - logits[[0, 1], 2, [7, 8]], 1e-12
+    )
     close(propagate(model, tokens, log_prob(5, position=-2)).value, logits[:, -2].log_softmax(-1)[:, 5], 1e-12)
     close(propagate(model, tokens, logit([(5, 6), (7, 8)])).value, logits[[0, 1], -1][[[0], [1]], [[5, 6], [7, 8]]].mean(1), 1e-12)
 

@@ -1,0 +1,45 @@
+"""Tiny random models of more families, beside those of tests/models.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from transformer_lens.model_bridge import TransformerBridge
+
+from tests.models import N_CTX, VOCAB_SIZE, bridge_from_config
+
+_COMMON: dict[str, object] = dict(
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=N_CTX,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
+_GROUPED = _COMMON | dict(num_key_value_heads=2, pad_token_id=0)
+_GEMMA = _GROUPED | dict(head_dim=4)
+_SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "mistral": ("MistralForCausalLM", "MistralConfig", _GROUPED | dict(sliding_window=4)),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", _GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA | dict(sliding_window=4)),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", _GROUPED),
+    "bloom": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=2, n_head=4)),
+    "opt": ("OPTForCausalLM", "OPTConfig", _COMMON | dict(ffn_dim=24, word_embed_proj_dim=16)),
+    "gptj": (
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        dict(vocab_size=VOCAB_SIZE, n_positions=N_CTX, n_embd=16, n_layer=2, n_head=4, rotary_dim=2),
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", _COMMON),
+}
+WIDER = list(_SETTINGS)
+
+
+def build_wider(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> TransformerBridge:
+    """A tiny random model of one of `WIDER`."""
+    model_class, config_class, settings = _SETTINGS[family]
+    make: Callable[..., transformers.PretrainedConfig] = getattr(transformers, config_class)
+    return bridge_from_config(getattr(transformers, model_class), make(**settings), dtype, seed)
