@@ -37,13 +37,12 @@ _COLUMN = {
 def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
     """Names of the HookPoints whose activations and coefficients the account needs."""
     names = [str(p.name) for site in sites for p in (*site.inputs, site.output) if p is not None]
-    cuts = [f"blocks.{layer}.hook_in" for layer in range(anatomy.n_layers)] + [f"blocks.{anatomy.n_layers - 1}.hook_out"]
-    return list(dict.fromkeys([*anatomy.leaves, *cuts, *names]))
+    return list(dict.fromkeys([*anatomy.leaves, *anatomy.layout["residual"], *names]))
 
 
-def _row(site: Site) -> object:
-    """The account's row of a site: its layer, or the embeddings below the blocks, or the output above them."""
-    return site.layer if site.layer is not None else ("embed" if site.name.startswith("embed") else "output")
+def _row(site: Site, n: int) -> object:
+    """The account's row of a site: its layer of n, or the embeddings below the blocks (all, where none are known), or the output."""
+    return site.layer if n and site.layer is not None else ("embed" if not n or site.name.startswith("embed") else "output")
 
 
 def _column(site: Site, rule: Rule, single: bool) -> str:
@@ -97,9 +96,9 @@ def account(
         reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
         column = _column(site, rule, references is None)
-        key = (_row(site), column)
+        key = (_row(site, n), column)
         sinks[key] = sinks.get(key, zero) + _rows(kept, len(zero)).to(zero.dtype)
-    cuts = [at(f"blocks.{layer}.hook_in") for layer in range(n)] + [at(f"blocks.{n - 1}.hook_out"), value]
+    cuts = [*(at(name) for name in anatomy.layout["residual"]), value] if n else [value, value]
     below: dict[object, Tensor] = {"embed": at(anatomy.leaves[0]), **{layer: cuts[layer] for layer in range(n)}, "output": cuts[n]}
     above: dict[object, Tensor] = {"embed": cuts[0], **{layer: cuts[layer + 1] for layer in range(n)}, "output": value}
     frames = []

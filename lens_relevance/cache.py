@@ -28,7 +28,8 @@ class RelevanceCache(Mapping[str, Tensor]):
     in the layout of an ActivationCache ([batch, pos, head, d_head] at hook_z). Names may be aliases (`blocks.0.attn.hook_z`), canonical
     names (`blocks.0.attn.o.hook_in`) or short forms as in ActivationCache (`cache["z", 0]`). Units are those of the target.
 
-    value: the target [batch]; reference_value: the same on the reference run, or None. tokens_: token ids, mask: 1 where real.
+    value: the target [batch]; reference_value: the same on the reference run, or None. input_tokens: token ids, mask: 1 where real.
+    layout: names by role: embeddings (tokens first), residual (complete cuts), z, neurons.
     info: model name, dtype, ruleset, target, reference and versions.
     """
 
@@ -38,7 +39,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     logits: Float[Tensor, "batch pos vocab"]
     input_tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
-    n_layers: int
+    layout: dict[str, list[str]]
     aliases: dict[str, str]
     info: dict[str, str]
     reference_activations: dict[str, Tensor] = field(default_factory=dict)
@@ -80,28 +81,39 @@ class RelevanceCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.coefficients)
 
+    @property
+    def n_layers(self) -> int:
+        return max(len(self.layout["residual"]) - 1, 0)
+
+    def _named(self, role: str) -> list[str]:
+        """HookPoints that play a role in this model's layout."""
+        if not self.layout[role]:
+            raise NotKeptError(f"no HookPoints are known as this model's {role}; name them in declare_sites({role}=...), or read by name")
+        return self.layout[role]
+
     def tokens(self) -> Float[Tensor, "batch pos"]:
         """Relevance of each token, at its embedding."""
-        return self["embed.hook_out"].sum(-1)
+        return self[self._named("embeddings")[0]].sum(-1)
 
     def positions(self) -> Float[Tensor, "batch pos"]:
-        """Relevance of each learned position embedding."""
-        return self["pos_embed.hook_out"].sum(-1)
+        """Relevance of each learned position embedding (token types, where there are any, included)."""
+        if len(self.layout["embeddings"]) < 2:
+            raise NotKeptError("this model has no learned position embeddings")
+        return torch.stack([self[name].sum(-1) for name in self.layout["embeddings"][1:]]).sum(0)
 
     def residual(self) -> Float[Tensor, "batch pos layers"]:
         """Relevance at each block's resid_pre and at the final residual; its sum over positions accounts for the target layer by layer."""
-        names = [f"blocks.{layer}.hook_in" for layer in range(self.n_layers)] + [f"blocks.{self.n_layers - 1}.hook_out"]
-        return torch.stack([self[name].sum(-1) for name in names], -1)
+        return torch.stack([self[name].sum(-1) for name in self._named("residual")], -1)
 
     def heads(self) -> Float[Tensor, "batch pos layer head"]:
         """Relevance of each head's output z."""
-        return torch.stack([self[f"blocks.{layer}.attn.o.hook_in"].sum(-1) for layer in range(self.n_layers)], 2)
+        return torch.stack([self[name].sum(-1) for name in self._named("z")], 2)
 
     def neurons(self, layer: int) -> Float[Tensor, "batch pos d_mlp"]:
         """Relevance of the MLP neurons (after the activation) of a layer."""
         if not -self.n_layers <= layer < self.n_layers:
             raise RelevanceError(f"layer {layer} is out of range: the model has {self.n_layers} layers")
-        return self[f"blocks.{layer % self.n_layers}.mlp.out.hook_in"]
+        return self[self._named("neurons")[layer]]
 
     def conservation(self) -> pd.DataFrame:
         """Where the target's value went, one row per example and layer: see lens_relevance.audit."""
@@ -138,7 +150,7 @@ class RelevanceCache(Mapping[str, Tensor]):
             tensors["reference_value"] = self.reference_value
         for group in _GROUPS:
             tensors |= {f"{group}/{name}": tensor for name, tensor in getattr(self, group).items()}
-        meta = {"n_layers": self.n_layers, "aliases": self.aliases, "info": self.info, "absent": self.absent}
+        meta = {"layout": self.layout, "aliases": self.aliases, "info": self.info, "absent": self.absent}
         account = "" if self.account is None else self.account.to_json(orient="split", double_precision=15)
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(contiguous, str(path), metadata={"lens_relevance": json.dumps(meta), "account": account})

@@ -16,7 +16,7 @@ from lens_relevance.audit import account, audited_points
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.conditions import backward_through, read_conditions
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.guest import check_model, frozen
+from lens_relevance.guest import check_model, frozen, is_bridge
 from lens_relevance.inputs import Inputs, tokenize
 from lens_relevance.metrics import Metric, gradient_at
 from lens_relevance.references import ReferenceRun, reference_run
@@ -107,7 +107,7 @@ def propagate(
         logits=run.logits.detach()[::n],
         input_tokens=tokens,
         mask=mask,
-        n_layers=body.n_layers,
+        layout={"embeddings": body.leaves, **body.layout},
         aliases=body.aliases,
         info=_info(model, rules, target, reference, run.logits),
         reference_value=None if reference_value is None else average(reference_value, n),
@@ -218,7 +218,8 @@ def _pass(model: Any, tokens: Tensor, mask: Tensor, taps: Taps, point: str | Non
 def _forward(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Logits, by the same call a user would make; the mask is passed only where it hides something."""
     hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
-    logits = model(tokens, return_type="logits", **hidden)
+    asked = {"return_type": "logits"} if is_bridge(model) else {}
+    logits = model(tokens, **asked, **hidden)
     if not isinstance(logits, Tensor):
         raise RelevanceError(f"the model returned {type(logits).__name__} instead of logits")
     return logits
@@ -267,8 +268,8 @@ def _ledger(
 def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits: Tensor) -> dict[str, str]:
     """What makes a result repeatable."""
     return {
-        "model": str(getattr(model.cfg, "model_name", "")),
-        "architecture": str(getattr(model.cfg, "architecture", "")),
+        "model": str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__)),
+        "architecture": str(getattr(getattr(model, "cfg", None), "architecture", type(model).__name__)),
         "dtype": str(logits.dtype).removeprefix("torch."),
         "ruleset": ruleset_name(rules),
         "target": describe(target, model),

@@ -12,10 +12,20 @@ import torch
 from lens_relevance.errors import RelevanceError
 
 
+def is_bridge(model: Any) -> bool:
+    """Whether this is a TransformerBridge, and not a model of the user's own with declared sites."""
+    return hasattr(model, "original_model") and hasattr(model, "adapter")
+
+
+def root(model: Any) -> torch.nn.Module:
+    """The module whose call is one forward: what a bridge wraps, or the model itself."""
+    return model.original_model if is_bridge(model) else model
+
+
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """No parameter asks for a gradient inside; each flag is put back as it was found."""
-    everything = [*torch.nn.Module.parameters(model), *model.original_model.parameters()]
+    everything = [*torch.nn.Module.parameters(model), *root(model).parameters()]
     asked = list({id(p): p for p in everything if p.requires_grad}.values())
     try:
         for parameter in asked:

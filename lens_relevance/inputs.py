@@ -30,7 +30,7 @@ def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -
             raise RelevanceError(f"token ids must be integers [batch, pos], got {tokens.dtype} of shape {tuple(inputs.shape)}")
         if tokens.numel() == 0:
             raise RelevanceError("the prompt is empty: give at least one token")
-        vocabulary = int(model.cfg.d_vocab)
+        vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
             raise RelevanceError(f"token ids must lie in 0..{vocabulary - 1}, got {int(tokens.min())}..{int(tokens.max())}")
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(device).long()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
+from lens_relevance.guest import root
 from lens_relevance.rules.base import Reference, Rule
 from lens_relevance.sites import Site
 
@@ -224,9 +225,9 @@ class Session:
 
     def open(self) -> None:
         """Watch the beginning and the end of each forward of the wrapped model."""
-        root: nn.Module = self.model.original_model
-        self._handles.append(root.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(root.register_forward_hook(self._end))
+        module = root(self.model)
+        self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._end))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -272,12 +273,12 @@ def check_forward(model: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("past_key_values") is not None:
         raise RelevanceError("relevance needs the whole sequence: pass all tokens at once instead of past_key_values (a KV cache)")
     for flag in ("use_split_qkv_input", "use_attn_in"):
-        if getattr(model.cfg, flag, False):
+        if getattr(getattr(model, "cfg", None), flag, False):
             raise RelevanceError(
                 f"{flag} is on: TransformerLens then runs the raw norm once per head, past any rule on it. Turn it off "
                 f"(model.set_{flag}(False)); edges are available without it from analyses.flow_graph"
             )
-    if model.original_model.training:
+    if root(model).training:
         raise RelevanceError("the model is in train mode, where dropout would make relevance random; call model.eval() first")
 
 

@@ -19,9 +19,8 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 def wanted(body: Anatomy, names_filter: NamesFilter) -> tuple[list[str], set[str]]:
     """Canonical names to keep, and those among them that were asked for by name."""
     if names_filter is None:
-        names = [f"blocks.{i}.{p}" for i in range(body.n_layers) for p in ("hook_in", "attn.o.hook_in", "mlp.out.hook_in")]
-        names = [*body.leaves, *names, f"blocks.{body.n_layers - 1}.hook_out"]
-        return [n for n in names if n in body.points], set()
+        names = [*body.leaves, *(n for role in ("residual", "z", "neurons") for n in body.layout[role])]
+        return [n for n in dict.fromkeys(names) if n in body.points], set()
     if callable(names_filter):
         return [n for n in body.points if names_filter(n)], set()
     listed = [names_filter] if isinstance(names_filter, str) else list(names_filter)

@@ -58,7 +58,7 @@ def token_ids(model: Any, tokens: Tokens, batch: int, what: str) -> Int[Tensor, 
 
 def single_token(model: Any, token: str | int | Tensor, what: str = "token") -> int:
     """The id of one token; a string of several pieces is refused with the pieces shown."""
-    vocabulary = int(model.cfg.d_vocab)
+    vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
     if isinstance(token, str):
         if getattr(model, "tokenizer", None) is None:
             raise RelevanceError(f"{what} {token!r}: the model has no tokenizer; give token ids")
@@ -263,7 +263,8 @@ def describe(target: Target | Callable[[Tensor], Tensor] | None, model: Any | No
     def words(tokens: Tokens) -> str:
         listed: Sequence[Any] = [tokens] if isinstance(tokens, str | int) else list(tokens)
         texts = [
-            t if isinstance(t, str) or model is None or model.tokenizer is None else model.tokenizer.decode([int(t)]) for t in listed[:1]
+            t if isinstance(t, str) or getattr(model, "tokenizer", None) is None or model is None else model.tokenizer.decode([int(t)])
+            for t in listed[:1]
         ]
         return repr(texts[0]) + (" ..." if len(listed) > 1 else "")
 

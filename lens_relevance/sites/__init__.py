@@ -2,5 +2,17 @@
 
 from lens_relevance.sites.anatomy import Anatomy, anatomy
 from lens_relevance.sites.base import LOGITS, Site
+from lens_relevance.sites.declared import activation, attention, declare_sites, gated_activation, linear, norm
 
-__all__ = ["LOGITS", "Anatomy", "Site", "anatomy"]
+__all__ = [
+    "LOGITS",
+    "Anatomy",
+    "Site",
+    "activation",
+    "anatomy",
+    "attention",
+    "declare_sites",
+    "gated_activation",
+    "linear",
+    "norm",
+]

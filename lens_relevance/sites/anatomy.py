@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformer_lens.hook_points import HookPoint
@@ -28,6 +29,7 @@ class Anatomy:
     points: canonical name -> HookPoint; aliases: any name TransformerLens accepts -> canonical name.
     uncovered: component path -> why it has no site. decorative: names of HookPoints that say one thing and carry another.
     leaves: names of the HookPoints at which the graph starts, token embeddings first, then learned positions.
+    layout: names by role, one per layer: `residual` (each block's resid_pre, then the final residual: complete cuts), `z`, `neurons`.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -36,7 +38,11 @@ class Anatomy:
     uncovered: dict[str, str] = field(default_factory=dict)
     decorative: set[str] = field(default_factory=set)
     leaves: list[str] = field(default_factory=list)
-    n_layers: int = 0
+    layout: dict[str, list[str]] = field(default_factory=lambda: {"residual": [], "z": [], "neurons": []})
+
+    @property
+    def n_layers(self) -> int:
+        return max(len(self.layout["residual"]) - 1, 0)
 
     def canonical(self, name: str) -> str:
         """The canonical name of a HookPoint given by any of its names."""
@@ -48,9 +54,14 @@ class Anatomy:
 
 
 def anatomy(model: Any) -> Anatomy:
-    """Walk the component tree of a TransformerBridge."""
+    """The sites that were declared for a model, or else those found by walking the component tree of a TransformerBridge."""
+    if model in _DECLARED:
+        return _DECLARED[model]
     if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
-        raise RelevanceError(f"expected a TransformerBridge, got {type(model).__name__}; load one with TransformerBridge.boot_transformers")
+        raise RelevanceError(
+            f"expected a TransformerBridge, got {type(model).__name__}; load one with TransformerBridge.boot_transformers, or "
+            "tell where the operations of a model of your own are with lens_relevance.sites.declare_sites"
+        )
     found = Anatomy()
     for name, point in model.hook_dict.items():
         found.aliases[name] = str(point.name)
@@ -70,8 +81,20 @@ def anatomy(model: Any) -> Anatomy:
         found.sites += output_sites(model)
     except CoverageError as error:
         found.uncovered["output"] = str(error)
-    found.n_layers = len(model.blocks) if hasattr(model, "blocks") else 0
+    n = len(model.blocks) if hasattr(model, "blocks") else 0
+    if n:
+        found.layout["residual"] = [f"blocks.{i}.hook_in" for i in range(n)] + [f"blocks.{n - 1}.hook_out"]
+        found.layout["z"] = [f"blocks.{i}.attn.o.hook_in" for i in range(n)]
+        found.layout["neurons"] = [f"blocks.{i}.mlp.out.hook_in" for i in range(n)]
     return found
+
+
+_DECLARED: WeakKeyDictionary[Any, Anatomy] = WeakKeyDictionary()
+
+
+def remember(model: Any, declared: Anatomy) -> None:
+    """Use this anatomy for a model from now on."""
+    _DECLARED[model] = declared
 
 
 def _components(model: Any) -> list[tuple[str, Any]]:

@@ -69,7 +69,7 @@ def test_any_other_function_is_averaged_over_the_straight_path() -> None:
 
 
 def test_what_the_path_average_leaves_is_the_sink_target() -> None:
-    model, (tokens, other) = build("gpt2"), inputs_and_reference()
+    model, (tokens, _other) = build("gpt2"), inputs_and_reference()
     cache = propagate(model, tokens, lambda logits: (logits[:, -1, 3] * 2).relu(), "attnlrp", audit=True)
     account = cache.conservation()
     assert account["unexplained"].abs().max() < 1e-9

@@ -1,0 +1,132 @@
+"""Sites of your own model: any HookedRootModule gets every ruleset once it is told where its operations have their HookPoints.
+
+    class Tiny(HookedRootModule):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.act_in, self.act_out, self.out = ...   # nn.Embedding, HookPoint, HookPoint, nn.Linear
+            self.hook_embed = HookPoint()
+            self.setup()
+
+        def forward(self, tokens):                                  # [batch, pos] -> logits [batch, pos, vocab]
+            x = self.hook_embed(self.embed(tokens))
+            return self.out(self.act_out(torch.relu(self.act_in(x))))
+
+    model = Tiny().eval()
+    declare_sites(model, [activation("relu", "act_in", "act_out", torch.relu)], embeddings=["hook_embed"])
+    propagate(model, tokens, logit(3), "attnlrp").tokens()
+
+Every operation that is not linear needs a site: without one it keeps its plain gradient, and the conservation account shows what that
+leaves unexplained. Linear layers need one only to have their biases named in the account. A site named `blocks.2.mlp` stands in the
+account's row of layer 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_relevance.errors import RelevanceError
+from lens_relevance.rules import Activation, AttentionGeometry, GatedActivation, Linear, Mix, Norm, Operation, Scores, Softmax
+from lens_relevance.sites.anatomy import Anatomy, remember
+from lens_relevance.sites.base import Site
+
+
+@dataclass(frozen=True)
+class DeclaredSite:
+    """An operation between HookPoints given by name; see `norm`, `activation`, `gated_activation`, `attention` and `linear`."""
+
+    name: str
+    operation: Operation
+    inputs: tuple[str, ...]
+    output: str
+
+
+def norm(
+    name: str,
+    hook_in: str,
+    hook_out: str,
+    weight: Float[Tensor, " d"] | None = None,
+    bias: Float[Tensor, " d"] | None = None,
+    eps: float = 1e-5,
+    rms: bool = False,
+) -> list[DeclaredSite]:
+    """LayerNorm, or RMSNorm, from its input to its output HookPoint."""
+    return [DeclaredSite(name, Norm(weight, bias, eps, centred=not rms), (hook_in,), hook_out)]
+
+
+def activation(name: str, hook_in: str, hook_out: str, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
+    """An element-wise function."""
+    return [DeclaredSite(name, Activation(function), (hook_in,), hook_out)]
+
+
+def gated_activation(name: str, hook_gate: str, hook_up: str, hook_out: str, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
+    """function(gate) * up."""
+    return [DeclaredSite(name, GatedActivation(function), (hook_gate, hook_up), hook_out)]
+
+
+def linear(
+    name: str, hook_in: str, hook_out: str, weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
+) -> list[DeclaredSite]:
+    """y = x weight^T + bias."""
+    return [DeclaredSite(name, Linear(weight, bias), (hook_in,), hook_out)]
+
+
+def attention(
+    name: str,
+    hook_q: str,
+    hook_k: str,
+    hook_v: str,
+    hook_scores: str,
+    hook_pattern: str,
+    hook_z: str,
+    n_heads: int,
+    d_head: int,
+    n_key_value_heads: int | None = None,
+    scale: float | None = None,
+) -> list[DeclaredSite]:
+    """scores = scale * q k^T (+ mask), pattern = softmax(scores), z = pattern v.
+
+    q, k, v, z are [batch, pos, head * d_head], scores and pattern [batch, head, query, key]. Queries and keys may come from different
+    sequences (cross-attention). scale: d_head^-1/2 by default.
+    """
+    geometry = AttentionGeometry(n_heads, n_key_value_heads or n_heads, d_head, d_head**-0.5 if scale is None else scale)
+    return [
+        DeclaredSite(f"{name}:scores", Scores(geometry), (hook_q, hook_k), hook_scores),
+        DeclaredSite(f"{name}:pattern", Softmax(), (hook_scores,), hook_pattern),
+        DeclaredSite(f"{name}:z", Mix(geometry), (hook_pattern, hook_v), hook_z),
+    ]
+
+
+def declare_sites(
+    model: Any,
+    sites: Sequence[DeclaredSite | Sequence[DeclaredSite]],
+    embeddings: Sequence[str],
+    residual: Sequence[str] = (),
+    z: Sequence[str] = (),
+    neurons: Sequence[str] = (),
+) -> None:
+    """Tell where the operations of a HookedRootModule are, so that propagate and attach work on it.
+
+    embeddings: HookPoints at which the graph starts, the token embeddings first. residual: complete cuts, one per layer and the final one;
+    z, neurons: for `RelevanceCache.heads` and `.neurons`. Raises RelevanceError for a name that is not one of the model's HookPoints.
+    """
+    points = dict(getattr(model, "hook_dict", {}))
+    if not points:
+        raise RelevanceError(f"{type(model).__name__} has no HookPoints; derive it from HookedRootModule and call self.setup()")
+    listed = [d for group in sites for d in ([group] if isinstance(group, DeclaredSite) else group)]
+    asked = [*(n for d in listed for n in (*d.inputs, d.output)), *embeddings, *residual, *z, *neurons]
+    for name in asked:
+        if name not in points:
+            raise RelevanceError(f"declare_sites: {name!r} is not a HookPoint of {type(model).__name__}; it has {', '.join(points)}")
+    if not embeddings:
+        raise RelevanceError("declare_sites: name at least one HookPoint in `embeddings`, where the graph starts")
+    built = [
+        Site(d.name, d.name.split(":")[0].rsplit(".", 1)[-1], d.operation, tuple(points[n] for n in d.inputs), points[d.output])
+        for d in listed
+    ]
+    layout = {"residual": list(residual), "z": list(z), "neurons": list(neurons)}
+    remember(model, Anatomy(built, points, {name: name for name in points}, leaves=list(embeddings), layout=layout))

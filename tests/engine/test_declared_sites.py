@@ -1,0 +1,115 @@
+"""A hand-made model with declared sites gets every ruleset, the audit and the pair rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+
+from lens_relevance import LivenessError, RelevanceError, attach, logit_diff, propagate, rulesets
+from lens_relevance.rulesets import needs_reference
+from lens_relevance.sites import activation, attention, declare_sites, linear, norm
+from tests.engine.families import close
+
+TARGET = logit_diff(3, 4)
+POINTS = ("embed", "resid", "norm_in", "norm_out", "q", "k", "v", "scores", "pattern", "z", "out", "resid_mid", "pre", "post", "final")
+
+
+class HandMade(HookedRootModule):
+    """One bidirectional block with two heads, an RMS norm without weight and a ReLU MLP of its own layout."""
+
+    def __init__(self, decorative: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.decorative = decorative
+        self.table = nn.Embedding(11, 8, dtype=torch.float64)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(8, 8, dtype=torch.float64) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 12, dtype=torch.float64), nn.Linear(12, 8, dtype=torch.float64)
+        self.head = nn.Linear(8, 11, bias=False, dtype=torch.float64)
+        for name in POINTS:
+            setattr(self, f"hook_{name}", HookPoint())
+        self.setup()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.hook_resid(self.hook_embed(self.table(tokens)))
+        y = self.hook_norm_in(x)
+        y = self.hook_norm_out(y * (y.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt())
+        q, k, v = self.hook_q(self.to_q(y)), self.hook_k(self.to_k(y)), self.hook_v(self.to_v(y))
+        heads = [t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v)]
+        scores = self.hook_scores(heads[0] @ heads[1].transpose(-1, -2) / 2)
+        pattern = self.hook_pattern(scores.softmax(-1))
+        if self.decorative:
+            pattern = scores.softmax(-1)
+        z = self.hook_z((pattern @ heads[2]).transpose(1, 2).flatten(-2))
+        x = self.hook_resid_mid(x + self.hook_out(self.to_out(z)))
+        post = self.hook_post(torch.relu(self.hook_pre(self.up(x))))
+        return self.head(self.hook_final(x + self.down(post)))
+
+
+def _declared(**options: bool) -> HandMade:
+    model = HandMade(**options).eval()
+    sites = [
+        norm("blocks.0.norm", "hook_norm_in", "hook_norm_out", eps=1e-5, rms=True),
+        attention("blocks.0.attn", "hook_q", "hook_k", "hook_v", "hook_scores", "hook_pattern", "hook_z", n_heads=2, d_head=4),
+        activation("blocks.0.mlp", "hook_pre", "hook_post", torch.relu),
+        linear("blocks.0.q", "hook_norm_out", "hook_q", model.to_q.weight, model.to_q.bias),
+        linear("blocks.0.k", "hook_norm_out", "hook_k", model.to_k.weight, model.to_k.bias),
+        linear("blocks.0.v", "hook_norm_out", "hook_v", model.to_v.weight, model.to_v.bias),
+        linear("blocks.0.out", "hook_z", "hook_out", model.to_out.weight, model.to_out.bias),
+        linear("blocks.0.up", "hook_resid_mid", "hook_pre", model.up.weight, model.up.bias),
+    ]
+    cuts = ["hook_resid", "hook_final"]
+    declare_sites(model, sites, embeddings=["hook_embed"], residual=cuts, z=["hook_z"], neurons=["hook_post"])
+    return model
+
+
+TOKENS, OTHER = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 9, 3, 4], [5, 10, 7, 2]])
+
+
+@pytest.mark.parametrize("rules", list(rulesets()))
+def test_every_ruleset_runs_and_leaves_the_forward_alone(rules: str) -> None:
+    model = _declared()
+    reference = OTHER if needs_reference(rulesets()[rules]) else None
+    logits = model(TOKENS)
+    cache = propagate(model, TOKENS, TARGET, rules, reference=reference)
+    assert torch.equal(cache.logits, logits)
+    assert cache.tokens().shape == (2, 4) and cache.residual().shape == (2, 4, 2) and cache.neurons(0).shape == (2, 4, 12)
+    if rules == "deeplift":
+        assert cache.reference_value is not None
+        close(cache.residual().sum(1), (cache.value - cache.reference_value).unsqueeze(1).expand(-1, 2), 1e-10)
+
+
+def test_what_has_no_site_shows_in_the_account() -> None:
+    """`down` is declared nowhere, so its bias is the one thing that the account cannot name."""
+    model = _declared()
+    with torch.no_grad():
+        model.down.bias.zero_()
+    assert propagate(model, TOKENS, TARGET, "attnlrp", audit=True).conservation()["unexplained"].abs().max() < 1e-12
+    with torch.no_grad():
+        model.down.bias.fill_(0.5)
+    assert propagate(model, TOKENS, TARGET, "attnlrp", audit=True).conservation()["unexplained"].abs().max() > 1e-3
+
+
+def test_attach_works_too() -> None:
+    model, gradients = _declared(), {}
+    hook = ("hook_z", lambda gradient, hook: gradients.update(z=gradient.clone()))
+    with attach(model, "attnlrp"), model.hooks(bwd_hooks=[hook]):
+        logits = model(TOKENS)
+        (logits[:, -1, 3] - logits[:, -1, 4]).sum().backward()
+    close(gradients["z"], propagate(model, TOKENS, TARGET, "attnlrp").coefficients["hook_z"], 1e-12)
+
+
+def test_a_decorative_hookpoint_is_refused() -> None:
+    with pytest.raises(LivenessError, match="hook_pattern"):
+        propagate(_declared(decorative=True), TOKENS, TARGET, "cp_lrp")
+
+
+def test_bad_declarations_are_refused() -> None:
+    with pytest.raises(RelevanceError, match="not a HookPoint"):
+        declare_sites(HandMade(), [activation("mlp", "hook_pre", "hook_pots", torch.relu)], embeddings=["hook_embed"])
+    with pytest.raises(RelevanceError, match="embeddings"):
+        declare_sites(HandMade(), [], embeddings=[])
+    with pytest.raises(RelevanceError, match="declare_sites"):
+        propagate(HandMade().eval(), TOKENS, TARGET, "attnlrp")
