@@ -21,7 +21,7 @@ from lens_relevance.rules import LNRule, NormWeight, Reference, Scale
 from lens_relevance.rules.base import Rule, per_example, share
 from lens_relevance.sites import Anatomy, Site
 
-COLUMNS = ("biases", "norm_biases", "norm", "activation", "gate", "scores", "softmax", "product", "positions", "target")
+COLUMNS = ("biases", "norm_biases", "norm", "activation", "gate", "scores", "softmax", "product", "positions", "router", "target")
 _COLUMN = {
     "linear": "biases",
     "norm": "norm",
@@ -31,6 +31,7 @@ _COLUMN = {
     "pattern": "softmax",
     "z": "product",
     "soft_cap": "activation",
+    "experts": "router",
 }
 
 

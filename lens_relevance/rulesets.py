@@ -1,6 +1,7 @@
 """Named tables from operation to rule.
 
-A table's keys are the operations `norm`, `activation`, `gate` (the product act(gate) * up), `soft_cap`, `scores`, `pattern`, `z`, `linear`;
+A table's keys are the operations `norm`, `activation`, `gate` (the product act(gate) * up), `soft_cap`, `scores`, `pattern`, `z`,
+`router` (router weight * expert), `linear`;
 a key may name a mount position as well (`norm@q_norm`), which then goes first. An operation without an entry keeps its plain gradient.
 
 | ruleset | norm | activation | gate | attention | source |
@@ -23,6 +24,8 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.rules import (
     AttentionRule,
     Constant,
+    Experts,
+    ExpertsRule,
     Gated,
     GatedActivation,
     Half,
@@ -45,13 +48,14 @@ from lens_relevance.rules import (
 )
 from lens_relevance.sites import Site
 
-OPERATIONS = ("norm", "activation", "gate", "soft_cap", "scores", "pattern", "z", "linear")
+OPERATIONS = ("norm", "activation", "gate", "soft_cap", "scores", "pattern", "z", "router", "linear")
 PLAIN = Rule()
 _ZERO = ZeroRule()
-_LRP = {"norm": LNRule(), "activation": Identity(), "gate": Half, "soft_cap": Identity()}
+_LRP = {"norm": LNRule(), "activation": Identity(), "gate": Half, "router": Half, "soft_cap": Identity()}
 _PAIR = {
     "activation": Rescale(),
     "gate": PairProduct(),
+    "router": PairProduct(),
     "soft_cap": Rescale(),
     "scores": PairProduct(),
     "pattern": PairSoftmax(),
@@ -63,10 +67,10 @@ Table = Mapping[str, Rule]
 _RULESETS: dict[str, Table] = {
     "gradient": {},
     "attnlrp": {**_LRP, "scores": Half, "z": Half},
-    "cp_lrp": {**_LRP, "gate": Constant, "pattern": Constant},
+    "cp_lrp": {**_LRP, "gate": Constant, "router": Constant, "pattern": Constant},
     "relp": dict(_LRP),
     "relp_ah": {**_LRP, "pattern": Constant},
-    "gim": {"norm": LNRule(), "gate": Half, "scores": Half, "pattern": SoftmaxTemperature(2.0), "z": Half},
+    "gim": {"norm": LNRule(), "gate": Half, "router": Half, "scores": Half, "pattern": SoftmaxTemperature(2.0), "z": Half},
     "deeplift": {"norm": PairNorm(), **_PAIR},
     "deeplift_ln": {"norm": PairLN(), **_PAIR},
 }
@@ -129,6 +133,8 @@ def needs_reference(table: Table) -> bool:
 def rule_for(table: Table, site: Site) -> Rule:
     """The rule a table has for a site; operations that a model fuses get their parts' rules in one."""
     operation, rule = site.operation, _entry(table, site, site.kind)
+    if isinstance(operation, Experts):
+        return _experts(_entry(table, site, "activation"), _entry(table, site, "gate"), _entry(table, site, "router"))
     if isinstance(operation, GatedActivation):
         return _gated(_entry(table, site, "activation"), rule)
     cap = _entry(table, site, "soft_cap")
@@ -153,12 +159,7 @@ def _part(rule: Rule) -> float:
 
 def _gated(activation: Rule, product: Rule) -> Rule:
     activations = {Rule: "gradient", Identity: "identity", Rescale: "rescale"}
-    if isinstance(product, PairProduct):
-        kind = "pair"
-    elif isinstance(product, Scale):
-        kind = {0.5: "half", 0.0: "constant"}.get(product.factor, "")
-    else:
-        kind = "gradient" if product.is_plain else ""
+    kind = _product_kind(product)
     if not kind:
         return product  # a rule of the user's own, for the gated activation as a whole
     if type(activation) not in activations:
@@ -166,6 +167,23 @@ def _gated(activation: Rule, product: Rule) -> Rule:
             f"a gated MLP cannot combine {activation!r} on its gate with {product!r}; give the 'gate' entry a rule for both"
         )
     return Gated(activations[type(activation)], kind)
+
+
+def _experts(activation: Rule, product: Rule, router: Rule) -> Rule:
+    """The rule of a mixture of experts, which is one operation."""
+    gated = _gated(activation, product)
+    if not isinstance(gated, Gated):
+        raise RelevanceError("a mixture of experts takes one of the known rules for its gates, not a rule of your own")
+    return ExpertsRule(gated, _product_kind(router))
+
+
+def _product_kind(rule: Rule) -> str:
+    """A rule of a product in one word, or nothing for a rule of the user's own."""
+    if isinstance(rule, PairProduct):
+        return "pair"
+    if isinstance(rule, Scale):
+        return {0.5: "half", 0.0: "constant"}.get(rule.factor, "")
+    return "gradient" if rule.is_plain else ""
 
 
 def _capped(product: Rule, cap: Rule) -> Rule:

@@ -34,6 +34,12 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
         dict(vocab_size=VOCAB_SIZE, n_positions=N_CTX, n_embd=16, n_layer=2, n_head=4, rotary_dim=2),
     ),
     "bert": ("BertForMaskedLM", "BertConfig", _COMMON),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _GROUPED | dict(num_local_experts=4)),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _GROUPED | dict(head_dim=4, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2),
+    ),
 }
 WIDER = list(_SETTINGS)
 
@@ -42,4 +48,6 @@ def build_wider(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) 
     """A tiny random model of one of `WIDER`."""
     model_class, config_class, settings = _SETTINGS[family]
     make: Callable[..., transformers.PretrainedConfig] = getattr(transformers, config_class)
-    return bridge_from_config(getattr(transformers, model_class), make(**settings), dtype, seed)
+    config = make(**settings)
+    config._experts_implementation = "eager"  # the default for mixtures of experts, grouped_mm, knows no float64
+    return bridge_from_config(getattr(transformers, model_class), config, dtype, seed)

@@ -8,7 +8,6 @@ the ratio to the plain gradient of the same round, so that a machine whose speed
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -49,17 +48,37 @@ def plain_gradient(model: Any, tokens: Tensor) -> Tensor:
 
 
 def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, device: str) -> pd.DataFrame:
-    """Seconds per case and round, after one warm-up round; rows are rounds."""
+    """Seconds per case and round, after one warm-up round; rows are rounds.
+
+    On a GPU these are wall-clock seconds; on a CPU they are processor seconds of this process, which other users of the machine do not count in.
+    """
+    clock = time.perf_counter if device == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):
         for name, run in cases.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             if i:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return pd.DataFrame(times)
+
+
+def saved_mebibytes(model: Any, run: Callable[[], Any]) -> float:
+    """Size of what autograd saves for the backward pass, weights aside: the memory that a case adds to the model."""
+    weights = {p.untyped_storage().data_ptr() for p in [*torch.nn.Module.parameters(model), *model.original_model.parameters()]}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values()) / 2**20
 
 
 def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
@@ -93,9 +112,9 @@ def main(
     cases["deeplift, tokens only"] = case(rules="deeplift", reference=other, names_filter="embed.hook_out")
     cases["deeplift, with audit"] = case(rules="deeplift", reference=other, audit=True)
     table = ratios(interleaved(cases, repeats, device), "plain gradient")
-    spread = statistics.median(table["seconds"])
-    Console().print(f"GPT-2-small shape, {layers} layers, {batch} x {positions} tokens, {dtype} on {device}; median case {spread:.3f} s")
-    Console().print(table.to_string(index=False, formatters={"ratio": "{:.3f}".format, "seconds": "{:.4f}".format}))
+    table["saved MiB"] = [saved_mebibytes(model, run) for run in cases.values()]
+    Console().print(f"GPT-2-small shape, {layers} layers, {batch} x {positions} tokens, {dtype} on {device}, medians of {repeats} rounds")
+    Console().print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":

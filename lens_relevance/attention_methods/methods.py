@@ -69,8 +69,8 @@ def token_relevance(
 ) -> TokenRelevance:
     """Relevance of tokens for tokens from attention patterns and their gradients, in one forward and one backward pass.
 
-    model: a TransformerBridge in eval mode with live patterns. inputs, target, attention_mask: as for `propagate`; the row that is explained
-        is that of the position the target reads.
+    model: a TransformerBridge in eval mode with live patterns. inputs, target, attention_mask: as for `propagate`; the row that is
+        explained is that of the position the target reads.
     method: `weighted_accumulation` (our reading of Huang et al. 2023: only the paper's abstract was at hand, and its own weights could not
         be checked), `chefer_2021b` (or `chefer`), `chefer_2021a`, `rollout`, `attention_flow`, `globenc`, `legrad`, `gradient_attention`,
         `raw_attention`. Sources are named in each one's module.

@@ -1,7 +1,7 @@
 """Weighted relevance accumulation, our reading of Huang et al. 2023 (arXiv 2308.10240).
 
-Only the paper's abstract was at hand, so its own weights could not be checked: the abstract's idea (tokens before and after attention differ
-in importance, and should not be accumulated equally) is the paper's, the weights alpha and beta below are ours (derived here).
+Only the paper's abstract was at hand, so its own weights could not be checked: the abstract's idea (tokens before and after attention
+differ in importance, and should not be accumulated equally) is the paper's, the weights alpha and beta below are ours (derived here).
 """
 
 from __future__ import annotations

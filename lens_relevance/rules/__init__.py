@@ -21,12 +21,15 @@ from lens_relevance.rules.attention import (
 from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.linear import Linear, ZeroRule
 from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm
+from lens_relevance.rules.routing import Experts, ExpertsRule
 
 __all__ = [
     "Activation",
     "AttentionGeometry",
     "AttentionRule",
     "Constant",
+    "Experts",
+    "ExpertsRule",
     "Gated",
     "GatedActivation",
     "Half",

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import generalized_components as components
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.sites.attention import attention_sites, decorative_points
 from lens_relevance.sites.base import Site
+from lens_relevance.sites.experts import expert_sites
 from lens_relevance.sites.linear import linear_sites
 from lens_relevance.sites.mlp import mlp_sites
 from lens_relevance.sites.normalization import norm_sites
@@ -119,12 +120,16 @@ def _components(model: Any) -> list[tuple[str, Any]]:
 def _sites_of(name: str, component: Any) -> list[Site]:
     if isinstance(component, components.NormalizationBridge):
         return norm_sites(name, component)
+    if isinstance(component, components.MoERouterBridge):
+        return []  # inside the mixture of experts' own site
     if isinstance(component, components.LinearBridge | components.UnembeddingBridge):
         return linear_sites(name, component)
     if isinstance(component, components.AttentionBridge):
         return attention_sites(name, component)
     if isinstance(component, components.MLPBridge):
         return mlp_sites(name, component)
+    if isinstance(component, components.MoEBridge):
+        return expert_sites(name, component)
     if isinstance(component, components.BlockBridge) or type(component).__name__ in _TRANSPARENT:
         return []
     if type(component).__name__ == "GeneralizedComponent" and isinstance(component.original_component, nn.Identity):
