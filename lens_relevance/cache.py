@@ -141,7 +141,8 @@ class RelevanceCache(Mapping[str, Tensor]):
         """The relevance as a TransformerLens ActivationCache, for its own tools."""
         from transformer_lens import ActivationCache
 
-        return ActivationCache({name: self[name] for name in self}, model)
+        kept = {name: self[name] for name in self}
+        return ActivationCache(kept | {alias: kept[name] for alias, name in self.aliases.items() if name in kept}, model)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (no pickle)."""

@@ -19,7 +19,7 @@ from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.guest import check_model, frozen, is_bridge
 from lens_relevance.inputs import Inputs, tokenize
 from lens_relevance.metrics import Metric, gradient_at
-from lens_relevance.references import ReferenceRun, reference_run
+from lens_relevance.references import ReferenceRun, is_tokens, reference_run, reference_tokens
 from lens_relevance.rule_hooks import Session, session
 from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.rulesets import Table, needs_reference, rule_for, ruleset, ruleset_name
@@ -64,13 +64,13 @@ def propagate(
     table = _table(rules, reference)
     body = anatomy(model)
     tokens, mask = tokenize(model, inputs, attention_mask)
-    target = None if target is None else as_target(target)
+    target, prompt_mask = None if target is None else as_target(target), mask
     if target is not None:
         tokens, mask = target.extend(model, tokens, mask)
     names, explicit = wanted(body, names_filter)
     conditions = read_conditions(body, through)
     point = None if target is None or target.point is None else body.canonical(target.point)
-    other = None if reference is None else _reference(model, reference, target, tokens, mask)
+    other = None if reference is None else _reference(model, reference, target, prompt_mask, tokens, mask)
     n = 1 if other is None else other.n
     with torch.enable_grad(), frozen(model), session(model) as opened:
         _place(opened, body, table, strict)
@@ -156,13 +156,12 @@ def _table(rules: str | Table, reference: Any) -> Table:
     return table
 
 
-def _reference(model: Any, reference: Any, target: Target | None, tokens: Tensor, mask: Tensor) -> ReferenceRun:
-    """The reference runs; a text or ids given for the prompt alone get the target's continuation as the inputs did."""
-    if target is not None and (
-        isinstance(reference, str | list | tuple) or (isinstance(reference, Tensor) and not reference.is_floating_point())
-    ):
-        reference, _ = target.extend(model, *tokenize(model, reference))
-    return reference_run(model, reference, tokens, mask)
+def _reference(model: Any, reference: Any, target: Target | None, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> ReferenceRun:
+    """The reference runs. A target's continuation follows the reference as it follows the prompt."""
+    if is_tokens(reference):
+        given = reference_tokens(model, reference, prompt_mask)
+        return ReferenceRun(given if target is None else target.extend(model, given, prompt_mask)[0])
+    return reference_run(model, reference, tokens, mask, tail=int(mask.sum() - prompt_mask.sum()) // len(mask))
 
 
 def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> None:

@@ -33,6 +33,7 @@ def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -
         vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
             raise RelevanceError(f"token ids must lie in 0..{vocabulary - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+        check_length(model, tokens.shape[1])
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(device).long()
         if mask.shape != tokens.shape:
             raise RelevanceError(
@@ -52,11 +53,17 @@ def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -
     return pad([model.to_tokens(text, truncate=False)[0] for text in inputs], model)
 
 
-def pad(rows: Sequence[Tensor], model: Any) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Rows of token ids as one tensor, padded on the right, and its mask."""
-    length, n_ctx = max(len(row) for row in rows), getattr(model.cfg, "n_ctx", None)
+def check_length(model: Any, length: int) -> None:
+    """Refuse prompts beyond the model's context."""
+    n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if n_ctx is not None and length > n_ctx:
         raise RelevanceError(f"the prompt has {length} tokens, the model's context is {n_ctx}; shorten it")
+
+
+def pad(rows: Sequence[Tensor], model: Any) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Rows of token ids as one tensor, padded on the right, and its mask."""
+    length = max(len(row) for row in rows)
+    check_length(model, length)
     filler = getattr(model.tokenizer, "pad_token_id", None) if getattr(model, "tokenizer", None) is not None else None
     tokens = torch.full((len(rows), length), filler or 0, dtype=torch.long, device=rows[0].device)
     mask = torch.zeros_like(tokens)

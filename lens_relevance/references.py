@@ -37,9 +37,9 @@ class Baseline:
     n: int = 1
     seed: int = 0
 
-    def run(self, model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]) -> ReferenceRun:
-        """The reference runs for these prompts."""
-        replaced = _replaced(model, tokens, mask)
+    def run(self, model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], tail: int = 0) -> ReferenceRun:
+        """The reference runs for these prompts; the last `tail` tokens of each are part of the answer and stay."""
+        replaced = _replaced(model, tokens, mask, tail)
         if self.kind == "random_tokens":
             generator = torch.Generator().manual_seed(self.seed)
             many = tokens.repeat_interleave(self.n, 0)
@@ -71,35 +71,55 @@ def random_tokens(n: int = 8, seed: int = 0) -> Baseline:
     return Baseline("random_tokens", n, seed)
 
 
-def reference_run(model: Any, reference: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]) -> ReferenceRun:
-    """A ReferenceRun from what the user gave: token ids, text, a Baseline, or embeddings ([d_model] or [batch, pos, d_model])."""
-    if isinstance(reference, Baseline):
-        return reference.run(model, tokens, mask)
-    if isinstance(reference, Tensor) and reference.is_floating_point():
-        table = model.W_E.detach()
-        if reference.shape[-1] != table.shape[1]:
-            raise RelevanceError(f"reference embeddings have {reference.shape[-1]} features, the model {table.shape[1]}")
-        replaced = (
-            _replaced(model, tokens, mask).unsqueeze(-1) if reference.ndim == 1 else torch.ones_like(tokens, dtype=torch.bool).unsqueeze(-1)
-        )
-        return ReferenceRun(tokens, torch.where(replaced, reference.to(table), table[tokens]))
+def is_tokens(reference: Any) -> bool:
+    """Whether a reference was given as text or token ids."""
+    return isinstance(reference, str | list | tuple) or (isinstance(reference, Tensor) and not reference.is_floating_point())
+
+
+def reference_tokens(model: Any, reference: Any, mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Token ids of a reference for prompts with this mask; raises RelevanceError where the two do not fit."""
     given, given_mask = tokenize(model, reference)
-    if given.shape != tokens.shape:
+    if given.shape != mask.shape:
         raise RelevanceError(
-            f"the reference has shape {tuple(given.shape)}, the inputs {tuple(tokens.shape)}: pass a reference of the same number of "
+            f"the reference has shape {tuple(given.shape)}, the inputs {tuple(mask.shape)}: pass a reference of the same number of "
             "rows and tokens, or mean_embedding() or random_tokens() where the prompt has no counterpart"
         )
     if not isinstance(reference, Tensor) and not torch.equal(given_mask, mask):
         raise RelevanceError("the prompts and their references differ in length row by row; pair prompts of equally many tokens")
-    return ReferenceRun(given)
+    return given
 
 
-def _replaced(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    """True where a baseline takes the token's place: real tokens that are not BOS."""
+def reference_run(
+    model: Any, reference: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], tail: int = 0
+) -> ReferenceRun:
+    """A ReferenceRun from text, token ids, a Baseline or embeddings ([d_model] or [batch, pos, d_model]).
+
+    The last `tail` tokens of each row stay as they are under a baseline.
+    """
+    if is_tokens(reference):
+        return ReferenceRun(reference_tokens(model, reference, mask))
+    if isinstance(reference, Baseline):
+        return reference.run(model, tokens, mask, tail)
+    if not isinstance(reference, Tensor):
+        kind = type(reference).__name__
+        raise RelevanceError(f"a reference is text, token ids, embeddings or a baseline such as mean_embedding(), not {kind}")
+    table = model.W_E.detach()
+    if reference.shape[-1] != table.shape[1]:
+        raise RelevanceError(f"reference embeddings have {reference.shape[-1]} features, the model {table.shape[1]}")
+    if reference.ndim == 1:
+        return ReferenceRun(tokens, torch.where(_replaced(model, tokens, mask, tail).unsqueeze(-1), reference.to(table), table[tokens]))
+    if reference.shape[:-1] != tokens.shape:
+        raise RelevanceError(f"reference embeddings are {list(reference.shape)}; give [d_model] or {[*tokens.shape, table.shape[1]]}")
+    return ReferenceRun(tokens, reference.to(table))
+
+
+def _replaced(model: Any, tokens: Tensor, mask: Tensor, tail: int) -> Tensor:
+    """True where a baseline takes the token's place: real tokens that are not BOS, nor among the last `tail`."""
     tokenizer = getattr(model, "tokenizer", None)
     bos = getattr(tokenizer, "bos_token_id", None)
     first = (mask.cumsum(1) == 1) & (mask == 1)
-    return (mask == 1) & ~(first & (tokens == bos) if bos is not None else torch.zeros_like(first))
+    prompt = (mask == 1) & (mask.cumsum(1) <= mask.sum(1, keepdim=True) - tail)
+    return prompt & ~(first & (tokens == bos) if bos is not None else torch.zeros_like(first))
 
 
 def _ordinary_tokens(model: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
@@ -37,11 +38,25 @@ class _Visit:
     def refuse_bypass(self, _: Tensor) -> None:
         """Runs when a gradient reaches the operation's input through the model's own computation."""
         if not (self.rule.on_output and self.visited):
-            raise LivenessError(
-                f"the rule {self.rule!r} at {self.site.name} ({self.site.points}) was bypassed: the model does not go on "
-                f"with what {self.site.output_name} returns, or does so only in part. Declare the site at live "
-                "HookPoints, or give its operation no rule"
-            )
+            raise LivenessError(bypassed(self.site, self.rule))
+
+
+class _Refusal:
+    """Raises when a gradient arrives: a forward that nobody backpropagates is nobody's business."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __call__(self, _: Tensor) -> None:
+        raise LivenessError(self.message)
+
+
+def bypassed(site: Site, rule: Rule) -> str:
+    """The message for a rule that the model goes past."""
+    return (
+        f"the rule {rule!r} at {site.name} ({site.points}) was bypassed: the model does not go on with what {site.output_name} returns, "
+        "or does so only in part. Declare the site at live HookPoints, or give its operation no rule"
+    )
 
 
 class _Substitute(torch.autograd.Function):
@@ -75,6 +90,7 @@ class _Placed:
         self.visit: _Visit | None = None
         self.captured: dict[int, Tensor] = {}
         self.fired = 0
+        self.node: Node | None = None
         self.recorded: list[Reference] = []
 
     @property
@@ -83,7 +99,7 @@ class _Placed:
         return self.session.recording or self.site.enabled()
 
     def reset(self) -> None:
-        self.visit, self.captured, self.fired = None, {}, 0
+        self.visit, self.captured, self.fired, self.node = None, {}, 0, None
 
     def capture(self, index: int, x: Tensor) -> _Visit | None:
         """Take an input; gives the visit that a marker on it has to tell, if one is needed."""
@@ -115,8 +131,11 @@ class _Placed:
         if visit is None:  # nothing differentiable comes in
             return output
         if self.rule.on_output:
-            return _Substitute.apply(visit, None, output)
-        return _Substitute.apply(visit, self._reference(ordered), output.detach(), *ordered)
+            ruled: Tensor = _Substitute.apply(visit, None, output)
+        else:
+            ruled = _Substitute.apply(visit, self._reference(ordered), output.detach(), *ordered)
+        self.node = ruled.grad_fn
+        return ruled
 
     def _reference(self, inputs: tuple[Tensor, ...]) -> Reference | None:
         if not self.rule.needs_reference:
@@ -189,6 +208,7 @@ class Session:
         self.recording = False
         self.placed: list[_Placed] = []
         self._states: dict[HookPoint, _PointState] = {}
+        self._components: dict[nn.Module, list[_Placed]] = {}
         self._handles: list[Any] = []
         self._on_begin: list[Callable[[dict[str, Any]], None]] = []
 
@@ -216,6 +236,11 @@ class Session:
         for index, point in enumerate(site.inputs):
             self.state(point).input_of.append((placed, index))
         self.listen(site)
+        if site.component is not None:
+            if site.component not in self._components:
+                self._components[site.component] = []
+                self._handles.append(site.component.register_forward_hook(self._leave, with_kwargs=True))
+            self._components[site.component].append(placed)
 
     def listen(self, site: Site) -> None:
         """Hand a site the call arguments of the module it asks for."""
@@ -237,12 +262,36 @@ class Session:
             del point.__dict__["_lens_relevance"]
         self._handles.clear()
         self._states.clear()
+        self._components.clear()
         self.placed.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for placed in self.placed:
             placed.reset()
         check_forward(self.model, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A component returns: what it does with its input has to have passed the rules placed inside it."""
+        wanted = {placed.node: placed for placed in self._components[module] if placed.node is not None}
+        for placed in wanted.values():
+            placed.node = None
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad), None)
+        first = output[0] if isinstance(output, tuple) else output
+        if not wanted or given is None or not isinstance(first, Tensor) or first.grad_fn is None:
+            return
+        source, missing = get_gradient_edge(given).node, set(wanted)
+        found_source, seen, stack = False, {first.grad_fn}, [first.grad_fn]
+        while stack and missing:
+            node = stack.pop()
+            missing.discard(node)
+            found_source = found_source or node is source
+            if node is not source:
+                fresh = [n for n, _ in node.next_functions if n is not None and n not in seen]
+                seen.update(fresh)
+                stack += fresh
+        if missing and found_source:  # an intervention that cuts the component off from its input leaves nothing to pass
+            decorative = wanted[missing.pop()]
+            first.register_hook(_Refusal(bypassed(decorative.site, decorative.rule)))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for placed in self.placed:

@@ -71,7 +71,10 @@ def anatomy(model: Any) -> Anatomy:
         found.aliases.setdefault(name, name)
     for name, component in _components(model):
         try:
-            found.sites += _sites_of(name, component)
+            sites = _sites_of(name, component)
+            for site in sites:
+                site.component = component
+            found.sites += sites
         except CoverageError as error:
             found.uncovered[name] = str(error)
         if type(component) in (components.EmbeddingBridge, components.PosEmbedBridge):

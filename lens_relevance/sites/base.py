@@ -23,6 +23,7 @@ class Site:
     mount: the component's place in its parent ("ln1", "q_norm", "ln_final", "mlp"), by which rules can be chosen.
     inputs, output: HookPoints whose raw (unconverted) tensors the operation takes and gives; output None: the logits the model returns.
     caller: a module whose call arguments the operation needs (masks, positions); handed to `on_call` before each forward of it.
+    component: the module whose output has to depend on the site, where there is one: the proof that its HookPoints are no decoration.
     enabled: says whether the site stands in for its operation right now (a norm has two forms, see rules/normalization.py).
     """
 
@@ -34,6 +35,7 @@ class Site:
     caller: nn.Module | None = None
     on_call: Callable[[tuple[object, ...], dict[str, object]], None] | None = None
     enabled: Callable[[], bool] = field(default=lambda: True)
+    component: nn.Module | None = None
 
     @property
     def kind(self) -> str:
