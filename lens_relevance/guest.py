@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.versions import warn_if_untested
 
 
 def is_bridge(model: Any) -> bool:
@@ -38,6 +39,7 @@ def frozen(model: Any) -> Iterator[None]:
 
 def check_model(model: Any) -> None:
     """Refuse states of the model in which relevance would be wrong without anybody noticing."""
+    warn_if_untested()
     if torch.is_inference_mode_enabled():
         raise RelevanceError(
             "relevance needs autograd, which torch.inference_mode() forbids; use torch.no_grad() instead, or leave the block"

@@ -19,7 +19,7 @@ from lens_relevance.rules.attention import (
     WholeAttention,
 )
 from lens_relevance.rules.base import Operation, Reference, Rule
-from lens_relevance.rules.linear import Linear, ZeroRule
+from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, ZeroRule
 from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm
 from lens_relevance.rules.routing import Experts, ExpertsRule
 
@@ -28,8 +28,10 @@ __all__ = [
     "AttentionGeometry",
     "AttentionRule",
     "Constant",
+    "EpsilonRule",
     "Experts",
     "ExpertsRule",
+    "GammaRule",
     "Gated",
     "GatedActivation",
     "Half",

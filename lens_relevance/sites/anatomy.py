@@ -20,6 +20,8 @@ from lens_relevance.sites.normalization import norm_sites
 from lens_relevance.sites.output import output_sites
 
 # Components that only carry tensors around or are linear in them.
+# Linear layers that are split before use, so that their own HookPoints stay silent (and a router is part of its mixture of experts).
+_NEVER_FIRE = ("qkv", "gate_up")
 _TRANSPARENT = ("EmbeddingBridge", "PosEmbedBridge", "RotaryEmbeddingBridge")
 
 
@@ -123,8 +125,8 @@ def _components(model: Any) -> list[tuple[str, Any]]:
 def _sites_of(name: str, component: Any) -> list[Site]:
     if isinstance(component, components.NormalizationBridge):
         return norm_sites(name, component)
-    if isinstance(component, components.MoERouterBridge):
-        return []  # inside the mixture of experts' own site
+    if isinstance(component, components.MoERouterBridge) or name.rsplit(".", 1)[-1] in _NEVER_FIRE:
+        return []
     if isinstance(component, components.LinearBridge | components.UnembeddingBridge):
         return linear_sites(name, component)
     if isinstance(component, components.AttentionBridge):

@@ -36,8 +36,7 @@ def test_coverage_proves_every_site_live(family: str) -> None:
     found = coverage(build_wider(family, torch.float32), ["attnlrp", "deeplift"])
     assert not found.uncovered
     assert found.rulesets["works"].all(), found.rulesets
-    fused = found.sites["site"].str.endswith(".qkv") | found.sites["site"].str.endswith(".gate_up")  # split before use: never fire
-    assert found.sites.loc[~fused, "live"].all(), found.sites.loc[~found.sites["live"]]
+    assert found.sites["live"].all(), found.sites.loc[~found.sites["live"]]
 
 
 def test_a_delegated_attention_with_padding_equals_the_unpadded_run() -> None:

@@ -343,7 +343,7 @@ def test_pair_softmax_is_exact_whatever_it_meets(
 @pytest.mark.parametrize("which", ["pair", "half_plain", "temperature"])
 def test_scores_then_softmax_is_one_after_the_other(kv: int, cap: float | None, rotated: bool, which: str) -> None:
     shape = geometry(kv, cap, rotated)
-    shape.mask = lambda scores: torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    shape.bias = lambda scores: torch.zeros_like(scores).masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
     rules: dict[str, tuple[Rule, Rule]] = {
         "pair": (PairProduct(), PairSoftmax()),
         "half_plain": (UniformScores(0.5, identity_cap=True), SoftmaxTemperature(1.0)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
-from lens_relevance.rules import Linear, Rule, ZeroRule
+from lens_relevance.rules import EpsilonRule, GammaRule, Linear, Rule, ZeroRule
 from tests.rules.dense import near, normal, sink
 
 X1, X2, G, W, B = normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2), normal(2, 3, 5, seed=3), normal(5, 4, seed=4), normal(5, seed=5)
@@ -27,3 +29,49 @@ def test_between_two_runs_nothing_is_kept() -> None:
 
 def test_without_bias_nothing_is_kept() -> None:
     assert sink(ZeroRule(), Linear(W, None), (X1,), G).tolist() == [0, 0]
+
+
+def _layer(seed: int = 0) -> tuple[Linear, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias, x, g = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((4, 3), (4,), (2, 5, 3), (2, 5, 4)))
+    return Linear(weight, bias), x, g
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 10.0])
+def test_gamma_is_its_dense_formula(gamma: float) -> None:
+    """R_i = sum_j (z_ij + gamma z_ij [sign as y_j]) / (sum over i and the bias of the same) R_j, contribution by contribution."""
+    op, x, g = _layer()
+    assert op.bias is not None
+    y = op(x)
+    rule = GammaRule(gamma)
+    (coefficient,) = rule.backward(op, rule.keep(op, (x,), y, None), g)
+    assert coefficient is not None
+    z = torch.cat([x.unsqueeze(-2) * op.weight, op.bias.expand_as(y).unsqueeze(-1)], -1)  # [.., output, input and bias]
+    z = z + gamma * torch.where(y.unsqueeze(-1) > 0, z.clamp(min=0), z.clamp(max=0))
+    expected = (z / z.sum(-1, keepdim=True) * (y * g).unsqueeze(-1)).sum(-2)
+    torch.testing.assert_close(x * coefficient, expected[..., :-1], rtol=1e-10, atol=1e-12)
+    assert float(expected.abs().min()) > 0
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.5])
+def test_epsilon_is_its_dense_formula(epsilon: float) -> None:
+    op, x, g = _layer(1)
+    y = op(x)
+    rule = EpsilonRule(epsilon)
+    (coefficient,) = rule.backward(op, rule.keep(op, (x,), y, None), g)
+    assert coefficient is not None
+    expected = (x.unsqueeze(-2) * op.weight / (y + epsilon * y.sign()).unsqueeze(-1) * (y * g).unsqueeze(-1)).sum(-2)
+    torch.testing.assert_close(x * coefficient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_ruleset_of_ones_own_puts_gamma_on_chosen_layers() -> None:
+    """gamma on the MLP's layers only, by mount position; the account still closes, with what gamma keeps under `biases`."""
+    from lens_relevance import propagate, rulesets
+    from tests.engine.families import TARGET, build, inputs_and_reference, unexplained
+
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    table = {**rulesets()["attnlrp"], "linear@in": GammaRule(0.25), "linear@out": EpsilonRule(1e-3)}
+    cache = propagate(model, tokens, TARGET, table, audit=True)
+    assert unexplained(cache) < 1e-9
+    assert torch.equal(cache.logits, model(tokens))
+    assert not torch.allclose(cache.tokens(), propagate(model, tokens, TARGET, "attnlrp").tokens())
