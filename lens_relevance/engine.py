@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformer_lens
 from torch import Tensor
 
 from lens_relevance._version import __version__
@@ -274,6 +274,6 @@ def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits
         "target": describe(target, model),
         "reference": "none" if reference is None else ("given tensor" if isinstance(reference, Tensor) else str(reference)),
         "lens_relevance": __version__,
-        "transformer_lens": str(getattr(transformer_lens, "__version__", "4")),
+        "transformer_lens": version("transformer-lens"),
         "torch": torch.__version__,
     }
