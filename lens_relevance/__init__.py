@@ -1,6 +1,7 @@
 """Relevance at every HookPoint of a TransformerBridge: propagation rules (AttnLRP and its kin, exact pair rules) in one backward pass."""
 
 from lens_relevance._version import __version__
+from lens_relevance.attention_methods import TokenRelevance, head_flow, token_relevance
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.coverage import Coverage, coverage
 from lens_relevance.engine import attach, propagate
@@ -20,6 +21,9 @@ __all__ = [
     "__version__",
     "attach",
     "continuation",
+    "head_flow",
+    "token_relevance",
+    "TokenRelevance",
     "coverage",
     "latent",
     "log_prob",

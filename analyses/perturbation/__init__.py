@@ -1,0 +1,23 @@
+"""Perturbation tests: remove tokens or patches in the order of an attribution and follow the target."""
+
+from analyses.perturbation.attributions import Attribution, against, attribution, by_attention, by_ruleset, occlusion, random_order
+from analyses.perturbation.curves import curves_view, perturbation_curves
+from analyses.perturbation.removal import areas, removal_curves, summary
+from analyses.perturbation.text import BASELINES, TextRemoval
+
+__all__ = [
+    "BASELINES",
+    "Attribution",
+    "TextRemoval",
+    "against",
+    "areas",
+    "attribution",
+    "by_attention",
+    "by_ruleset",
+    "curves_view",
+    "occlusion",
+    "perturbation_curves",
+    "random_order",
+    "removal_curves",
+    "summary",
+]

@@ -1,0 +1,78 @@
+"""Perturbation tests of attributions on prompts: curves, and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.perturbation.attributions import Attribution, attribution
+from analyses.perturbation.removal import removal_curves
+from analyses.perturbation.text import TextRemoval
+from analyses.progress import progress_bar
+from analyses.views.page import View
+from analyses.views.plots import curve_view
+from lens_relevance import RelevanceError, Target
+from lens_relevance.inputs import Inputs, tokenize
+from lens_relevance.targets import as_target, top_prediction
+
+
+def perturbation_curves(
+    model: Any,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    methods: Sequence[str] | Mapping[str, str | Attribution] = ("attnlrp",),
+    baselines: Sequence[str] = ("mean_embedding",),
+    attention_mask: Tensor | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> pd.DataFrame:
+    """MoRF and LeRF curves of each method with each baseline, and of a random order on the same prompts.
+
+    model, inputs, target, attention_mask: as for `propagate`; None explains each prompt's top prediction against its runner-up.
+    methods: names (see `attribution`), or name -> name or callable (model, tokens, target, mask) -> [batch, pos], for example
+        `{"deeplift, 8 random": against(random_tokens(8))}`.
+    baselines: of `BASELINES`: what stands where a token was removed. steps: in how many steps all tokens go (default one by one).
+
+    Each prompt's first token (BOS) is never removed. Returns a DataFrame with columns method, baseline, example, order (MoRF, LeRF),
+    removed, share, value (units of the target), same_prediction; `areas` and `summary` condense it.
+    """
+    named: dict[str, str | Attribution] = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    if not named or not baselines:
+        raise RelevanceError("give at least one method and one baseline")
+    chosen = {name: attribution(method) for name, method in ({"random": "random"} | named).items()}
+    tokens, mask = tokenize(model, inputs, attention_mask)
+    if target is None:
+        with torch.no_grad():
+            padded = {} if bool((mask == 1).all()) else {"attention_mask": mask}
+            resolved: Target = top_prediction(model(tokens, return_type="logits", use_cache=False, **padded), tokens, mask)
+    else:
+        resolved = as_target(target)
+    removable = (mask.bool() & (mask.cumsum(1) > 1)).cpu()
+    frames = []
+    with progress_bar() as bar:
+        scores = {n: chosen[n](model, tokens, resolved, mask).detach().cpu() for n in bar.track(chosen, description="attributions")}
+        removals = [TextRemoval(model, tokens, mask, resolved, baseline, seed, batch_size) for baseline in baselines]
+        for name, removal in bar.track([(n, r) for n in scores for r in removals], description="removing tokens"):
+            frame = removal_curves(scores[name], removable, removal, steps)
+            frame.insert(0, "baseline", removal.baseline)
+            frame.insert(0, "method", name)
+            frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def curves_view(curves: pd.DataFrame, baseline: str | None = None) -> View:
+    """Mean curves over the share of tokens removed, MoRF and LeRF of every method, for one baseline (the first by default)."""
+    baseline = baseline if baseline is not None else str(curves["baseline"].iloc[0])
+    shown = curves[curves["baseline"] == baseline]
+    if shown.empty:
+        raise RelevanceError(f"there are no curves for the baseline {baseline!r}; these have {', '.join(curves['baseline'].unique())}")
+    # prompts differ in length: twenty bins put their curves on one axis
+    binned = shown.assign(share=(shown["share"] * 20).round() / 20)
+    grouped = binned.groupby(["method", "order"], sort=False)
+    series = {f"{method}, {order}": part.groupby("share")["value"].mean() for (method, order), part in grouped}
+    return curve_view(series, "share of tokens removed", "target", f"Perturbation ({baseline})")
