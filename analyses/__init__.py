@@ -1,0 +1,53 @@
+"""Analyses on top of lens_relevance: rank components, hold them against activation patching, and show what was found."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analyses.comparison import compare_with_patching
+    from analyses.estimators import Estimator, conductance, direct_logit_attribution, eap_ig
+    from analyses.loading import load_model
+    from analyses.patching import ablation, activation_patching
+    from analyses.ranking import rank_heads, rank_neurons
+    from analyses.tasks import PromptPairs
+
+# The command line answers --help from this package too, so torch and transformers are imported when they are asked for.
+_HOME = {
+    "Estimator": "estimators",
+    "PromptPairs": "tasks",
+    "ablation": "patching",
+    "activation_patching": "patching",
+    "compare_with_patching": "comparison",
+    "conductance": "estimators",
+    "direct_logit_attribution": "estimators",
+    "eap_ig": "estimators",
+    "load_model": "loading",
+    "rank_heads": "ranking",
+    "rank_neurons": "ranking",
+}
+
+__all__ = [
+    "Estimator",
+    "PromptPairs",
+    "ablation",
+    "activation_patching",
+    "compare_with_patching",
+    "conductance",
+    "direct_logit_attribution",
+    "eap_ig",
+    "load_model",
+    "rank_heads",
+    "rank_neurons",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it exports {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

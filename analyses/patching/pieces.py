@@ -1,0 +1,61 @@
+"""The pairs in pieces that fit a forward pass, and the bar that says how far it has got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from rich.progress import Progress
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.patching.plan import TOKENS_PER_PASS
+from analyses.patching.readout import Metric, resolve_metric
+from analyses.progress import progress_bar
+from lens_relevance.targets import CallableTarget, Target
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of the pairs that are run together. The mask is None where every token is real."""
+
+    clean: Int[Tensor, "n pos"]
+    corrupt: Int[Tensor, "n pos"]
+    mask: Int[Tensor, "n pos"] | None
+    metric: Metric
+
+    def first_difference(self) -> int:
+        """The first position at which clean and corrupt differ in any row; the last one if they never do."""
+        differ = (self.clean != self.corrupt).any(dim=0).nonzero()
+        return int(differ[0]) if len(differ) else self.clean.shape[1] - 1
+
+
+def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, batch_size: int | None) -> Iterator[Piece]:
+    """The pairs in pieces of at most `batch_size` rows (None: TOKENS_PER_PASS tokens).
+
+    A callable may hold one answer per row, so it gets all rows at once.
+    """
+    target, (n, n_pos) = pairs.target if metric is None else metric, pairs.clean.shape
+    if getattr(target, "point", None) is not None:
+        raise ValueError(f"the target is a latent at {target.point}; patching reads the logits: give a target of logits as `metric`")
+    whole = not isinstance(target, Target) or isinstance(target, CallableTarget)
+    size = n if whole else min(n, batch_size or max(1, TOKENS_PER_PASS // n_pos))
+    masks = [torch.ones_like(pairs.clean) if mask is None else mask for mask in (pairs.clean_mask, pairs.corrupt_mask)]
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        clean, corrupt, mask, same = (ids[rows].to(model.cfg.device) for ids in (pairs.clean, pairs.corrupt, *masks))
+        here = target
+        if isinstance(target, Target):
+            here = target.select(rows)
+            (clean, mask), (corrupt, _) = here.extend(model, clean, mask), here.extend(model, corrupt, same)
+        yield Piece(clean, corrupt, None if mask.all() else mask, resolve_metric(here, model, clean, mask))
+
+
+def bar_if(progress: bool) -> Progress:
+    """A progress bar, which shows nothing unless it is asked for and somebody watches."""
+    bar = progress_bar()
+    bar.disable = bar.disable or not progress
+    return bar

@@ -1,0 +1,71 @@
+"""The number that a patched run is judged by, and the positions at which it looks at the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_relevance.targets import Target
+
+Metric = Callable[[Tensor], Tensor]
+
+
+class Readout:
+    """A metric with the positions that it reads, so that no other logits need to be computed.
+
+    Attributes:
+        columns: positions [column] at which the metric reads the logits of some row.
+    """
+
+    def __init__(self, metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> None:
+        self.metric = metric
+        value = evaluate(metric, logits)
+        read = _positions_read(metric, logits)
+        self.columns: Int[Tensor, " column"] = read.nonzero().flatten()
+        # Whatever is not read stays NaN: a metric that looks elsewhere after all returns NaN and is caught here.
+        self._logits = torch.full_like(logits, torch.nan)
+        if not torch.equal(self(logits[:, self.columns]), value):
+            self.columns = torch.arange(logits.shape[1], device=logits.device)
+
+    def __call__(self, logits: Float[Tensor, "n column d_vocab"]) -> Float[Tensor, " n_or_1"]:
+        """The metric of one run from its logits at `columns`."""
+        self._logits[:, self.columns] = logits
+        return evaluate(self.metric, self._logits)
+
+
+def evaluate(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n_or_1"]:
+    """The metric of one run: one value per row, or one in all if the metric returns a scalar.
+
+    Raises ValueError if it returns anything else.
+    """
+    value = metric(logits)
+    if not isinstance(value, Tensor) or value.shape not in ((), (1,), (len(logits),)):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a metric maps logits [batch, pos, d_vocab] to [batch] or a scalar; for batch {len(logits)} it returned {got}")
+    value = value.detach().reshape(-1)
+    return value if value.is_floating_point() else value.to(torch.float32)
+
+
+def _positions_read(metric: Metric, logits: Tensor) -> Tensor:
+    """Which positions [pos] the metric's gradient reaches; all if it has none (an accuracy, say)."""
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        value = metric(leaf)
+        if not value.requires_grad:
+            return torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return (gradient != 0).any(dim=-1).any(dim=0)
+
+
+def resolve_metric(target: Any, model: TransformerBridge, tokens: Int[Tensor, "n pos"], mask: Int[Tensor, "n pos"]) -> Metric:
+    """A target as a callable logits -> [batch]; callables are taken as they are."""
+    if isinstance(target, Target):
+        return target.metric(model, tokens, mask)
+    if not callable(target):
+        raise ValueError(f"a metric is a target (logit, logit_diff, log_prob) or a callable logits -> [batch], not {type(target).__name__}")
+    return target

@@ -1,0 +1,161 @@
+"""One run of the model, kept so that patched runs can go on from the middle of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from analyses.patching.nodes import COMPONENTS
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A run of the model without patches.
+
+    Attributes:
+        tokens, mask: what it ran on, [n, pos]; the mask is None where every token is real.
+        logits: [n, pos, d_vocab].
+        values: activation of each (component, layer) asked for, as its HookPoint shows it.
+        calls: (args, kwargs) with which each block was called; empty if not asked for. The first argument is the residual stream.
+        cache: keys and values of every layer, where the model keeps them as Hugging Face models do.
+    """
+
+    tokens: Int[Tensor, "n pos"]
+    mask: Int[Tensor, "n pos"] | None
+    logits: Float[Tensor, "n pos d_vocab"]
+    values: dict[tuple[str, int], Tensor]
+    calls: list[Call]
+    cache: DynamicCache | None
+
+    @property
+    def n(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def n_pos(self) -> int:
+        return self.tokens.shape[1]
+
+    def resid_pre(self, layer: int) -> Float[Tensor, "n pos d_model"]:
+        """The residual stream with which block `layer` was called."""
+        args, kwargs = self.calls[layer]
+        return args[0] if args else kwargs["hidden_states"]
+
+    def call(self, layer: int, rows: Int[Tensor, " rows"], start: int) -> Call:
+        """The rest of the arguments of block `layer` for a batch of these `rows`, from position `start` on.
+
+        Returns (args after the residual stream, kwargs without it).
+        """
+        args, kwargs = self.calls[layer]
+        cache = self._prefix(layer, rows, start)
+        rest = tuple(self._fit(value, rows, start, cache) for value in args[1:])
+        return rest, {name: self._fit(value, rows, start, cache) for name, value in kwargs.items() if name != "hidden_states"}
+
+    def _prefix(self, layer: int, rows: Tensor, start: int) -> DynamicCache | None:
+        """Keys and values before `start`, as a cache of its own: a block adds to the cache it is given."""
+        if start == 0:
+            return None
+        assert self.cache is not None, "a run can only go on from a position if its keys and values were kept"
+        prefix, kept = DynamicCache(), self.cache.layers[layer]
+        assert isinstance(kept, DynamicLayer) and kept.keys is not None and kept.values is not None
+        prefix.update(kept.keys[rows, :, :start], kept.values[rows, :, :start], layer)
+        return prefix
+
+    def _fit(self, value: Any, rows: Tensor, start: int, cache: DynamicCache | None) -> Any:
+        """An argument of a block for other rows and later positions: masks, position ids, rotary tables, the cache."""
+        if isinstance(value, tuple):
+            return tuple(self._fit(item, rows, start, cache) for item in value)
+        if value is not None and value is self.cache:
+            return cache
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim == 4 and value.shape[2] == self.n_pos:  # attention mask [n or 1, head or 1, query, key]: all keys stay
+            value = value[:, :, start:]
+        elif value.ndim in (2, 3) and value.shape[1] == self.n_pos:  # position ids, rotary tables
+            value = value[:, start:]
+        elif value.ndim == 1 and value.shape[0] == self.n_pos:
+            value = value[start:]
+        if value.ndim >= 2 and value.shape[0] == self.n:
+            return value[rows]
+        if value.ndim == 3 and value.shape[0] % self.n == 0:  # ALiBi slopes [n * head, 1, key]
+            return value.unflatten(0, (self.n, -1))[rows].flatten(0, 1)
+        return value
+
+
+def forward(
+    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None, **kwargs: Any
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of the whole model."""
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+    kwargs.setdefault("use_cache", False)
+    return model(tokens, **kwargs)
+
+
+def record(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "n pos"],
+    mask: Int[Tensor, "n pos"] | None,
+    wanted: Sequence[tuple[str, int]],
+    with_calls: bool = False,
+) -> Recording:
+    """Run the model once and keep the activations of each (component, layer) in `wanted`.
+
+    Args:
+        with_calls: also keep what is needed to go on from any block: how each block was called, and its keys and values.
+
+    Raises ValueError if a HookPoint that was asked for does not fire.
+    """
+    values: dict[tuple[str, int], Tensor] = {}
+
+    def keep(key: tuple[str, int]) -> Any:
+        def hook_fn(value: Tensor, hook: Any) -> None:
+            values[key] = value.detach()
+
+        return f"blocks.{key[1]}.{COMPONENTS[key[0]].read}", hook_fn
+
+    with model.hooks(fwd_hooks=[keep(key) for key in wanted]):
+        if with_calls:
+            logits, calls, cache = _forward_with_calls(model, tokens, mask)
+        else:
+            logits, calls, cache = forward(model, tokens, mask), [], None
+    for component, layer in wanted:
+        if (component, layer) not in values:
+            raise ValueError(
+                f"{component!r} of block {layer} never fires in this model (blocks.{layer}.{COMPONENTS[component].read} is not part of its "
+                "forward pass), so it can be neither read nor patched"
+            )
+    return Recording(tokens, mask, logits, values, calls, cache)
+
+
+def _forward_with_calls(model: TransformerBridge, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Call], DynamicCache | None]:
+    """Logits, how each block was called, and keys and values where the model can keep them."""
+    calls: list[Call] = []
+
+    def keep(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in model.blocks]
+    try:
+        cache = DynamicCache()
+        try:
+            logits = forward(model, tokens, mask, past_key_values=cache, use_cache=True)
+        except (TypeError, ValueError, AttributeError, NotImplementedError):
+            pass  # this family does not take such a cache
+        else:
+            kept = [layer.keys for layer in cache.layers if isinstance(layer, DynamicLayer)]
+            if len(kept) == len(model.blocks) and all(keys is not None and keys.shape[2] == tokens.shape[1] for keys in kept):
+                return logits, calls, cache
+        calls.clear()
+        return forward(model, tokens, mask), calls, None
+    finally:
+        for handle in handles:
+            handle.remove()

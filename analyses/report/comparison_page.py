@@ -1,0 +1,81 @@
+"""The comparison of methods as one HTML page."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analyses.comparison import Comparison
+from analyses.views import Page, View, scatter_view
+from analyses.views.heads import head_heat_map
+from analyses.views.heatmap import heat_map_view, largest_limit
+
+_WORDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "heads": "heads"}
+_UNITS = {"resid": "layer and position", "attn": "layer and position", "mlp": "layer and position", "heads": "layer and head"}
+_YARDSTICKS = {"mean": "mean of denoising and noising", "denoising": "denoising", "noising": "noising"}
+_SHOWN_MAPS = 6
+
+
+def correlation_table(table: pd.DataFrame, brief: bool = False) -> pd.DataFrame:
+    """Pearson and cost per method: what people want to know first. `brief`: no intervals and short names, for a terminal."""
+    bounds = zip(table["pearson"], table["pearson_low"], table["pearson_high"], strict=True)
+    cells = table.assign(cell=[f"{r:.3f}" + ("" if brief else f" [{low:.3f}, {high:.3f}]") for r, low, high in bounds])
+    wide = cells.pivot(index="method", columns="component", values="cell").reindex(list(dict.fromkeys(table["method"]))).fillna("–")
+    wide = wide[[name for name in _WORDS if name in wide.columns]]
+    cost = table.groupby("method", sort=False)[["completeness", "forwards", "backwards", "seconds"]].first()
+    if brief:
+        cost.insert(1, "passes", [f"{f} + {b}" for f, b in zip(cost.pop("forwards"), cost.pop("backwards"), strict=True)])
+    return (wide if brief else wide.rename(columns=_WORDS)).join(cost).rename_axis("method").reset_index()
+
+
+def best_methods(table: pd.DataFrame) -> pd.DataFrame:
+    """The best method of each component, by Pearson."""
+    best = table.loc[
+        table.groupby("component", sort=False)["pearson"].idxmax(), ["component", "method", "pearson", "pearson_low", "pearson_high"]
+    ]
+    return best.assign(component=best["component"].map(_WORDS)).reset_index(drop=True)
+
+
+def comparison_page(found: Comparison, model: str, target: str, words: str, command: str) -> Page:
+    """The page: the table, the heads side by side, and each component's best method against patching."""
+    page = Page("Which method can be trusted here", f"{model.rstrip('/').rsplit('/', 1)[-1]}: {words}")
+    page.heading("The answer")
+    page.prose(
+        f"Activation patching measures what each component does to {target} by running the model again for each of them. The methods "
+        "below estimate it from a few passes. The table shows how closely: Pearson's correlation with patching "
+        f"({_YARDSTICKS[found.direction]}, {found.n_pairs} pairs) and its 95 % bootstrap interval; how far the scores are from adding up "
+        "(completeness, 0 is best); and the cost, in forward and backward passes over each pair and in seconds for all. "
+        f"Patching itself took {found.patching_seconds:.1f} seconds."
+    )
+    page.table(correlation_table(found.table), "Pearson's correlation with activation patching, best method first.")
+    page.table(best_methods(found.table), "The best method for each kind of component.")
+    if "heads" in set(found.table["component"]):
+        page.heading("The heads, side by side")
+        page.prose("All on one scale: a method that is right about the ranking but wrong about the size looks paler or darker.")
+        page.view(heads_view(found))
+    page.heading("Component by component")
+    for component in dict.fromkeys(found.table["component"]):
+        best = best_methods(found.table).set_index("component").loc[_WORDS[component], "method"]
+        page.view(_scatter(found, component, str(best)), f"One point per {_UNITS[component]}; on the dashed line both say the same.")
+    page.heading("All figures")
+    page.details("Every measure, method and component", found.table)
+    page.details("Every score", found.scores)
+    page.facts({"Again": command})
+    return page
+
+
+def heads_view(found: Comparison) -> View:
+    """Patching and the best methods as heat maps of the heads on one scale."""
+    heads = found.table[found.table["component"] == "heads"]
+    names = ["patching", *heads["method"]][: _SHOWN_MAPS + 1]
+    grids = {name: found.heads(name) for name in names}
+    limit = largest_limit(list(grids.values()))
+    return heat_map_view("Heads by patching and by each method", [head_heat_map(grid, name, limit) for name, grid in grids.items()])
+
+
+def _scatter(found: Comparison, component: str, method: str) -> View:
+    rows = found.scores[found.scores["component"] == component]
+    mark = "H" if component == "heads" else " at "
+    named = rows.assign(name=[f"L{layer}{mark}{index}" for layer, index in zip(rows["layer"], rows["index"], strict=True)])
+    return scatter_view(
+        named[["name", "patching", method]], "patching", method, "name", f"{_WORDS[component].capitalize()}: {method} against patching"
+    )

@@ -1,0 +1,209 @@
+"""Everything that a report or a terminal shows, computed once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.graph import FlowGraph, flow_graph
+from analyses.patching import activation_patching
+from analyses.progress import watched
+from analyses.ranking import rank_heads
+from analyses.report.question import N_REFERENCES, Question
+from analyses.tasks.prompts import texts
+from analyses.views.plots import correlations
+from lens_relevance import CoverageError, RelevanceCache, RelevanceError, propagate, random_tokens
+from lens_relevance.attention_methods import head_flow
+from lens_relevance.rulesets import needs_reference, ruleset
+
+_EDGES_SHOWN = 150
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found about a question.
+
+    Attributes:
+        target: what is explained, in words. info: model, ruleset, dtype and versions.
+        prompt, counterpart: the example as text, and what it is compared with. tokens: the example's tokens.
+        predictions: its most likely next tokens and how likely they are.
+        words: relevance of each token, [pos], by how it was looked at; in the units of the target.
+        residual: relevance of the residual stream, [pos, layer + 1].
+        graph: the strongest edges over which relevance flows in the example; None where they cannot be told apart.
+        flow: relevance that heads carry, [layer, head, query, key]; None where the model has no live pattern.
+        heads: one row per head: head, layer, index, relevance, standard_error, top_share, patching (mean of denoising and noising),
+            denoising, noising; largest relevance first. pearson, spearman: relevance against patching.
+        account: the conservation account of the example. value, reference_value: the target there, and on its counterpart.
+        clean, corrupt: the target on both sides, one value per pair.
+        seconds: time taken by each part.
+    """
+
+    question: Question
+    rules: str
+    target: str
+    info: dict[str, str]
+    prompt: str
+    counterpart: str
+    tokens: list[str]
+    predictions: list[tuple[str, float]]
+    words: dict[str, Float[Tensor, " pos"]]
+    residual: Float[Tensor, "pos layers"]
+    flow: Float[Tensor, "layer head query key"] | None
+    graph: FlowGraph | None
+    heads: pd.DataFrame
+    pearson: float
+    spearman: float
+    account: pd.DataFrame
+    value: float
+    reference_value: float | None
+    clean: Float[Tensor, " pair"]
+    corrupt: Float[Tensor, " pair"]
+    seconds: dict[str, float]
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.question.pairs)
+
+    @property
+    def has_many_pairs(self) -> bool:
+        """Whether the example is one of many, and not a single prompt."""
+        return self.n_pairs > 1 and not self.question.baseline
+
+    def strongest_move(self, layer: int, index: int) -> str:
+        """From which token to which a head carries most relevance; nothing where its pattern cannot be read."""
+        if self.flow is None:
+            return ""
+        carried = self.flow[layer, index]
+        query, key = divmod(int(carried.abs().argmax()), carried.shape[1])
+        return f"{self.tokens[key].strip() or '␣'} ({key}) → {self.tokens[query].strip() or '␣'} ({query})"
+
+    @property
+    def explained(self) -> float:
+        """What relevance adds up to: the target, or its difference from the counterpart."""
+        return self.value - (self.reference_value or 0.0)
+
+
+def find(model: Any, question: Question, rules: str | None = None, with_graph: bool = False) -> Findings:
+    """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
+
+    rules: a ruleset by name; `deeplift` by default, since every question comes with something to compare with.
+    """
+    rules = rules or "deeplift"
+    pair_rules, seconds = needs_reference(ruleset(rules)), {}
+    example = question.pairs[question.example]
+    start = time.perf_counter()
+    cache = _propagate(model, question, rules, pair_rules)
+    seconds["tokens, layers and audit of the example"] = time.perf_counter() - start
+    words = _words(model, question, rules, pair_rules, cache)
+    flow = _flow(model, question, rules, pair_rules)
+    start = time.perf_counter()
+    graph = _graph(model, question, rules, pair_rules) if with_graph else None
+    seconds["flow graph of the example"] = time.perf_counter() - start
+    start = time.perf_counter()
+    ranking = rank_heads(model, question.pairs, rules)
+    seconds["ranking of the heads by relevance"] = time.perf_counter() - start
+    start = time.perf_counter()
+    patched = activation_patching(model, question.pairs, "z", direction="mean", progress=watched())
+    seconds["activation patching of the heads"] = time.perf_counter() - start
+    heads = _beside(ranking, patched.to_dataframe())
+    pearson, spearman = correlations(heads["relevance"], heads["patching"])
+    return Findings(
+        question=question,
+        rules=rules,
+        target=question.target_in_words(model),
+        info=cache.info | {"device": str(cache.value.device), "pairs": str(len(question.pairs))},
+        prompt=texts(model, example.clean[:1], example.clean_mask[:1])[0],
+        counterpart=texts(model, example.corrupt[:1], example.corrupt_mask[:1])[0],
+        tokens=_texts(model, example.clean[0]),
+        predictions=_predictions(model, cache.logits[0, -1]),
+        words=words,
+        residual=cache.residual().mean(0),
+        flow=None if flow is None else flow.mean(0),
+        graph=graph,
+        heads=heads,
+        pearson=pearson,
+        spearman=spearman,
+        account=_averaged(cache.conservation()),
+        value=float(cache.value.mean()),
+        reference_value=None if cache.reference_value is None else float(cache.reference_value.mean()),
+        clean=patched.clean,
+        corrupt=patched.corrupt if patched.corrupt is not None else torch.zeros(0),
+        seconds=seconds,
+    )
+
+
+def _propagate(model: Any, question: Question, rules: str, pair_rules: bool) -> RelevanceCache:
+    """The example under the rules, against its counterpart where the rules compare two runs."""
+    rows = question.pairs[question.example if pair_rules else slice(0, 1)]
+    reference = rows.corrupt if pair_rules else None
+    return propagate(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask, audit=True)
+
+
+def _flow(model: Any, question: Question, rules: str, pair_rules: bool) -> Tensor | None:
+    """The heads' flow in the example; None where the model computes its attention out of reach."""
+    rows = question.pairs[question.example if pair_rules else slice(0, 1)]
+    reference = rows.corrupt if pair_rules else None
+    try:
+        return head_flow(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask)
+    except CoverageError:
+        return None
+
+
+def _graph(model: Any, question: Question, rules: str, pair_rules: bool) -> FlowGraph | None:
+    """The example's flow graph, cut down to what an eye can take in."""
+    row = question.pairs[slice(0, 1)]
+    reference = None if not pair_rules else random_tokens(N_REFERENCES) if question.baseline else row.corrupt
+    try:
+        return flow_graph(model, row.clean, row.target, rules, reference=reference).prune(top=_EDGES_SHOWN)
+    except RelevanceError:
+        return None  # edges cannot be told apart in every model, and the report says so
+
+
+def _words(model: Any, question: Question, rules: str, pair_rules: bool, cache: RelevanceCache) -> dict[str, Tensor]:
+    """The example's tokens as one sees them on their own, and against the counterpart if there is one."""
+    if not pair_rules:
+        return {f"{rules}: the prompt on its own": cache.tokens()[0]}
+    if question.baseline:
+        return {f"{rules}: against random words": cache.tokens().mean(0)}
+    row = question.pairs[slice(0, 1)]
+    own = propagate(model, row.clean, row.target, rules, "embed.hook_out", random_tokens(N_REFERENCES), row.clean_mask)
+    return {f"{rules}: against the counterpart": cache.tokens()[0], f"{rules}: against random words": own.tokens()[0]}
+
+
+def _beside(ranking: pd.DataFrame, patched: pd.DataFrame) -> pd.DataFrame:
+    """Ranking and patching of the same heads as one table."""
+    effects = patched[["layer", "head", "effect", "effect_denoising", "effect_noising"]].astype({"layer": int, "head": int})
+    both = ranking.rename(columns={"score": "relevance"}).merge(effects, on=["layer", "head"], validate="one_to_one")
+    both = both.rename(columns={"effect": "patching", "effect_denoising": "denoising", "effect_noising": "noising", "head": "index"})
+    both.insert(0, "head", [f"L{layer}H{index}" for layer, index in zip(both["layer"], both["index"], strict=True)])
+    return both
+
+
+def _averaged(account: pd.DataFrame) -> pd.DataFrame:
+    """The account of several rows of one example as one."""
+    return account.drop(columns="example").groupby("layer", sort=False).mean().reset_index()
+
+
+def _predictions(model: Any, logits: Float[Tensor, " vocab"], k: int = 5) -> list[tuple[str, float]]:
+    top = logits.float().softmax(-1).topk(min(k, logits.shape[-1]))
+    return [(_text(model, int(token)), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
+
+
+def _texts(model: Any, tokens: Tensor) -> list[str]:
+    return [_text(model, int(token)) for token in tokens]
+
+
+def _text(model: Any, token: int) -> str:
+    """A token as it stands in a sentence: with its leading space, which decoding one SentencePiece or word-level token loses."""
+    if model.tokenizer is None:
+        return f"<{token}>"
+    piece = model.tokenizer.convert_ids_to_tokens(token)
+    if isinstance(piece, str) and piece.startswith("▁"):
+        return " " + piece[1:]
+    return str(model.tokenizer.decode([token]))

@@ -1,0 +1,124 @@
+"""What a report explains: pairs of prompts, what is asked of the model there, and how to say so in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from analyses.tasks import TASKS, PromptPairs
+from analyses.tasks.prompts import check_rows
+from lens_relevance import RelevanceError, logit, logit_diff, random_tokens
+from lens_relevance.inputs import tokenize
+from lens_relevance.targets import Target, describe, top_prediction
+
+N_REFERENCES = 8
+
+_TASK_WORDS = {
+    "ioi": "indirect object identification: two names, one of them again, and the model has to say the other one",
+    "pronoun": "a story of a girl or a boy, and the model has to go on with the right pronoun",
+    "induction": "a sequence that repeats itself, and the model has to say what came next the first time",
+    "greater_than": "a span of years, and the model has to end it after it began",
+    "agreement": "a subject and a distractor, and the model has to choose the verb that agrees with the subject",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is explained.
+
+    Attributes:
+        title, words: what it is, in a few words and in a sentence.
+        pairs: the prompts that are explained (`clean`) and what each is compared with (`corrupt`).
+        example: the rows that make up the one example that is shown token by token.
+        baseline: whether the prompts are compared with random words for want of a counterpart.
+        repeat: arguments of the command that ask the same again.
+    """
+
+    title: str
+    words: str
+    pairs: PromptPairs
+    example: slice
+    baseline: bool
+    repeat: str
+
+    def target_in_words(self, model: Any) -> str:
+        """The target of the example."""
+        pairs = self.pairs[self.example]
+        return describe(pairs.target, model)
+
+
+def from_task(model: Any, task: str | None = None, n: int = 32, seed: int = 0) -> Question:
+    """Pairs of a task; without a name ioi, or the pronoun task where ioi's names do not fit the tokenizer.
+
+    Raises RelevanceError for an unknown task, and for one that does not fit the model.
+    """
+    if task is not None:
+        if task not in TASKS:
+            raise RelevanceError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+        return _task_question(task, TASKS[task](model, n=n, seed=seed), f"--task {task} --n {n} --seed {seed}")
+    reasons = []
+    for name in ("ioi", "pronoun"):
+        try:
+            return _task_question(name, TASKS[name](model, n=n, seed=seed), f"--task {name} --n {n} --seed {seed}")
+        except RelevanceError as error:
+            reasons.append(str(error))
+    raise RelevanceError(f"no task fits this model: {'; '.join(reasons)}. Ask about a prompt of your own: --prompt, --answer and --wrong")
+
+
+def _task_question(name: str, pairs: PromptPairs, repeat: str) -> Question:
+    return Question(f"the {name} task", f"{len(pairs)} pairs of {_TASK_WORDS.get(name, name)}", pairs, slice(0, 1), False, repeat)
+
+
+def from_pairs(pairs: PromptPairs, source: str) -> Question:
+    """The user's own pairs; the first row is the example."""
+    return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, slice(0, 1), False, f"--pairs {source}")
+
+
+def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str | None = None, against: str | None = None) -> Question:
+    """One prompt. Without `against` it is compared with the same number of random words, the mean of several such references.
+
+    Without an answer the model's top prediction is explained against its runner-up, or against `wrong`.
+
+    Raises RelevanceError for a prompt and a counterpart of different length, and for answers that are not one token.
+    """
+    tokens, mask = tokenize(model, prompt)
+    target = _target(model, prompt, tokens, mask, answer, wrong)
+    repeat = " ".join(
+        f"--{name} {_quoted(text)}"
+        for name, text in {"prompt": prompt, "answer": answer, "wrong": wrong, "against": against}.items()
+        if text is not None
+    )
+    if against is not None:
+        other, _ = tokenize(model, against)
+        if other.shape != tokens.shape:
+            pieces = [model.to_str_tokens(text) for text in (prompt, against)]
+            raise RelevanceError(
+                f"the prompt has {tokens.shape[1]} tokens and the one it is held against {other.shape[1]}; a position must mean the same "
+                f"in both: {pieces[0]} and {pieces[1]}"
+            )
+        return Question("one prompt", "one prompt, held against another", PromptPairs(tokens, other, target), slice(0, 1), False, repeat)
+    if tokens.shape[1] < 2:
+        raise RelevanceError("the prompt holds nothing but one token, so there is nothing that it could be held against")
+    references = random_tokens(N_REFERENCES).run(model, tokens, mask).tokens
+    pairs = PromptPairs(tokens.repeat(N_REFERENCES, 1), references, target)
+    words = f"one prompt, held against {N_REFERENCES} rows of random words (the mean over them)"
+    return Question("one prompt", words, pairs, slice(0, N_REFERENCES), True, repeat)
+
+
+def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, answer: str | None, wrong: str | None) -> Target:
+    """One token for all rows, since every row is the same prompt."""
+    if answer is None:
+        with torch.no_grad():
+            best = top_prediction(model(tokens, return_type="logits"), tokens, mask)
+        if wrong is None:
+            return logit_diff(int(best.answer[0]), int(best.wrong[0]))
+        answers, wrongs = check_rows(model, [prompt], [prompt], [wrong], [wrong])
+        return logit_diff(int(best.answer[0]), wrongs[0])
+    answers, wrongs = check_rows(model, [prompt], [prompt], [answer], [answer if wrong is None else wrong])
+    return logit(answers[0]) if wrong is None else logit_diff(answers[0], wrongs[0])
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"

@@ -1,0 +1,88 @@
+"""The same findings in the terminal."""
+
+from __future__ import annotations
+
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from analyses.report.findings import Findings
+from analyses.report.page import account_sinks, head_table, number, predictions_in_words, unexplained
+from analyses.views.palette import NEGATIVE, POSITIVE
+
+
+def terminal_report(found: Findings) -> Group:
+    """Words, heads and the account, as rich renderables."""
+    return Group(_question(found), *(_words(found, name) for name in found.words), _heads(found), _account(found))
+
+
+def show(found: Findings, console: Console) -> None:
+    """Print `terminal_report`."""
+    console.print(terminal_report(found))
+
+
+def _question(found: Findings) -> Text:
+    text = Text(found.prompt, style="bold")
+    if not found.question.baseline:
+        text.append(f"\nagainst: {found.counterpart}", style="not bold")
+    text.append(f"\n{found.target} = {number(found.value)}; next word: {predictions_in_words(found)}\n", style="not bold")
+    return text
+
+
+def _words(found: Findings, name: str) -> RenderableType:
+    relevance = found.words[name].double().tolist()
+    limit = max(map(abs, relevance)) or 1.0
+    line = Text(f"Words, {name.split(': ', 1)[1]} (", style="bold")
+    line.append("for", style=f"white on {POSITIVE}")
+    line.append(" / ")
+    line.append("against", style=f"white on {NEGATIVE}")
+    line.append(f" the answer; sum {number(sum(relevance))})\n")
+    for token, value in zip(found.tokens, relevance, strict=True):
+        line.append(token.replace("\n", "↵"), style=_style(value / limit))
+    line.append("\n")
+    order = sorted(range(len(relevance)), key=lambda i: -abs(relevance[i]))[:5]
+    line.append(
+        "most: " + ", ".join(f"{found.tokens[i].strip() or '␣'} ({i}) {number(relevance[i])}" for i in order) + "\n", style="not bold"
+    )
+    return line
+
+
+def _style(share: float) -> str:
+    """Background from pale to full; what hardly counts stays as it is."""
+    if abs(share) < 0.08:
+        return "not bold"
+    full = POSITIVE if share > 0 else NEGATIVE
+    channels = [int(full[i : i + 2], 16) for i in (1, 3, 5)]
+    mixed = [round(255 + (channel - 255) * min(abs(share), 1.0)) for channel in channels]
+    return f"not bold {'white' if abs(share) > 0.5 else 'black'} on #{mixed[0]:02x}{mixed[1]:02x}{mixed[2]:02x}"
+
+
+def _heads(found: Findings) -> Group:
+    title = f"Heads: relevance ({found.rules}) beside activation patching, Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}"
+    return frame_table(head_table(found), title)
+
+
+def _account(found: Findings) -> Group:
+    sinks = account_sinks(found)
+    line = Text(f"\nUnexplained: at most {unexplained(found):.1e} of {number(found.explained)} at any layer.")
+    return Group(frame_table(found.account[["layer", "value", "relevance", *sinks, "unexplained"]], "Where the number went"), line)
+
+
+def frame_table(frame: pd.DataFrame, title: str) -> Group:
+    """A DataFrame as a rich table under its title; text from prompts is never read as markup."""
+    table = Table()
+    for name in frame.columns:
+        table.add_column(Text(str(name)), justify="right" if is_numeric_dtype(frame[name]) else "left", no_wrap=name == frame.columns[0])
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text(_cell(value)) for value in row))
+    return Group(Text(title, style="bold"), table)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if value != value:
+        return "–"
+    return f"{value:.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:.0e}"

@@ -1,0 +1,218 @@
+"""The report: its numbers are those of the tables, its page is one file that asks for nothing, and text in it stays text."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.comparison import compare
+from analyses.embedded import load_embedded
+from analyses.patching import activation_patching
+from analyses.ranking import rank_heads
+from analyses.report import Findings, find, from_pairs, from_prompt, from_task, report_page
+from analyses.report.comparison_page import comparison_page
+from analyses.report.page import word_shares
+from analyses.tasks import PromptPairs, ioi
+from lens_relevance import RelevanceError, logit_diff, propagate, random_tokens
+from tests.analyses.browser import Browser, headless_chromium
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+AGAINST = "When Mary and John went to the store, Mary gave a drink to"
+ATTACK = "</script><img src=x onerror=alert(1)>\"'"
+
+
+@pytest.fixture(scope="module")
+def model() -> TransformerBridge:
+    return load_embedded()
+
+
+@pytest.fixture(scope="module")
+def found(model: TransformerBridge) -> Findings:
+    return find(model, from_task(model, n=16), with_graph=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with headless_chromium() as opened:
+        yield opened
+
+
+def test_ioi_is_what_the_embedded_model_is_asked(model: TransformerBridge, found: Findings) -> None:
+    pairs = ioi(model, n=16)
+    assert found.question.title == "the ioi task" and torch.equal(found.question.pairs.clean, pairs.clean)
+    assert (found.clean > 0).all() and found.predictions[0][1] > 0.5
+    assert found.target == f"logit({found.predictions[0][0].strip()!r}) - logit({found.tokens[10].strip()!r})"
+
+
+def test_heads_stand_beside_patching(model: TransformerBridge, found: Findings) -> None:
+    pairs = ioi(model, n=16)
+    ranking = rank_heads(model, pairs)
+    effects = activation_patching(model, pairs, "z", direction="mean").to_dataframe().set_index(["layer", "head"])["effect"]
+    for row, expected in zip(found.heads.itertuples(), ranking.itertuples(), strict=True):
+        assert (row.layer, row.index) == (expected.layer, expected.head) and row.head == f"L{row.layer}H{row.index}"
+        assert row.relevance == pytest.approx(expected.score, rel=1e-5, abs=1e-6)
+        assert row.patching == pytest.approx(effects[row.layer, row.index], rel=1e-4, abs=1e-5)
+    assert found.pearson == pytest.approx(np.corrcoef(found.heads["relevance"], found.heads["patching"])[0, 1])
+    assert found.pearson > 0.97
+
+
+def test_everything_adds_up_to_the_difference_of_the_runs(found: Findings) -> None:
+    assert found.reference_value is not None
+    explained = found.value - found.reference_value
+    assert abs(explained) > 5
+    against = found.words["deeplift: against the counterpart"]
+    assert float(against.sum()) == pytest.approx(explained, rel=1e-4)
+    assert found.residual.sum(0).tolist() == pytest.approx([explained] * found.residual.shape[1], rel=1e-4)
+    assert found.account["unexplained"].abs().max() < 1e-4 * abs(explained)
+
+
+def test_the_flow_of_a_head_adds_up_to_its_relevance(model: TransformerBridge, found: Findings) -> None:
+    row = found.question.pairs[0]
+    cache = propagate(model, row.clean, row.target, "deeplift", reference=row.corrupt)
+    assert found.flow is not None
+    torch.testing.assert_close(found.flow.sum(3).permute(2, 0, 1), cache.heads()[0], rtol=1e-4, atol=1e-4)
+    assert float(found.flow.triu(1).abs().max()) == 0.0
+
+
+def test_the_graph_is_that_of_the_example(found: Findings) -> None:
+    assert found.graph is not None and 1 < len(found.graph.edges) <= 150
+    assert found.graph.value == pytest.approx(found.explained, rel=1e-4)
+    assert "The whole way" in report_page(found, "lens-relevance report").to_html()
+
+
+def test_a_prompt_against_another(model: TransformerBridge) -> None:
+    question = from_prompt(model, PROMPT, "Mary", "John", AGAINST)
+    found = find(model, question)
+    assert found.n_pairs == 1 and found.prompt == PROMPT and found.counterpart == AGAINST
+    shares = found.words["deeplift: against the counterpart"]
+    changed = found.tokens.index(" John", 6)
+    assert float(shares[changed]) == pytest.approx(found.explained, rel=1e-4)
+    assert float(shares.abs().sum()) == pytest.approx(abs(float(shares[changed])), rel=1e-4)
+
+
+def test_a_prompt_on_its_own_is_held_against_random_words(model: TransformerBridge) -> None:
+    found = find(model, from_prompt(model, PROMPT, "Mary", "John"))
+    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), "deeplift", reference=random_tokens(8))
+    torch.testing.assert_close(found.words["deeplift: against random words"], expected.tokens()[0], rtol=1e-4, atol=1e-4)
+    assert found.heads.iloc[0]["patching"] != 0 and found.n_pairs == 8
+
+
+def test_rules_without_a_reference_explain_the_prompt_itself(model: TransformerBridge) -> None:
+    found = find(model, from_prompt(model, PROMPT, "Mary", "John", AGAINST), "attnlrp")
+    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), "attnlrp", audit=True)
+    torch.testing.assert_close(found.words["attnlrp: the prompt on its own"], expected.tokens()[0])
+    assert found.reference_value is None
+    np.testing.assert_allclose(found.account["softmax"], expected.conservation()["softmax"], rtol=1e-4, atol=1e-6)
+    page = report_page(found, "lens-relevance report").to_html()
+    assert "softmax" in page and "norm_biases" in page
+
+
+def test_without_an_answer_the_top_prediction_is_explained(model: TransformerBridge) -> None:
+    question = from_prompt(model, PROMPT)
+    cache = propagate(model, PROMPT, None, "attnlrp")
+    assert question.target_in_words(model) == cache.info["target"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            dict(prompt=PROMPT, answer="Mary", wrong="John", against="Mary gave a drink to"),
+            "15 tokens .* held against 6|a position must mean",
+        ),
+        (dict(prompt=PROMPT, answer="Mary went"), "2 tokens"),
+        (dict(prompt=PROMPT, answer="Zaphod"), "not in the vocabulary"),
+        (dict(prompt=""), "empty"),
+    ],
+)
+def test_bad_prompts(model: TransformerBridge, arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(RelevanceError, match=message):
+        from_prompt(model, **arguments)
+
+
+def test_unknown_tasks_and_models_without_a_task(model: TransformerBridge, gpt2: TransformerBridge) -> None:
+    with pytest.raises(RelevanceError, match="unknown task 'chess'"):
+        from_task(model, "chess")
+    with pytest.raises(RelevanceError, match="--prompt"):
+        from_task(gpt2)
+
+
+def test_words_are_put_together() -> None:
+    assert word_shares(["<s>", " g", "ir", "l", ",", " na", "med"], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [
+        ("<s>", 0.0),
+        ("girl", 6.0),
+        (",", 4.0),
+        ("named", 11.0),
+    ]
+    assert word_shares(["a", "b"], [1.0, 2.0]) == [("a", 1.0), ("b", 2.0)]
+
+
+def cells(page: str, caption: str) -> list[list[str]]:
+    """The rows of the table with that caption: the full number of each cell that has one, the text of the others."""
+    table = next(part for part in page.split('<div class="lr-table">') if f"<caption>{caption}" in part).split("</table>")[0]
+    rows = []
+    for row in re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1]):
+        rows.append([number or html.unescape(text) for number, text in re.findall(r'<td[^>]*?(?:data-value="([^"]*)")?>(.*?)</td>', row)])
+    return rows
+
+
+def test_numbers_on_the_page_are_those_of_the_tables(found: Findings) -> None:
+    page = report_page(found, "lens-relevance report").to_html()
+    for shown, row in zip(cells(page, "The heads that count most"), found.heads.head(10).itertuples(), strict=True):
+        assert shown[0] == row.head
+        assert float(shown[1]) == row.relevance and float(shown[3]) == row.patching
+    for shown, account in zip(cells(page, "The account"), found.account.itertuples(), strict=True):
+        assert shown[0] == account.layer and float(shown[2]) == account.relevance
+    assert f"{found.pearson:.3f}" in page
+
+
+def test_the_page_is_one_file_with_nothing_to_fetch(found: Findings, tmp_path: Path) -> None:
+    page = report_page(found, "lens-relevance report").save(tmp_path / "report.html")
+    text = page.read_text()
+    assert page.stat().st_size < 3_000_000
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
+    for heading in (
+        "What is explained",
+        "Which words matter",
+        "Which attention heads did the work",
+        "Does it add up?",
+        "How this was computed",
+    ):
+        assert heading in text
+
+
+def test_text_stays_text(model: TransformerBridge) -> None:
+    """Prompts, counterparts, commands and file names are not markup."""
+    pairs = ioi(model, n=2)
+    found = find(model, from_pairs(PromptPairs(pairs.clean, pairs.corrupt, pairs.target), ATTACK))
+    hostile = type(found)(
+        **{**vars(found), "prompt": ATTACK, "counterpart": ATTACK, "target": ATTACK, "tokens": [ATTACK] * len(found.tokens)}
+    )
+    page = report_page(hostile, f"lens-relevance report --prompt {ATTACK}").to_html()
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(found: Findings, browser: Browser, tmp_path: Path) -> None:
+    path = report_page(found, "lens-relevance report").save(tmp_path / "report.html")
+    for width in (1280, 390):
+        tab = browser.open(path, width=width)
+        assert tab.problems() == []
+        assert tab.run("document.documentElement.scrollWidth") <= width
+        assert tab.run("document.querySelectorAll('.colored-tokens span').length") >= len(found.tokens)
+        tab.close()
+
+
+def test_the_comparison_page(model: TransformerBridge, tmp_path: Path) -> None:
+    compared = compare(model, ioi(model, n=6), ["deeplift", "relp"], resamples=20)
+    page = comparison_page(compared, "embedded", "logit(a) - logit(b)", "6 pairs", "lens-relevance compare").to_html()
+    best = compared.table.set_index(["method", "component"])["pearson"]
+    assert f"{best['deeplift', 'heads']:.3f} [" in page and "mean of denoising and noising" in page
+    assert repr(float(compared.scores["relp"].iloc[5])) in page

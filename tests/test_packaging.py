@@ -1,0 +1,58 @@
+"""What an installed package brings along, and that the suite checks shapes at run time as it claims."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+import zipfile
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from hatchling.builders.wheel import WheelBuilder
+
+import lens_relevance
+from analyses.tasks.fitting import tokenize_rows
+from analyses.tasks.later_years import LaterYears
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of the files in the wheel of this checkout."""
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
+    with zipfile.ZipFile(path) as archive:
+        return set(archive.namelist())
+
+
+def test_the_wheel_has_both_packages_typed_with_the_embedded_model(wheel: set[str]) -> None:
+    for package in ("lens_relevance", "analyses"):
+        assert f"{package}/py.typed" in wheel
+        modules = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py") if "benchmarks" not in path.parts}
+        assert modules <= wheel
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "training.json"):
+        assert f"analyses/embedded/{name}" in wheel
+
+
+def test_the_wheel_leaves_out_benchmarks_and_tests(wheel: set[str]) -> None:
+    assert not [name for name in wheel if name.startswith(("analyses/benchmarks", "tests/", "notebooks/")) or "__pycache__" in name]
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert importlib.metadata.version("lens-relevance") == lens_relevance.__version__
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {requirement.split(">=")[0] for requirement in wanted} <= pinned
+
+
+def test_shapes_and_types_are_checked_at_run_time() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        LaterYears(torch.zeros(3, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool))  # 3 years against 4
+    with pytest.raises(jaxtyping.TypeCheckError):
+        tokenize_rows("no model", ["text"])  # type: ignore[arg-type]
