@@ -15,7 +15,7 @@ report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

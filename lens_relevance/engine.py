@@ -275,5 +275,5 @@ def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits
         "reference": "none" if reference is None else ("given tensor" if isinstance(reference, Tensor) else str(reference)),
         "lens_relevance": __version__,
         "transformer_lens": version("transformer-lens"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }

@@ -311,6 +311,7 @@ def test_a_metric_of_several_positions(gpt2: TransformerBridge) -> None:
         return -logits[:, :-1].log_softmax(-1).gather(2, pairs.clean[:, 1:, None]).mean((1, 2))
 
     result = activation_patching(gpt2, pairs, "resid_pre", metric=losses)
+    assert result.shortcut == "position"
     with torch.no_grad():
         _, clean = gpt2.run_with_cache(pairs.clean)
     expected = tl_patching.get_act_patch_resid_pre(gpt2, pairs.corrupt, clean, lambda logits: losses(logits).mean())

@@ -1,0 +1,110 @@
+"""Ablate-outside evaluation: the metric of a model in which everything outside a circuit has its corrupt (or mean) value.
+
+Many circuits are evaluated in one forward, as rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from analyses.circuits.edge_ablation import EdgeHooks
+from analyses.circuits.items import Items, Level, list_items
+from analyses.circuits.node_ablation import NodeHooks
+from analyses.circuits.runs import forward
+from analyses.edges.wiring import wiring
+from analyses.tasks.pairs import PromptPairs
+from lens_relevance.errors import RelevanceError
+from lens_relevance.guest import check_model
+from lens_relevance.targets import as_target
+
+Replacement = Literal["corrupt", "mean"]
+BYTES_AT_ONCE = 2**28
+_TOLERANCE = 1e-2
+
+
+class Ablation:
+    """A model and prompt pairs, ready to evaluate circuits.
+
+    level: `node` sets the output of a removed head, MLP or embedding to its replacement; `edge` rebuilds the input of each reader as what
+        kept writers write now plus the replacement of what removed ones write. With a post-norm (Gemma2, OLMo2) a head's edge carries its
+        part of the norm's output at the scale of the run.
+    by_position: items at each position on their own, for prompts of one template.
+    replacement: `corrupt`: values of the paired corrupt run. `mean`: values averaged over `mean_tokens` [n, pos], position by position.
+
+    `items` are all there is to keep; `full` and `empty` [example] are the metric with every item kept and with none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pairs: PromptPairs,
+        level: Level = "edge",
+        by_position: bool = False,
+        replacement: Replacement = "corrupt",
+        mean_tokens: Int[Tensor, "n pos"] | None = None,
+        bytes_at_once: int = BYTES_AT_ONCE,
+    ) -> None:
+        if level not in ("node", "edge"):
+            raise RelevanceError(f"level is 'node' or 'edge', got {level!r}")
+        if (replacement == "mean") != (mean_tokens is not None):
+            raise RelevanceError("mean_tokens go with replacement='mean', which needs them")
+        if len(pairs) == 0:
+            raise RelevanceError("there are no prompt pairs to evaluate on")
+        if not torch.equal(pairs.clean_mask, pairs.corrupt_mask):
+            raise RelevanceError("clean and corrupt prompts differ in their padding, so positions do not correspond")
+        check_model(model)
+        self.model, self.pairs, self.wiring = model, pairs, wiring(model)
+        pos = pairs.clean.shape[1]
+        if mean_tokens is not None and mean_tokens.shape[1] != pos:
+            raise RelevanceError(
+                f"mean_tokens have {mean_tokens.shape[1]} positions, the prompts {pos}; means are taken position by position"
+            )
+        self.mean_tokens, self.bytes_at_once = mean_tokens, bytes_at_once
+        self.items: Items = list_items(self.wiring, level, pos if by_position else None)
+        ends = self(torch.tensor([[True], [False]]).expand(2, len(self.items)))
+        self.full, self.empty = ends[0], ends[1]
+        self._check_full()
+
+    def __call__(self, kept: Bool[Tensor, "circuit item"]) -> Float[Tensor, "circuit example"]:
+        """The metric of each circuit on each pair, in the target's units."""
+        if kept.ndim != 2 or kept.shape[1] != len(self.items):
+            raise RelevanceError(f"masks must have shape [circuit, {len(self.items)}], got {tuple(kept.shape)}")
+        columns = []
+        hooks = NodeHooks if self.items.level == "node" else EdgeHooks
+        with torch.no_grad():
+            for pairs in self._batches():
+                metric = as_target(pairs.target).metric(self.model, pairs.clean, pairs.clean_mask)
+                run = hooks(self.model, self.wiring, self.items, pairs, self.mean_tokens)
+                step = max(1, self.bytes_at_once // (run.bytes_per_row * len(pairs)))
+                rows = [self._metrics(run, kept[i : i + step], metric, len(pairs)) for i in range(0, len(kept), step)]
+                columns.append(torch.cat(rows))
+        return torch.cat(columns, 1)
+
+    def _batches(self) -> Iterator[PromptPairs]:
+        """Pairs in pieces of which at least two circuits fit at once; a callable target must see all rows."""
+        size = len(self.pairs) if not hasattr(self.pairs.target, "select") else 16
+        return self.pairs.batches(min(size, len(self.pairs)))
+
+    def _metrics(self, run: NodeHooks | EdgeHooks, kept: Tensor, metric: Callable[[Tensor], Tensor], n: int) -> Tensor:
+        with run.hooked(self.items.spread(kept)):
+            logits = run.logits(len(kept))
+        return torch.stack([metric(logits[i * n : (i + 1) * n]).expand(n) for i in range(len(kept))])
+
+    def _check_full(self) -> None:
+        """With everything kept, the rebuilt model must be the model."""
+        with torch.no_grad():
+            parts = []
+            for pairs in self._batches():
+                metric = as_target(pairs.target).metric(self.model, pairs.clean, pairs.clean_mask)
+                parts.append(metric(forward(self.model, pairs.clean, pairs.clean_mask)).expand(len(pairs)))
+            true = torch.cat(parts)
+        gap = float((self.full - true).abs().max())
+        if not gap <= _TOLERANCE * max(1.0, float(true.abs().max())):
+            raise RelevanceError(
+                f"with every item kept the metric is {gap:.1e} off the model's, so its inputs cannot be rebuilt from its parts"
+            )

@@ -1,0 +1,85 @@
+"""From scores to a circuit: the best n, all above a threshold, or grown from the logits."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from analyses.circuits.items import Items
+from analyses.circuits.scores import ItemScores
+from analyses.graph.names import TARGET, owner
+from lens_relevance.errors import RelevanceError
+
+Order = Literal["signed", "absolute"]
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """A choice of items. kept: [item], in the order of `items.frame`."""
+
+    items: Items
+    kept: Bool[np.ndarray, " item"]
+
+    def __len__(self) -> int:
+        return int(self.kept.sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """The items of the circuit."""
+        return self.items.frame[self.kept].reset_index(drop=True)
+
+
+def ranking(scores: ItemScores, order: Order) -> np.ndarray:
+    """Indices of items, best first; ties stay in the order of the items."""
+    if order not in ("signed", "absolute"):
+        raise RelevanceError(f"order is 'signed' or 'absolute', got {order!r}")
+    return np.argsort(-(scores.signed if order == "signed" else np.abs(scores.signed)), kind="stable")
+
+
+def top(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
+    """The n best items."""
+    if not 1 <= n <= len(scores.items):
+        raise RelevanceError(f"a circuit has 1 to {len(scores.items)} items here, got n={n}")
+    kept = np.zeros(len(scores.items), dtype=bool)
+    kept[ranking(scores, order)[:n]] = True
+    return Circuit(scores.items, kept)
+
+
+def above(scores: ItemScores, threshold: float, order: Order = "absolute") -> Circuit:
+    """Items of at least this score (`signed`) or |score| (`absolute`); raises RelevanceError where there are none."""
+    values = scores.signed if order == "signed" else np.abs(scores.signed)
+    kept = values >= threshold
+    if not kept.any():
+        raise RelevanceError(f"threshold {threshold:g} leaves an empty circuit; the best score is {values.max():.3g}")
+    return Circuit(scores.items, kept)
+
+
+def greedy(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
+    """Up to n edges, the best one at a time among those that enter what is in the circuit already, from the logits down (as in EAP)."""
+    items = scores.items
+    if items.level != "edge":
+        raise RelevanceError("greedy choice follows edges from the logits; nodes have none, use top")
+    if not 1 <= n <= len(items):
+        raise RelevanceError(f"a circuit has 1 to {len(items)} items here, got n={n}")
+    # Within a head information moves between positions, so a component is reached at all of them at once.
+    entering: defaultdict[str, list[int]] = defaultdict(list)
+    for index, reader in enumerate(items.frame["target"]):
+        entering[owner(reader)].append(index)
+    values = scores.signed if order == "signed" else np.abs(scores.signed)
+    kept, reached = np.zeros(len(items), dtype=bool), {TARGET}
+    heap = [(-values[i], i) for i in entering[TARGET]]
+    heapq.heapify(heap)
+    writers = items.frame["source"].to_numpy()
+    while heap and kept.sum() < n:
+        _, index = heapq.heappop(heap)
+        kept[index] = True
+        if writers[index] not in reached:
+            reached.add(writers[index])
+            for i in entering[writers[index]]:
+                heapq.heappush(heap, (-values[i], i))
+    return Circuit(items, kept)

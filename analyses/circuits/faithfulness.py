@@ -1,0 +1,107 @@
+"""How faithful circuits of growing size are: the faithfulness curve, CPR and CMD (MIB, Mueller et al. 2025).
+
+f(k) = (m(C_k) - m(empty)) / (m(model) - m(empty)), m the mean of the metric over examples, C_k the best k items.
+CPR: area under f over the share of items kept (higher is better; unbounded). CMD: area of |1 - f| (0 is best).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from analyses.circuits.ablation import Ablation
+from analyses.circuits.choose import Circuit, Order, ranking
+from analyses.circuits.items import Level
+from analyses.circuits.scores import EAP_IG, PATCHING, RANDOM, ItemScores, score_items
+from analyses.tasks.pairs import PromptPairs
+from lens_relevance.errors import RelevanceError
+
+PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+EVERY_K_BELOW = 1_000
+METHODS = ("deeplift", "relp", "attnlrp", "gim", "gradient", EAP_IG, PATCHING, RANDOM)
+
+
+@dataclass(frozen=True, eq=False)
+class FaithfulnessCurve:
+    """`frame`: columns k, share (k over the number of items), metric (mean over examples), faithfulness. cpr, cmd: its two areas."""
+
+    frame: pd.DataFrame
+    method: str
+    order: Order
+    cpr: float
+    cmd: float
+
+
+def sizes(n_items: int) -> np.ndarray:
+    """Circuit sizes k: every k from 0 under 1,000 items, else the percentages of MIB rounded down."""
+    if n_items < EVERY_K_BELOW:
+        return np.arange(n_items + 1)
+    return np.array([int(p / 100 * n_items) for p in PERCENTAGES])
+
+
+def areas(share: Float[np.ndarray, " k"], faithfulness: Float[np.ndarray, " k"]) -> tuple[float, float]:
+    """CPR and CMD by the linear trapezoid rule."""
+    return float(np.trapezoid(faithfulness, share)), float(np.trapezoid(np.abs(1 - faithfulness), share))
+
+
+def faithfulness(ablation: Ablation, circuits: Sequence[Circuit]) -> np.ndarray:
+    """f of each circuit, [circuit]. Raises RelevanceError where full and empty circuit have the same metric, or one is empty."""
+    if not circuits:
+        raise RelevanceError("there is no circuit to evaluate")
+    if any(len(circuit) == 0 for circuit in circuits):
+        raise RelevanceError("a circuit is empty: its faithfulness is 0 by definition")
+    masks = torch.from_numpy(np.stack([circuit.kept for circuit in circuits]))
+    return _recovered(ablation, ablation(masks).double().mean(1).cpu().numpy())
+
+
+def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "absolute") -> FaithfulnessCurve:
+    """f over circuits of growing size: every size under 1,000 items, else 0.1 to 100 %."""
+    n = len(ablation.items)
+    if len(scores.items) != n:
+        raise RelevanceError(f"scores of {len(scores.items)} items do not fit an ablation of {n}")
+    counts = sizes(n)
+    rank = np.empty(n, dtype=int)
+    rank[ranking(scores, order)] = np.arange(n)
+    masks = torch.from_numpy(rank[None, :] < counts[:, None])
+    metric = ablation(masks).double().mean(1).cpu().numpy()
+    f = _recovered(ablation, metric)
+    cpr, cmd = areas(counts / n, f)
+    frame = pd.DataFrame({"k": counts, "share": counts / n, "metric": metric, "faithfulness": f})
+    return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
+
+
+def faithfulness_table(
+    model: Any, pairs: PromptPairs, methods: Sequence[str] = METHODS, level: Level = "edge", ig_steps: int = 20, seed: int = 0
+) -> pd.DataFrame:
+    """CMD and CPR of each method: columns method, order, cmd, cpr, best CMD first. `patching` is left out at edge level.
+
+    `random` is the mean over five seeds.
+    """
+    ablation = Ablation(model, pairs, level)
+    rows = []
+    for method in methods:
+        if method == PATCHING and level == "edge":
+            continue
+        scored = [score_items(ablation, method, ig_steps=ig_steps, seed=seed + i) for i in range(5 if method == RANDOM else 1)]
+        for order in ("absolute", "signed"):
+            curves = [faithfulness_curve(ablation, scores, order) for scores in scored]
+            cmd, cpr = (float(np.mean([getattr(c, name) for c in curves])) for name in ("cmd", "cpr"))
+            rows.append({"method": method, "order": order, "cmd": cmd, "cpr": cpr})
+    return pd.DataFrame(rows, columns=["method", "order", "cmd", "cpr"]).sort_values("cmd", kind="stable", ignore_index=True)
+
+
+def _recovered(ablation: Ablation, metric: np.ndarray) -> np.ndarray:
+    full, empty = float(ablation.full.double().mean()), float(ablation.empty.double().mean())
+    rounding = 100 * torch.finfo(ablation.full.dtype).eps
+    if not abs(full - empty) > rounding * max(abs(full), abs(empty)):
+        raise RelevanceError(
+            f"the metric is {full:.4g} with the full and {empty:.4g} with the empty circuit, so faithfulness is undefined; "
+            "choose pairs that the model tells apart"
+        )
+    return (metric - empty) / (full - empty)

@@ -1,0 +1,186 @@
+"""attribute_edges: the relevance of every edge from writer to reader, at every position, from one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from analyses.edges.heads import Constants, HeadCoefficients, head_coefficients, rotary_constants
+from analyses.edges.readers import attention_readers, mlp_reader
+from analyses.edges.stream import Stream
+from analyses.edges.wiring import Wiring, points, wiring
+from analyses.edges.writers import sources, writes
+from lens_relevance import propagate
+from lens_relevance.cache import RelevanceCache
+from lens_relevance.errors import CoverageError
+from lens_relevance.inputs import Inputs, tokenize
+from lens_relevance.references import reference_run
+from lens_relevance.rules.base import working
+from lens_relevance.rulesets import Table, ruleset
+from lens_relevance.targets import Target
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeAttribution:
+    """Signed relevance of every edge. Units are those of the target.
+
+    Attributes:
+        writers, readers: their names, see `analyses.edges.wiring`.
+        scores: [batch, pos, writer, reader]; 0 where there is no edge.
+        exists: [writer, reader], whether the reader comes after the writer.
+        writer_scores: [batch, pos, writer], contribution times the coefficient where it is written; equals the sum over readers.
+        reader_scores: [batch, pos, reader], relevance that enters a reader; equals the sum over writers.
+        value: [batch], the target; reference_value: the same on the reference run.
+        tokens, mask: token ids and 1 where they are real.
+        info: model, ruleset, target, reference and versions.
+    """
+
+    writers: list[str]
+    readers: list[str]
+    scores: Float[Tensor, "batch pos writer reader"]
+    exists: Bool[Tensor, "writer reader"]
+    writer_scores: Float[Tensor, "batch pos writer"]
+    reader_scores: Float[Tensor, "batch pos reader"]
+    value: Float[Tensor, " batch"]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    reference_value: Float[Tensor, " batch"] | None = None
+    info: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def n_edges(self) -> int:
+        """Edges per position, those of the bias included."""
+        return int(self.exists.sum())
+
+    def to_frame(self, example: int = 0) -> pd.DataFrame:
+        """The edges of one example: columns source, target, position, score, strongest first."""
+        writer, reader = self.exists.nonzero(as_tuple=True)
+        values = self.scores[example][:, writer, reader].double().cpu().numpy()
+        position, edge = np.indices(values.shape)
+        frame = pd.DataFrame(
+            {
+                "source": pd.Categorical.from_codes(writer.numpy()[edge.ravel()], categories=pd.Index(self.writers)),
+                "target": pd.Categorical.from_codes(reader.numpy()[edge.ravel()], categories=pd.Index(self.readers)),
+                "position": position.ravel(),
+                "score": values.ravel(),
+            }
+        )
+        return frame.iloc[np.argsort(-np.abs(values.ravel()), kind="stable")].reset_index(drop=True)
+
+
+def attribute_edges(
+    model: Any,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    rules: str | Table | None = None,
+    reference: Any = None,
+    attention_mask: Tensor | None = None,
+) -> EdgeAttribution:
+    """The relevance of every edge of the residual stream: u . g_v, or (u - u_reference) . g_v where there is a reference.
+
+    u is what a writer contributes and g_v the coefficient at the reader's own input, which comes from its q, k, v (MLP input, logits)
+    through the weights and the norm's rule. Arguments are those of `propagate`; the denoising estimate that TransformerLens's
+    `attribution_patch(granularity="edge")` gives is that of `attribute_edges(corrupt, reference=clean)` with the sign turned. A reference
+    of several runs (`random_tokens(8)`) is averaged, one backward pass each.
+
+    With a post-norm (Gemma2, OLMo2) a contribution is the writer's part of the norm's output under the norm's rule.
+
+    Raises RelevanceError for bad input, CoverageError for a model whose residual stream is not the sum of what is known to be written.
+    """
+    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    table, found = ruleset(rules), wiring(model)
+    results = [
+        edges_of(found, cache, constants, table)[0]
+        for cache, constants in passes(model, found, inputs, target, rules, reference, attention_mask)
+    ]
+    return results[0] if len(results) == 1 else _mean(results)
+
+
+def passes(
+    model: Any,
+    found: Wiring,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None,
+    rules: str | Table,
+    reference: Any,
+    attention_mask: Tensor | None = None,
+    flows: bool = False,
+) -> Iterator[tuple[RelevanceCache, Constants]]:
+    """One backward pass per reference run, with everything kept that edges need; `flows`: also what flows inside heads and MLPs need."""
+    wanted = set(points(found, flows))
+    tokens, mask = tokenize(model, inputs, attention_mask)
+    references = [reference]
+    if getattr(reference, "n", 1) > 1:
+        runs = reference_run(model, reference, tokens, mask)
+        references = [runs.tokens[i :: runs.n] for i in range(runs.n)]
+    for each in references:
+        with rotary_constants(found) as constants:
+            cache = propagate(model, tokens, target, rules, lambda name: name in wanted, each, attention_mask=mask)
+        missing = sorted(wanted - set(cache.coefficients))
+        if missing:
+            raise CoverageError(f"edges need {', '.join(missing[:3])}, but {cache.absent.get(missing[0], 'it was not kept')}")
+        yield cache, constants
+
+
+def edges_of(
+    found: Wiring, cache: RelevanceCache, constants: Constants, table: Table, flows: bool = False, values: RelevanceCache | None = None
+) -> tuple[EdgeAttribution, list[HeadCoefficients]]:
+    """Edges from one backward pass, walking up the layers, and what happens inside the heads of each.
+
+    values: another pass whose contributions meet the coefficients of `cache` (integrated gradients).
+    """
+    inside, values = [], cache if values is None else values
+    with torch.no_grad():
+        stream = Stream(found, cache, values)
+        stream.write(*sources(found, values))
+        for layer in found.layers:
+            heads = head_coefficients(layer, cache, table, constants, flows)
+            inside.append(heads)
+            stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads), layer.attn_input)
+            if layer.has_mlp and layer.parallel:  # reads what attention reads
+                stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
+            for number, written in enumerate(writes(layer, values, table)):
+                stream.write(*written)
+                if number == 0 and layer.has_mlp and not layer.parallel:
+                    stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
+        stream.read(["logits"], working(cache.coefficients[found.final]).unsqueeze(0), found.final)
+    available = found.available()
+    limit = torch.tensor([available[name] for name in found.readers])
+    edges = EdgeAttribution(
+        writers=found.writers,
+        readers=found.readers,
+        scores=stream.scores,
+        exists=torch.arange(len(found.writers)).unsqueeze(1) < limit,
+        writer_scores=stream.writer_scores,
+        reader_scores=stream.reader_scores,
+        value=cache.value,
+        tokens=cache.input_tokens,
+        mask=cache.mask,
+        reference_value=cache.reference_value,
+        info=dict(cache.info),
+    )
+    return edges, inside
+
+
+def _mean(results: list[EdgeAttribution]) -> EdgeAttribution:
+    """Edges averaged over several references of the same inputs."""
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(r, name) for r in results]).mean(0)
+
+    info = results[0].info | {"reference": f"mean over {len(results)} references"}
+    return replace(
+        results[0],
+        scores=mean("scores"),
+        writer_scores=mean("writer_scores"),
+        reader_scores=mean("reader_scores"),
+        reference_value=mean("reference_value"),
+        info=info,
+    )

@@ -1,0 +1,59 @@
+"""Carries coefficients back through a norm, and contributions forward through one, for many readers or writers at once.
+
+`pull` applies a rule's backward to coefficients with leading dimensions (every head's q, k and v). `push` is its transpose: the part of a
+norm's output that the rule gives each of the vectors whose sum the norm read (heads before a post-norm).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_relevance.rules import Reference, Rule, Scale
+from lens_relevance.rules.base import working
+from lens_relevance.sites import Site
+
+
+def pull(
+    site: Site | None, rule: Rule, x: Tensor, reference: Tensor | None, upstream: Float[Tensor, "*lead d"]
+) -> Float[Tensor, "*lead d"]:
+    """Coefficients at a norm's input from those at its output, under a rule. x: the norm's input; reference: the other run's.
+
+    A missing site (no norm) hands coefficients on.
+    """
+    if site is None:
+        return upstream
+    x = working(x)
+    if isinstance(rule, Scale):
+        return pull(site, Rule(), x, None, upstream * rule.factor)
+    if rule.is_plain:
+        plain = site.operation.gradient((x.expand_as(upstream),), upstream)[0]
+        assert plain is not None
+        return plain
+    coefficient = rule.backward(site.operation, _keep(site, rule, x, reference), upstream)[0]
+    assert coefficient is not None
+    return coefficient
+
+
+def push(site: Site | None, rule: Rule, x: Tensor, reference: Tensor | None, parts: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    """What a norm makes of parts of its input (their differences, between two runs) under a rule: the transpose of `pull`.
+
+    As `pull` is linear in the coefficients, its transpose is its own derivative along them.
+    """
+    if site is None:
+        return parts
+    if isinstance(rule, Scale):
+        return push(site, Rule(), x, None, parts) * rule.factor
+    with torch.enable_grad():
+        if rule.is_plain:  # the transpose of the gradient is the directional derivative
+            tangents = torch.func.jvp(site.operation, (working(x).expand_as(parts).contiguous(),), (parts,))
+            return tangents[1].detach()
+        upstream = torch.zeros_like(parts).requires_grad_(True)
+        return torch.autograd.grad(pull(site, rule, x, reference, upstream), upstream, parts)[0]
+
+
+def _keep(site: Site, rule: Rule, x: Tensor, reference: Tensor | None) -> tuple[Tensor, ...]:
+    operation = site.operation
+    other = None if reference is None else Reference((working(reference),), operation(working(reference)))
+    return rule.keep(operation, (x,), operation(x), other)

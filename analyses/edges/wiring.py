@@ -1,0 +1,212 @@
+"""Wiring: who writes to the residual stream of a model, who reads from it, and by which HookPoints.
+
+Writers are `embed`, `pos_embed`, each head (`L3H5`: z_h W_O^h), each MLP (`L3.mlp`, its output without the bias) and `bias`, the named sink
+that holds every bias written so far. Readers are q, k and v of each query head (`L4H1.q`), each MLP's input (`L4.mlp.in`) and `logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import ParallelBlockBridge
+
+from lens_relevance.errors import CoverageError
+from lens_relevance.rules import AttentionGeometry, Linear, Mix
+from lens_relevance.sites import Anatomy, Site, anatomy
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One block: its sites, None where it has no such part."""
+
+    index: int
+    attn_norm: Site | None
+    attn_post: Site | None
+    mlp_norm: Site | None
+    mlp_post: Site | None
+    q: Site
+    k: Site
+    v: Site
+    o: Site
+    q_norm: Site | None
+    k_norm: Site | None
+    scores: Site | None
+    pattern: Site
+    z: Site
+    mlp: Site | None
+    mlp_in: Site | None
+    mlp_gate: Site | None
+    mlp_out: Site | None
+    has_mlp: bool
+    parallel: bool
+    component: Any
+
+    @property
+    def path(self) -> str:
+        return f"blocks.{self.index}"
+
+    @property
+    def geometry(self) -> AttentionGeometry:
+        assert isinstance(self.z.operation, Mix)
+        return self.z.operation.geometry
+
+    @property
+    def heads(self) -> list[str]:
+        return [f"L{self.index}H{h}" for h in range(self.geometry.n_heads)]
+
+    @property
+    def mlp_writer(self) -> list[str]:
+        return [f"L{self.index}.mlp"] if self.has_mlp else []
+
+    @property
+    def attn_readers(self) -> list[str]:
+        """q of every head, then k, then v."""
+        return [f"{head}.{read}" for read in "qkv" for head in self.heads]
+
+    @property
+    def mlp_reader(self) -> list[str]:
+        return [f"L{self.index}.mlp.in"] if self.has_mlp else []
+
+    @property
+    def attn_input(self) -> str:
+        """HookPoint of the residual stream as attention reads it."""
+        return f"{self.path}.hook_in" if self.attn_norm is None else str(self.attn_norm.inputs[0].name)
+
+    @property
+    def mlp_input(self) -> str:
+        """HookPoint of the residual stream as the MLP reads it."""
+        return f"{self.path}.mlp.hook_in" if self.mlp_norm is None else str(self.mlp_norm.inputs[0].name)
+
+    @property
+    def attn_write(self) -> str:
+        """HookPoint of what attention adds to the stream."""
+        return self.o.output_name if self.attn_post is None else self.attn_post.output_name
+
+    @property
+    def mlp_write(self) -> str:
+        return f"{self.path}.mlp.hook_out" if self.mlp_post is None else self.mlp_post.output_name
+
+    @property
+    def mlp_bias(self) -> Tensor | None:
+        return None if self.mlp_out is None else linear(self.mlp_out).bias
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """The residual stream of one model."""
+
+    body: Anatomy
+    layers: list[Layer]
+    positions: str | None
+    final: str
+
+    @property
+    def sources(self) -> list[str]:
+        """Writers below the first block, and the bias."""
+        return ["embed"] + ([] if self.positions is None else ["pos_embed"]) + ["bias"]
+
+    @property
+    def writers(self) -> list[str]:
+        """In the order in which they write, so that what a reader can read is a prefix."""
+        return self.sources + [name for layer in self.layers for name in (*layer.heads, *layer.mlp_writer)]
+
+    @property
+    def readers(self) -> list[str]:
+        return [name for layer in self.layers for name in (*layer.attn_readers, *layer.mlp_reader)] + ["logits"]
+
+    def available(self) -> dict[str, int]:
+        """How many of `writers` each reader can read."""
+        count, found = len(self.sources), {}
+        for layer in self.layers:
+            found.update(dict.fromkeys(layer.attn_readers, count))
+            after = count + len(layer.heads)
+            found.update(dict.fromkeys(layer.mlp_reader, count if layer.parallel else after))
+            count = after + len(layer.mlp_writer)
+        return found | {"logits": count}
+
+
+def linear(site: Site) -> Linear:
+    """The linear operation of a site."""
+    assert isinstance(site.operation, Linear)
+    return site.operation
+
+
+def wiring(model: Any) -> Wiring:
+    """The wiring of a model whose every component has sites; raises CoverageError where it has not."""
+    body = anatomy(model)
+    if body.uncovered:
+        raise CoverageError(f"edges need every component to have a site: {next(iter(body.uncovered.values()))}")
+    if body.n_layers == 0:
+        raise CoverageError("edges need a model with one stack of blocks (model.blocks)")
+    sites = {site.name: site for site in body.sites}
+    positions = body.leaves[1] if len(body.leaves) > 1 else None
+    layers = [_layer(i, block, sites) for i, block in enumerate(model.blocks)]
+    return Wiring(body, layers, positions, f"blocks.{body.n_layers - 1}.hook_out")
+
+
+def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
+    path = f"blocks.{index}"
+
+    def find(*names: str) -> Site | None:
+        return next((sites[f"{path}.{n}"] for n in names if f"{path}.{n}" in sites), None)
+
+    def need(name: str) -> Site:
+        found = find(name)
+        if found is None:
+            raise CoverageError(f"{path} has no site {name!r}, so its edges cannot be told apart")
+        return found
+
+    parallel = isinstance(block, ParallelBlockBridge)
+    attn_norm, mlp_post = find("ln1"), find("ln2_post")
+    mlp_norm = find("ln2")
+    if mlp_norm is None and parallel and mlp_post is None:  # GPT-J, Phi: one norm for both
+        mlp_norm = attn_norm
+    return Layer(
+        index=index,
+        attn_norm=attn_norm,
+        attn_post=find("ln1_post"),
+        mlp_norm=mlp_norm,
+        mlp_post=mlp_post,
+        q=need("attn.q"),
+        k=need("attn.k"),
+        v=need("attn.v"),
+        o=need("attn.o"),
+        q_norm=find("attn.q_norm"),
+        k_norm=find("attn.k_norm"),
+        scores=find("attn:scores"),
+        pattern=need("attn:pattern"),
+        z=need("attn:z"),
+        mlp=find("mlp"),
+        mlp_in=find("mlp.in", "mlp.input"),
+        mlp_gate=find("mlp.gate"),
+        mlp_out=find("mlp.out"),
+        has_mlp="mlp" in block._modules,
+        parallel=parallel,
+        component=block.attn,
+    )
+
+
+def points(found: Wiring, flows: bool) -> list[str]:
+    """HookPoints whose activations and coefficients edges need; `flows`: also those of the flows inside heads and MLPs."""
+    names = ["blocks.0.hook_in", found.final]
+    names += [] if found.positions is None else [found.positions]
+    for layer in found.layers:
+        names += [layer.attn_input, layer.attn_write, layer.q.output_name, layer.k.output_name, layer.v.output_name, layer.z.output_name]
+        names += _inputs(layer.attn_post)
+        if flows or layer.geometry.group > 1:
+            names += [layer.pattern.output_name, *_inputs(layer.scores), *_inputs(layer.pattern)]
+            names += [*_inputs(layer.k_norm), *([] if layer.k_norm is None else [layer.k_norm.output_name])]
+        if layer.has_mlp:
+            names += [layer.mlp_input, f"{layer.path}.mlp.hook_in", f"{layer.path}.mlp.hook_out", layer.mlp_write, *_inputs(layer.mlp_post)]
+            if flows and layer.mlp is not None:
+                names += [*_inputs(layer.mlp), layer.mlp.output_name]
+    names += ["unembed.hook_out"] if flows else []
+    return list(dict.fromkeys(names))
+
+
+def _inputs(site: Site | None) -> Sequence[str]:
+    """HookPoints of a site's inputs that carry relevance (cos and sin do not)."""
+    return [] if site is None else [str(p.name) for p in site.inputs[: site.operation.factors]]

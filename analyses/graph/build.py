@@ -1,0 +1,171 @@
+"""flow_graph: from a model and a prompt to a FlowGraph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.edges.attribution import edges_of, passes
+from analyses.edges.flows import Flows, flows_of
+from analyses.edges.wiring import wiring
+from analyses.graph.flow import FlowGraph, nodes_frame
+from lens_relevance.errors import RelevanceError
+from lens_relevance.inputs import Inputs, tokenize
+from lens_relevance.rulesets import Table, ruleset
+from lens_relevance.targets import Target
+
+NEURONS_KEPT = 10
+
+
+def flow_graph(
+    model: Any,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    rules: str | Table | None = None,
+    reference: Any = None,
+    by_position: bool = True,
+    threshold: float = 0.0,
+) -> FlowGraph:
+    """The graph over which relevance flows from the embeddings of one prompt to the target, exact on every edge.
+
+    model, inputs, target, rules, reference: as in `propagate`; a single prompt. by_position: one node per component and position; otherwise
+    edges are summed over positions. threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never
+    kept); `FlowGraph.prune` chooses with more care.
+
+    Raises RelevanceError for several prompts, for scores that are not finite, and where the threshold leaves no edge; CoverageError for a
+    model whose edges cannot be told apart.
+    """
+    tokens, mask = tokenize(model, inputs)
+    if len(tokens) != 1:
+        raise RelevanceError(f"a flow graph is that of one prompt, got {len(tokens)}; flow_graphs makes one for each, average joins them")
+    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    found, table = wiring(model), ruleset(rules)
+    parts = []
+    for cache, constants in passes(model, found, tokens, target, rules, reference, mask, flows=True):
+        edges, heads = edges_of(found, cache, constants, table, flows=True)
+        parts.append(flows_of(found, cache, edges, heads))
+    flows = parts[0] if len(parts) == 1 else _mean(parts)
+    graph = _assemble(flows, _strings(model, tokens[0]))
+    if graph.edges.empty:
+        raise RelevanceError("no edge carries any relevance: the target does not depend on this prompt, or the two runs are the same")
+    graph = graph if by_position else graph.sum_positions()
+    return graph.above(threshold) if threshold > 0 else graph
+
+
+def flow_graphs(
+    model: Any,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    rules: str | Table | None = None,
+    reference: Any = None,
+    by_position: bool = True,
+    threshold: float = 0.0,
+) -> list[FlowGraph]:
+    """One graph for each of several prompts; arguments as in `flow_graph`, a reference of token ids or texts with one row per prompt."""
+    tokens, mask = tokenize(model, inputs)
+    given = None
+    if isinstance(reference, Tensor | list | tuple):
+        given = tokenize(model, reference)[0]
+        if len(given) != len(tokens):
+            raise RelevanceError(f"{len(given)} references for {len(tokens)} prompts; give one for each")
+    graphs = []
+    for row in range(len(tokens)):
+        real = mask[row].bool()
+        one = target.select([row]) if isinstance(target, Target) else target
+        other = reference if given is None else given[row : row + 1, real]
+        graphs.append(flow_graph(model, tokens[row : row + 1, real], one, rules, other, by_position, threshold))
+    return graphs
+
+
+def _mean(parts: Sequence[Flows]) -> Flows:
+    """Scores averaged over several references."""
+
+    def mean(name: str) -> dict[Any, Tensor]:
+        columns = [getattr(part, name) for part in parts]
+        return {key: torch.stack([column[key] for column in columns]).mean(0) for key in columns[0]}
+
+    return replace(
+        parts[0],
+        edges=mean("edges"),
+        nodes=mean("nodes"),
+        sinks=mean("sinks"),
+        neurons=mean("neurons"),
+        value=sum(part.value for part in parts) / len(parts),
+    )
+
+
+def _assemble(flows: Flows, tokens: list[str]) -> FlowGraph:
+    """Tables from tensors; edges and sinks of exactly 0 are left out."""
+    edges: list[pd.DataFrame] = []
+    for (kind, source, target), score in flows.edges.items():
+        values = _finite(score, f"edges {kind}")
+        index = np.nonzero(values)
+        columns: dict[str, Any] = {}
+        if kind == "residual":  # [pos, writer, reader]
+            writers, readers = np.array(source, dtype=object), np.array(target, dtype=object)
+            columns = dict(source=writers[index[1]], target=readers[index[2]], position=index[0], source_position=index[0])
+        elif kind == "within":  # [name, pos]
+            names, into = np.array(source, dtype=object), np.array(target, dtype=object)
+            columns = dict(source=names[index[0]], target=into[index[0]], position=index[1], source_position=index[1])
+        else:  # between positions: [name, destination, source]
+            names, into = np.array(source, dtype=object), np.array(target, dtype=object)
+            columns = dict(source=names[index[0]], target=into[index[0]], position=index[1], source_position=index[2])
+        edges.append(pd.DataFrame(columns | {"score": values[index]}))
+    everything = pd.concat(edges, ignore_index=True)
+    order = np.argsort(-everything["score"].abs().to_numpy(), kind="stable")
+    nodes = [_table(names, _finite(score, "nodes"), "node") for names, score in flows.nodes.items()]
+    sinks = [_table(names, _finite(score, f"sink {kind}"), "node").assign(sink=kind) for (kind, names), score in flows.sinks.items()]
+    sink_frame = pd.concat(sinks, ignore_index=True)[["node", "position", "sink", "score"]]
+    return FlowGraph(
+        edges=everything.iloc[order].reset_index(drop=True),
+        nodes=nodes_frame(pd.concat(nodes, ignore_index=True), tokens),
+        sinks=sink_frame[sink_frame["score"] != 0].reset_index(drop=True),
+        neurons=_neurons(flows),
+        tokens=tuple(tokens),
+        value=flows.value,
+        info=flows.info,
+    )
+
+
+def _table(names: tuple[str, ...], values: np.ndarray, column: str) -> pd.DataFrame:
+    """[name, pos] as a long table."""
+    name, position = np.indices(values.shape)
+    return pd.DataFrame({column: np.array(names, dtype=object)[name.ravel()], "position": position.ravel(), "score": values.ravel()})
+
+
+def _neurons(flows: Flows) -> pd.DataFrame:
+    """The strongest neurons of each MLP at each position."""
+    frames = []
+    for name, score in flows.neurons.items():
+        kept = min(NEURONS_KEPT, score.shape[1])
+        best = score.abs().topk(kept, dim=1).indices
+        values = _finite(score.gather(1, best), f"neurons of {name}")
+        position = np.repeat(np.arange(len(score)), kept)
+        frames.append(pd.DataFrame({"node": name, "position": position, "neuron": best.flatten().numpy(), "score": values.ravel()}))
+    if not frames:
+        return pd.DataFrame({"node": [], "position": [], "neuron": [], "score": []})
+    table = pd.concat(frames, ignore_index=True)
+    return table[table["score"] != 0].reset_index(drop=True)
+
+
+def _finite(score: Tensor, what: str) -> np.ndarray:
+    values = score.detach().double().cpu().numpy()
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise RelevanceError(
+            f"{what}: {count} of {values.size} scores are NaN or infinite; look at conservation() of propagate(..., audit=True) for "
+            "the layer where it begins, or run the model in float32"
+        )
+    return values
+
+
+def _strings(model: Any, tokens: Tensor) -> list[str]:
+    """Tokens as text, or their ids where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return [str(int(t)) if tokenizer is None else tokenizer.decode([int(t)]) for t in tokens]

@@ -1,0 +1,89 @@
+"""A flow graph as arrays of integers, stage by stage, for everything that walks through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from analyses.graph.names import TARGET, parse
+from lens_relevance.errors import RelevanceError
+
+if TYPE_CHECKING:
+    from analyses.graph.flow import FlowGraph
+
+Nodes = Float[np.ndarray, " node"]
+
+
+class Network:
+    """Nodes are (name, position) pairs, numbered; edges keep the order of the graph's table.
+
+    source, target: node at each end of an edge; size: its |score|; share: of all that enters its target node.
+    stage: [node], the order of computation. targets: nodes of the logits that something enters.
+    inputs: [node], True at embeddings and biases.
+    """
+
+    def __init__(self, graph: FlowGraph) -> None:
+        edges = graph.edges
+        if edges.empty:
+            raise RelevanceError("the graph has no edges")
+        groups = [name for name in pd.unique(pd.concat([edges["source"], edges["target"]])) if parse(name).component == "group"]
+        if groups:
+            raise RelevanceError(f"the graph was grouped ({groups[0]!r}), which may make it cyclic: prune and search before grouping")
+        ends = pd.DataFrame(
+            {
+                "node": np.concatenate([edges["source"], edges["target"]]),
+                "position": np.concatenate([edges["source_position"], edges["position"]]),
+            }
+        )
+        code, keys = pd.MultiIndex.from_frame(ends).factorize()
+        self.keys: list[tuple[str, int]] = [(str(name), int(position)) for name, position in keys]
+        self.source, self.target = np.split(code, 2)
+        self.size = edges["score"].abs().to_numpy(dtype=float)
+        stages = {name: parse(name).stage for name in {name for name, _ in self.keys}}
+        self.stage = np.array([stages[name] for name, _ in self.keys])
+        self.inputs: Bool[np.ndarray, " node"] = self.stage == 0
+        entering = np.bincount(self.target, self.size, len(self.keys))
+        self.entering = entering
+        self.share = self.size / np.where(entering > 0, entering, 1.0)[self.target]
+        at_target = np.array([name == TARGET for name, _ in self.keys])
+        self.targets = np.flatnonzero(at_target & (entering > 0))
+        if len(self.targets) == 0:
+            raise RelevanceError("the target is disconnected: no edge with relevance enters `logits` in this graph")
+        self._order = np.argsort(self.stage[self.target], kind="stable")
+        self._bounds = np.unique(self.stage[self.target][self._order], return_index=True)[1]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def downwards(self) -> Iterator[Int[np.ndarray, " edge"]]:
+        """Edges in batches by the stage of the node they enter, from the target down."""
+        return iter(np.split(self._order, self._bounds[1:])[::-1])
+
+    def upwards(self) -> Iterator[Int[np.ndarray, " edge"]]:
+        """The same from the inputs up."""
+        return iter(np.split(self._order, self._bounds[1:]))
+
+    def start(self) -> Nodes:
+        """1 shared out over the targets by what enters them."""
+        mass = np.zeros(len(self))
+        mass[self.targets] = self.entering[self.targets] / self.entering[self.targets].sum()
+        return mass
+
+    def through(self) -> Nodes:
+        """Share of all paths that pass each node, when each node hands on what enters it in proportion to |score|."""
+        mass = self.start()
+        for edges in self.downwards():
+            np.add.at(mass, self.source[edges], mass[self.target[edges]] * self.share[edges])
+        return mass
+
+    def trim(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+        """Kept edges without those that no input reaches."""
+        alive, kept = self.inputs.copy(), kept.copy()
+        for edges in self.upwards():
+            kept[edges] &= alive[self.source[edges]]
+            alive[self.target[edges[kept[edges]]]] = True
+        return kept

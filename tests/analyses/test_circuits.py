@@ -1,0 +1,255 @@
+"""Circuits: evaluation equal to TransformerLens's and to the definitions, and known circuits found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.tools.analysis.attribution_patching import Node, faithfulness
+
+from analyses.circuits import (
+    Ablation,
+    ItemScores,
+    above,
+    auroc,
+    faithfulness_curve,
+    faithfulness_table,
+    greedy,
+    known_circuit,
+    overlap,
+    score_items,
+    top,
+)
+from analyses.circuits.faithfulness import areas
+from analyses.circuits.faithfulness import faithfulness as recovered
+from analyses.circuits.recovery import area_under_roc
+from analyses.tasks import pronoun
+from analyses.tasks.pairs import PromptPairs
+from lens_relevance import RelevanceError, logit_diff
+from tests import models
+from tests.analyses.known_circuits import KNOWN
+from tests.precision import no_upcasts
+
+BUILDERS: dict[str, Any] = {
+    "gpt2": models.build_gpt2,
+    "neox": models.build_neox,
+    "llama": models.build_llama,
+    "qwen3": models.build_qwen3,
+    "gemma2": models.build_gemma2,
+    "olmo2": models.build_olmo2,
+    "native_gqa": lambda **k: models.build_native(n_key_value_heads=2, **k),
+}
+
+
+def some_pairs(n: int = 3) -> PromptPairs:
+    return PromptPairs(models.random_tokens(n), models.random_tokens(n, seed=1), logit_diff(3, 4))
+
+
+@pytest.fixture
+def ablation() -> Ablation:
+    return Ablation(models.build_gpt2(), some_pairs(), "edge")
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_full_is_the_clean_run_and_empty_the_corrupt_one(family: str, level: Any) -> None:
+    model, pairs = BUILDERS[family](dtype=torch.float64), some_pairs()
+    with no_upcasts():
+        ablation = Ablation(model, pairs, level)
+        metric = pairs.target.metric(model, pairs.clean)
+        clean, corrupt = metric(model(pairs.clean)), metric(model(pairs.corrupt))
+    assert torch.allclose(ablation.full, clean, atol=1e-12) and torch.allclose(ablation.empty, corrupt, atol=1e-12)
+    assert (clean - corrupt).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "qwen3", "native_gqa"])
+def test_a_node_is_all_its_edges(family: str) -> None:
+    """Without post-norms, removing a node is removing every edge that leaves it: two ways of computing the same thing."""
+    model = BUILDERS[family](dtype=torch.float64)
+    with no_upcasts():
+        edges, nodes = Ablation(model, some_pairs(), "edge"), Ablation(model, some_pairs(), "node")
+        kept = torch.rand(6, len(nodes.items), generator=torch.Generator().manual_seed(0)) > 0.4
+        by_edges, by_nodes = edges(kept[:, torch.from_numpy(edges.items.index[:, 1])]), nodes(kept)
+    assert torch.allclose(by_edges, by_nodes, atol=1e-10) and by_nodes.std(0).min() > 1e-3
+
+
+def theirs(model: TransformerBridge, pairs: PromptPairs, ablation: Ablation, kept: np.ndarray) -> float:
+    """What TransformerLens's `faithfulness` recovers with these edges, given by position."""
+
+    def node(name: str, position: int) -> Node:
+        if name == "embed":
+            return Node("embed", position)
+        if name == "logits":
+            return Node("logits", position, layer=model.cfg.n_layers - 1)
+        layer = int(name[1])
+        if "mlp" in name:
+            return Node("mlp_in" if name.endswith("in") else "mlp_out", position, layer=layer)
+        kind: Any = f"{name[-1]}_input" if "." in name else "attn_head_out"
+        return Node(kind, position, layer=layer, head=int(name.split(".")[0].split("H")[1]))
+
+    frame = ablation.items.frame[kept]
+    circuit = [(node(r.source, r.position), node(r.target, r.position)) for r in frame.itertuples()]
+    return faithfulness(model, pairs.clean, pairs.corrupt, lambda x: x[0, -1, 3] - x[0, -1, 4], circuit).recovered
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+def test_equals_transformer_lens(family: str) -> None:
+    model, pairs = BUILDERS[family](dtype=torch.float64), some_pairs(1)
+    ablation = Ablation(model, pairs, "edge", by_position=True)
+    generator = np.random.default_rng(0)
+    for share in (0.2, 0.6, 0.95):
+        kept = generator.random(len(ablation.items)) < share
+        metric = ablation(torch.from_numpy(kept[None]))[0]
+        mine = float((metric - ablation.empty) / (ablation.full - ablation.empty))
+        assert mine == pytest.approx(theirs(model, pairs, ablation, kept), abs=1e-9)
+
+
+def test_rows_do_not_depend_on_how_many_run_at_once(ablation: Ablation) -> None:
+    kept = torch.rand(7, len(ablation.items), generator=torch.Generator().manual_seed(1)) > 0.5
+    together = ablation(kept)
+    ablation.bytes_at_once = 1
+    assert torch.allclose(ablation(kept), together, atol=1e-5)
+
+
+def test_padded_pairs_equal_unpadded_ones() -> None:
+    model, pairs = models.build_gpt2(), some_pairs(1)
+    longer = PromptPairs(
+        torch.cat([pairs.clean, pairs.clean[:, :2]], 1), torch.cat([pairs.corrupt, pairs.corrupt[:, :2]], 1), pairs.target,
+        clean_mask=torch.tensor([[1] * 6 + [0] * 2]), corrupt_mask=torch.tensor([[1] * 6 + [0] * 2]),
+    )  # fmt: skip
+    kept = torch.rand(3, len(Ablation(model, pairs).items), generator=torch.Generator().manual_seed(1)) > 0.5
+    assert torch.allclose(Ablation(model, longer)(kept), Ablation(model, pairs)(kept), atol=1e-5)
+
+
+def test_mean_replacement() -> None:
+    model, pairs, many = models.build_gpt2(), some_pairs(), models.random_tokens(5, seed=7)
+    assert torch.allclose(
+        Ablation(model, pairs, replacement="mean", mean_tokens=pairs.corrupt[:1]).empty,
+        Ablation(model, replace(pairs, corrupt=pairs.corrupt[:1].expand(3, -1))).empty,
+        atol=1e-5,
+    ), "the mean over one prompt is that prompt"
+    averaged = Ablation(model, pairs, "node", replacement="mean", mean_tokens=many)
+    assert averaged.empty.std() < 1e-6 < averaged.full.std()
+
+
+def test_areas_are_those_of_the_definition() -> None:
+    """A perfect ranking of 5 among 25 nodes, whose circuit works only when complete, at MIB's sizes (methods: 0.149)."""
+    share = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    cpr, cmd = areas(share, (np.floor(share * 25) >= 5).astype(float))
+    assert cmd == pytest.approx(0.149) and cpr == pytest.approx(0.999 - 0.149)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_known_circuits_are_found_by_deeplift(name: str, level: Any) -> None:
+    known = KNOWN[name]()
+    ablation = Ablation(known.model, known.pairs, level)
+    truth = known_circuit(ablation.items, known.nodes if level == "node" else known.edges)
+    assert recovered(ablation, [truth])[0] == pytest.approx(1, abs=1e-5), "the circuit does the whole task"
+    rest = ~torch.from_numpy(truth.kept)[None]
+    assert torch.allclose(ablation(rest)[0], ablation.empty, atol=1e-5), "decoys do nothing"
+    for item in np.flatnonzero(truth.kept):
+        without = torch.from_numpy(truth.kept.copy())[None]
+        without[0, item] = False
+        assert (ablation(without)[0] - ablation.full).abs().max() > 0.1, "every part is needed"
+    scores = score_items(ablation, "deeplift")
+    assert auroc(scores, truth) == 1.0
+    assert overlap(top(scores, len(truth)), truth).f1 == 1.0
+    assert auroc(score_items(ablation, "gradient"), truth) < 1.0, "the gradient is 0 where the corrupt run saturates"
+
+
+def test_gradient_fails_on_both_runs_where_a_relu_is_saturated_in_both() -> None:
+    known = KNOWN["saturated_relu"]()
+    ablation = Ablation(known.model, known.pairs, "node")
+    truth = known_circuit(ablation.items, known.nodes)
+    assert auroc(score_items(ablation, "gradient", run="mean"), truth) < 1.0
+    assert auroc(score_items(ablation, "deeplift", run="clean"), truth) == 1.0
+    assert auroc(score_items(ablation, "patching"), truth) == 1.0
+
+
+def test_scores_of_edges_add_up_to_those_of_nodes() -> None:
+    model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs()
+    for method in ("deeplift", "gradient", "eap_ig"):
+        nodes = score_items(Ablation(model, pairs, "node"), method, ig_steps=3)
+        edges = score_items(Ablation(model, pairs, "edge"), method, ig_steps=3)
+        total = edges.items.frame.assign(score=edges.signed).groupby("source")["score"].sum()
+        assert np.allclose(total[nodes.items.frame["node"]], nodes.signed, atol=1e-10), method
+
+
+def test_eap_ig_completes() -> None:
+    """Integrated gradients of the embedding add up to the difference of the metric as steps grow."""
+    model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs()
+    ablation = Ablation(model, pairs, "node")
+    embed = [score_items(ablation, "eap_ig", ig_steps=n).signed[0] for n in (2, 64)]
+    gap = float((ablation.full - ablation.empty).mean())
+    assert abs(embed[1] - gap) < 0.02 * abs(gap) and abs(embed[1] - gap) < abs(embed[0] - gap)
+
+
+def test_deeplift_of_the_embedding_is_the_difference_of_the_metric() -> None:
+    ablation = Ablation(models.build_gpt2(dtype=torch.float64), some_pairs(), "node")
+    assert score_items(ablation).signed[0] == pytest.approx(float((ablation.full - ablation.empty).mean()), abs=1e-10)
+
+
+def test_curve_uses_every_k_on_small_graphs(ablation: Ablation) -> None:
+    scores = score_items(ablation)
+    curve = faithfulness_curve(ablation, scores, "signed")
+    assert curve.frame["k"].tolist() == list(range(len(ablation.items) + 1))
+    assert curve.frame["faithfulness"].iloc[[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert curve.cmd == pytest.approx(np.trapezoid((1 - curve.frame["faithfulness"]).abs(), curve.frame["share"]))
+    single = recovered(ablation, [top(scores, 20, "signed")])[0]
+    assert curve.frame["faithfulness"][20] == pytest.approx(single, abs=1e-5)
+
+
+def test_choices(ablation: Ablation) -> None:
+    scores = score_items(ablation)
+    best = top(scores, 10)
+    assert len(best) == 10 and set(map(tuple, best.to_frame().to_numpy())) == set(
+        map(tuple, scores.to_frame().head(10)[["source", "target"]].to_numpy())
+    )
+    assert len(above(scores, float(np.abs(scores.signed).max()))) == 1
+    grown = greedy(scores, 12).to_frame()
+    reached = {"logits"} | set(grown["source"])
+    assert len(grown) == 12 and {t.split(".")[0] if "H" in t else t.removesuffix(".in") for t in grown["target"]} <= reached
+
+
+def test_auroc_counts_ties_half() -> None:
+    positive = np.array([True, True, False, False])
+    assert area_under_roc(np.array([2.0, 0, 0, 0]), positive) == pytest.approx(0.75)
+    assert area_under_roc(np.array([0.0, 0, 0, 0]), positive) == pytest.approx(0.5)
+
+
+def test_table_of_methods_on_a_trained_model(stories: TransformerBridge) -> None:
+    table = faithfulness_table(stories, pronoun(stories, 4, 0), ("deeplift", "random"), level="node")
+    assert list(table.columns) == ["method", "order", "cmd", "cpr"] and len(table) == 4
+    best = table.groupby("method")["cmd"].min()
+    assert best["deeplift"] < 0.7 * best["random"]
+
+
+def test_errors_name_the_thing(ablation: Ablation) -> None:
+    model, pairs, scores = ablation.model, ablation.pairs, score_items(ablation)
+    with pytest.raises(RelevanceError, match="NaN"):
+        ItemScores(scores.items, "mine", scores.signed * np.nan, scores.strength)
+    with pytest.raises(RelevanceError, match="empty circuit"):
+        above(scores, 1e9)
+    with pytest.raises(RelevanceError, match="n=0"):
+        top(scores, 0)
+    with pytest.raises(RelevanceError, match="is empty"):
+        known_circuit(scores.items, [])
+    with pytest.raises(RelevanceError, match="is no edge"):
+        known_circuit(scores.items, [("embed", "L9H0.q")])
+    with pytest.raises(RelevanceError, match="undefined"):
+        same = Ablation(model, replace(pairs, corrupt=pairs.clean))
+        faithfulness_curve(same, scores)
+    with pytest.raises(RelevanceError, match="mean_tokens"):
+        Ablation(model, pairs, replacement="mean")
+    with pytest.raises(RelevanceError, match="per edge"):
+        score_items(ablation, "patching")
+    with pytest.raises(RelevanceError, match="logits"):
+        greedy(score_items(Ablation(model, pairs, "node")), 3)
+    with pytest.raises(RelevanceError, match="shape"):
+        ablation(torch.ones(2, 3, dtype=torch.bool))
+    assert all(not point._forward_hooks for point in model.hook_dict.values())

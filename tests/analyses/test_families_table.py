@@ -1,0 +1,101 @@
+"""The README's table of families and rulesets is what its command finds, and no family is missing from it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from analyses.benchmarks import families as module
+from analyses.benchmarks.families import FAMILIES, families, markdown, power_of_ten
+from lens_relevance import RelevanceError, propagate, rulesets
+from lens_relevance.rules import LNRule
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """First cell -> the other cells, of the Markdown table whose first column has this heading."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    found = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        found[cells[0]] = cells[1:]
+    return {name: cells for name, cells in found.items() if not name.startswith("---")}
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    """The section of the README."""
+    text = (ROOT / "README.md").read_text()
+    assert text.count("## Which models\n") == 1
+    return text.split("## Which models\n")[1].split("\n## ")[0]
+
+
+def test_no_family_is_missing_from_the_readme(readme: str) -> None:
+    working, refused = rows(readme, "family"), rows(readme, "refused")
+    assert working.pop("family") == [f"`{name}`" for name in rulesets()]
+    assert refused.pop("refused") == ["reason"]
+    assert [*working, *refused] == list(FAMILIES)
+    assert "python -m analyses.benchmarks.families" in readme
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Qwen3", "BERT (masked language model)"])
+def test_the_readme_shows_what_a_fresh_run_finds(readme: str, family: str) -> None:
+    shown, fresh = rows(readme, "family")[family], rows(markdown(families([family])), "family")[family]
+    assert len(shown) == len(rulesets())
+    for here, there in zip(shown, fresh, strict=True):
+        if "–" in (here, there):
+            assert here == there
+        else:  # rounding errors differ from machine to machine, by a factor of ten at times
+            assert abs(math.log10(float(here)) - math.log10(float(there))) < 2.5
+            assert float(there) <= 1e-5
+
+
+def test_what_the_readme_calls_refused_is_refused(readme: str) -> None:
+    refused = {name: cells for name, cells in rows(readme, "refused").items() if name in FAMILIES}
+    assert refused
+    for family in list(refused)[:2]:
+        assert rows(markdown(families([family])), "refused")[family] == refused[family]
+        model = FAMILIES[family].build(torch.float32)
+        with pytest.raises(RelevanceError) as refusal:
+            propagate(model, torch.tensor([[1, 2, 3]]), lambda logits: logits[:, -1, 0], "attnlrp")
+        assert refused[family][0].split(";")[0] in str(refusal.value)
+
+
+class Refusing(LNRule):
+    """A rule that cannot be had on a model."""
+
+    def keep(self, *arguments: object) -> tuple[torch.Tensor, ...]:
+        raise RelevanceError("not on | this model")
+
+
+def test_a_ruleset_that_does_not_work_is_a_dash_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules["lens_relevance.rulesets"]._RULESETS, "broken", {"norm": Refusing()})
+    table = families(["GPT-2"], torch.float32)
+    assert math.isnan(table["broken"][0]) and table["attnlrp"][0] < 1e-4
+    text = markdown(table)
+    assert rows(text, "family")["GPT-2"][-1] == "–"
+    assert "GPT-2: not on \\| this model" in text
+
+
+def test_powers_of_ten() -> None:
+    assert [power_of_ten(error) for error in (2e-7, 1e-3, 0.0, 3e-20, float("nan"))] == ["1e-6", "1e-3", "1e-16", "1e-16", "–"]
+
+
+def test_an_unknown_family() -> None:
+    with pytest.raises(RelevanceError, match="unknown family 'GPT-9'"):
+        families(["GPT-9"])
+
+
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    module.main(["GPT-2"], "float32", 0)
+    cells = rows(capsys.readouterr().out, "family")["GPT-2"]
+    assert len(cells) == len(rulesets()) and all(1e-12 < float(cell) < 1e-4 for cell in cells)
+    assert "python -m analyses.benchmarks.families" in str(module.__doc__)
