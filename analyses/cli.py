@@ -37,6 +37,7 @@ Task = Annotated[
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .jsonl with the columns clean, corrupt, answer, wrong.")]
 Number = Annotated[int, typer.Option("--n", min=1, help="How many pairs of the task.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="A folder: an interrupted run, started again with it, goes on where it stopped.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task's draw.")]
 
 
@@ -155,20 +156,28 @@ def rank(
     seed: Seed = 0,
     top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20,
     out: Annotated[Path | None, typer.Option(help="A .csv to write all of them to.")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Check the ranking: ablate its top, and as many at random.")] = False,
+    checkpoint: Checkpoint = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Rank heads or neurons over pairs of prompts."""
     from analyses.loading import load_model
+    from analyses.processes import processes
     from analyses.ranking import rank_heads, rank_neurons
     from analyses.report.terminal import frame_table
     from lens_relevance import RelevanceError
 
     if what not in ("heads", "neurons"):
         raise RelevanceError(f"rank heads or neurons, not {what!r}")
+    here = processes()
     loaded = load_model(model, trust_remote_code)
     question = _question(loaded, None, None, None, None, task, pairs, n, seed)
-    ranking = (rank_heads if what == "heads" else rank_neurons)(loaded, question.pairs, method)
+    ranking = (rank_heads if what == "heads" else rank_neurons)(loaded, question.pairs, method, ablate=ablate, checkpoint=checkpoint)
+    if here.index:
+        return  # every process has the result; the first one speaks
     Console().print(frame_table(ranking.head(top), f"{what} by {method}: {question.words}"))
+    if ablate:
+        typer.echo(str(ranking.attrs["ablation"]))
     if out is not None:
         ranking.to_csv(out, index=False)
 
@@ -187,12 +196,14 @@ def compare(
     n: Number = 64,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The page to write; with the ending .csv the table alone.")] = Path("comparison.html"),
+    checkpoint: Checkpoint = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Hold every method against activation patching, and write the table as a page."""
     from analyses.comparison import METHODS
     from analyses.comparison import compare as compare_methods
     from analyses.loading import load_model
+    from analyses.processes import processes
     from analyses.report.comparison_page import best_methods, comparison_page, correlation_table
     from analyses.report.terminal import frame_table
     from lens_relevance import RelevanceError
@@ -201,9 +212,13 @@ def compare(
     if direction not in ("denoising", "noising", "mean"):
         raise RelevanceError(f"direction is denoising, noising or mean, not {direction!r}")
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
+    here = processes()
     loaded = load_model(model, trust_remote_code)
     question = _question(loaded, None, None, None, None, task, pairs, n, seed)
-    found = compare_methods(loaded, question.pairs, chosen, [name.strip() for name in components.split(",")], direction)  # type: ignore[arg-type]
+    wanted = [name.strip() for name in components.split(",")]
+    found = compare_methods(loaded, question.pairs, chosen, wanted, direction, checkpoint=checkpoint)  # type: ignore[arg-type]
+    if here.index:
+        return  # every process has the result; the first one speaks
     if out.suffix == ".csv":
         found.table.to_csv(out, index=False)
     else:
@@ -257,9 +272,10 @@ def graph(
     out: Annotated[Path, typer.Option(help="Where to: a page (.html), a picture (.svg, .png), .json or .graphml.")] = Path("graph.html"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw the edges over which relevance flows through the model for one prompt."""
+    """Draw the edges over which relevance flows through the model for one prompt, and list the strongest paths."""
     from analyses.graph import flow_graph
     from analyses.loading import load_model
+    from analyses.report.terminal import frame_table
     from lens_relevance import RelevanceError, random_tokens
     from lens_relevance.rulesets import needs_reference, ruleset
 
@@ -277,4 +293,36 @@ def graph(
         found.to_graphml(out)
     else:
         found.show().save(out)
+    Console().print(frame_table(found.paths(10).round(4), "The strongest paths"))
     typer.echo(f"{out}: {len(found.edges)} edges, {len(found.nodes)} nodes, {question.target_in_words(loaded)}")
+
+
+@app.command()
+@clean_errors
+def circuit(
+    model: Model = "embedded",
+    methods: Annotated[str | None, typer.Option(help="Comma-separated rulesets, eap_ig, patching, random; all if left out.")] = None,
+    level: Annotated[str, typer.Option(help="node or edge: what a circuit is made of.")] = "node",
+    task: Task = None,
+    pairs: Pairs = None,
+    n: Number = 16,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """How faithful the circuits are that each method finds: everything outside a circuit is set to the counterpart's value."""
+    from analyses.circuits import faithfulness_table
+    from analyses.circuits.faithfulness import METHODS
+    from analyses.loading import load_model
+    from analyses.report.terminal import frame_table
+    from lens_relevance import RelevanceError
+
+    if level not in ("node", "edge"):
+        raise RelevanceError(f"level is node or edge, not {level!r}")
+    loaded = load_model(model, trust_remote_code)
+    question = _question(loaded, None, None, None, None, task, pairs, n, seed)
+    chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
+    table = faithfulness_table(loaded, question.pairs, chosen, level)  # type: ignore[arg-type]
+    if out is not None:
+        table.to_csv(out, index=False)
+    Console().print(frame_table(table.round(4), f"Circuits of {level}s, {question.title}: CMD (0 is best) and CPR over every size"))

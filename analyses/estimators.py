@@ -178,12 +178,13 @@ def direct_logit_attribution() -> Estimator:
 
         def written(point: str) -> Tensor:
             change = clean[point] - corrupt[point]
+            here = g.to(change)  # layers may be on several devices
             if change.ndim == 3:
-                return change * g
+                return change * here
             block = model.blocks[int(point.split(".")[1])]
             if hasattr(block, "ln1_post"):
                 raise RelevanceError("this model normalises what its heads write (ln1_post): choose a ruleset to score its heads")
-            return change * torch.einsum("bpm,hdm->bphd", g, block.attn.W_O.detach().to(g))
+            return change * torch.einsum("bpm,hdm->bphd", here, block.attn.W_O.detach().to(here))
 
         return collect(model, components, written)
 
@@ -219,12 +220,11 @@ def points(model: Any, components: Sequence[Component]) -> list[str]:
 
 def collect(model: Any, components: Sequence[Component], relevance: Callable[[str], Tensor]) -> Scores:
     """Relevance by HookPoint as scores by component."""
-    return {
-        component: torch.stack(
-            [_reduced(component, relevance(f"blocks.{layer}.{POINTS[component]}")) for layer in range(len(model.blocks))], dim=1
-        )
-        for component in components
-    }
+    scores: Scores = {}
+    for component in components:
+        layers = [_reduced(component, relevance(f"blocks.{layer}.{POINTS[component]}")) for layer in range(len(model.blocks))]
+        scores[component] = torch.stack([layer.to(layers[0].device) for layer in layers], dim=1)  # they may be on several devices
+    return scores
 
 
 def _reduced(component: Component, relevance: Tensor) -> Float[Tensor, "batch index"]:

@@ -16,7 +16,7 @@ import torch
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rulesets import needs_reference, rule_for, ruleset, rulesets
-from lens_relevance.sites import anatomy
+from lens_relevance.sites import Site, anatomy
 from lens_relevance.targets import logit_diff
 
 
@@ -41,9 +41,12 @@ def coverage(model: Any, names: Sequence[str] | None = None, positions: int = 8,
     names: rulesets to try, all registered ones by default. positions: length of the random prompt. The model is left as it was.
     """
     body = anatomy(model)
+    vocabulary = int(model.cfg.d_vocab)
+    if vocabulary < 2:
+        raise RelevanceError("coverage runs the model on random tokens, and this model takes none (a vision or audio model)")
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    tokens, other = (torch.randint(0, int(model.cfg.d_vocab), (1, positions), generator=generator).to(device) for _ in range(2))
+    tokens, other = (torch.randint(0, vocabulary, (1, positions), generator=generator).to(device) for _ in range(2))
     listed = list(names) if names is not None else list(rulesets())
     rows, live = [], set()
     for name in listed:
@@ -64,10 +67,17 @@ def coverage(model: Any, names: Sequence[str] | None = None, positions: int = 8,
             "inputs": ", ".join(str(p.name) for p in site.inputs),
             "output": site.output_name,
             "live": site.output is None or site.output_name in live,
-            **{name: repr(rule_for(ruleset(name), site)) for name in listed},
+            **{name: _rule_in_words(name, site) for name in listed},
         }
         for site in body.sites
         if site.enabled()
     )
     table = pd.DataFrame(rows, columns=["ruleset", "works", "unexplained", "reason"])
     return Coverage(sites, table, dict(body.uncovered))
+
+
+def _rule_in_words(name: str, site: Site) -> str:
+    try:
+        return repr(rule_for(ruleset(name), site))
+    except RelevanceError:
+        return "cannot be placed"

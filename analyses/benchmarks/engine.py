@@ -50,7 +50,7 @@ def plain_gradient(model: Any, tokens: Tensor) -> Tensor:
 def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, device: str) -> pd.DataFrame:
     """Seconds per case and round, after one warm-up round; rows are rounds.
 
-    On a GPU these are wall-clock seconds; on a CPU they are processor seconds of this process, which other users of the machine do not count in.
+    On a GPU these are wall-clock seconds; on a CPU processor seconds of this process, in which other users of the machine do not count.
     """
     clock = time.perf_counter if device == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in cases}

@@ -6,8 +6,8 @@ Every family is a tiny model with random weights, made from its config class: no
 largest share of the target, at any layer, that the conservation account leaves open, rounded up to a power of ten. A family of which a part
 has no rule is refused as a whole by `propagate`, with the reason that the table gives.
 
-Errors of 1e-16 or so are rounding in float64. Errors of about 1e-7 in the families with RMSNorm are rounding too: Hugging Face computes
-RMSNorm (and some softmaxes) in float32 whatever the dtype of the model.
+Errors of 1e-13 and less are rounding in float64. Those of 1e-8 to 1e-5 are rounding in float32: Hugging Face computes
+RMSNorm and some softmaxes in it whatever the dtype of the model.
 """
 
 from __future__ import annotations

@@ -36,18 +36,19 @@ def told(before_batch: Callable[[PromptPairs], None], name: str = "relp") -> Est
     return Estimator(plain.name, one_run, plain.forwards, plain.backwards, plain.symmetric)
 
 
-def heads(method: Any = "relp", checkpoint: Path | None = None, **options: Any) -> pd.DataFrame:
-    return rank_heads(models.build_gpt2(), random_pairs(N_PAIRS), method, batch_size=BATCH, checkpoint=checkpoint, **options)
+def heads(method: Any = "relp", checkpoint: Path | None = None, n: int = N_PAIRS, **options: Any) -> pd.DataFrame:
+    return rank_heads(models.build_gpt2(), random_pairs(n), method, batch_size=BATCH, checkpoint=checkpoint, **options)
 
 
-def neurons(method: Any = "relp", checkpoint: Path | None = None, **options: Any) -> pd.DataFrame:
-    return rank_neurons(models.build_gpt2(), random_pairs(N_PAIRS), method, batch_size=BATCH, checkpoint=checkpoint, **options)
+def neurons(method: Any = "relp", checkpoint: Path | None = None, n: int = N_PAIRS, **options: Any) -> pd.DataFrame:
+    return rank_neurons(models.build_gpt2(), random_pairs(n), method, batch_size=BATCH, checkpoint=checkpoint, **options)
 
 
-def comparison(method: Any = "relp", checkpoint: Path | None = None) -> pd.DataFrame:
+def comparison(method: Any = "relp", checkpoint: Path | None = None, n: int = N_PAIRS) -> pd.DataFrame:
     """All scores of two methods and of patching, and the figures of the table except the time taken."""
     methods = [method, "gradient"]
-    found = compare(models.build_gpt2(), random_pairs(N_PAIRS), methods, resamples=20, batch_size=BATCH, checkpoint=checkpoint)
+    options: dict[str, Any] = dict(components=("resid", "heads"), resamples=20, batch_size=BATCH, checkpoint=checkpoint)
+    found = compare(models.build_gpt2(), random_pairs(n), methods, **options)
     return pd.concat([found.scores, found.table.drop(columns="seconds")], ignore_index=True)
 
 

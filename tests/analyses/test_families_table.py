@@ -13,6 +13,7 @@ from analyses.benchmarks import families as module
 from analyses.benchmarks.families import FAMILIES, families, markdown, power_of_ten
 from lens_relevance import RelevanceError, propagate, rulesets
 from lens_relevance.rules import LNRule
+from tests.precision import no_upcasts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +57,14 @@ def test_the_readme_shows_what_a_fresh_run_finds(readme: str, family: str) -> No
         else:  # rounding errors differ from machine to machine, by a factor of ten at times
             assert abs(math.log10(float(here)) - math.log10(float(there))) < 2.5
             assert float(there) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["Llama", "OPT"])
+def test_without_upcasts_to_float32_only_float64_rounding_is_left(family: str) -> None:
+    """What the README says of the larger errors."""
+    with no_upcasts():
+        errors = families([family])[list(rulesets())]
+    assert errors.max(axis=None) < 1e-12
 
 
 def test_what_the_readme_calls_refused_is_refused(readme: str) -> None:

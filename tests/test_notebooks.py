@@ -1,0 +1,96 @@
+"""The notebooks run from top to bottom on the embedded model, and what they show in the repository is what they compute."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+
+from analyses.views import View
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LARGEST = 2_000_000
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+# Paths of the machine on which it was executed, as they stand in warnings and tracebacks.
+_LOCAL_PATH = re.compile(r"site-packages|dist-packages|[\"' ](/home|/root|/tmp|/work|/Users|/opt|[A-Z]:\\\\)\b")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[Any]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def run(source: str, namespace: dict[str, Any]) -> tuple[str, Any]:
+    """What a cell prints, and the value of its last expression (None where it ends otherwise)."""
+    body = ast.parse(source).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(ast.Module(body, []), "<cell>", "exec"), namespace)
+        value = None if last is None else eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace)
+    return printed.getvalue(), value
+
+
+def same(shown: str, computed: str) -> None:
+    """The same words, and numbers that are the same up to what another machine's rounding may change."""
+    words = [" ".join(_NUMBER.sub("#", text).split()) for text in (shown, computed)]
+    assert words[0] == words[1]
+    numbers = [[float(number) for number in _NUMBER.findall(text)] for text in (shown, computed)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.02)
+
+
+def test_all_five_are_here() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_"]
+
+
+@each
+def test_a_notebook_computes_what_it_shows(path: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    shown_values = 0
+    for cell in code_cells(path):
+        printed, value = run(cell.source, namespace)
+        same("".join(output.text for output in cell.outputs if output.output_type == "stream"), printed)
+        results = [output.data for output in cell.outputs if output.output_type == "execute_result"]
+        assert len(results) == (value is not None), cell.source
+        if value is None:
+            continue
+        shown_values += 1
+        with pd.option_context("display.max_columns", 20, "display.width", 80):  # as in a notebook, whatever the terminal
+            same(results[0]["text/plain"], repr(value))
+        if isinstance(value, View):
+            # A code host that takes no scripts shows the picture.
+            assert results[0]["image/png"].startswith("iVBORw0KGgo") and value.png().startswith(b"\x89PNG")
+    assert shown_values >= 3
+
+
+@each
+def test_a_notebook_can_be_shown_by_a_code_host(path: Path) -> None:
+    assert path.stat().st_size < LARGEST
+    outputs = [output for cell in code_cells(path) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    for output in outputs:
+        assert not _LOCAL_PATH.search(output.get("text", "") + output.get("data", {}).get("text/plain", ""))
+    html = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert html and all("<script src" not in page for page in html)  # nothing is loaded from elsewhere
+
+
+@each
+def test_one_line_switches_to_gpt2(path: Path) -> None:
+    first = code_cells(path)[0].source
+    assert first.count('load_model("embedded")') == 1 and first.count('# model = load_model("gpt2")') == 1
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    texts = {page: page.read_text(encoding="utf-8") for page in [*NOTEBOOKS, *FOLDER.glob("*.md")]}
+    targets = [(page, target) for page, text in texts.items() for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    assert targets
+    for page, target in targets:
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
