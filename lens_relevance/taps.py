@@ -141,4 +141,4 @@ def _zero_at_padding(name: str, coefficient: Tensor, mask: Tensor, pos_dim: int 
     dim = pos_dim if pos_dim is not None else (-2 if attention else 1)
     shape = [1] * coefficient.ndim
     shape[0], shape[dim] = mask.shape
-    return torch.where(mask.bool().reshape(shape), coefficient, torch.zeros_like(coefficient))
+    return torch.where(mask.bool().reshape(shape).to(coefficient.device), coefficient, torch.zeros_like(coefficient))
