@@ -1,8 +1,8 @@
 """The processes that share a run: one by default, several under `accelerate launch` or torchrun.
 
-    accelerate launch --num_processes 4 -m analyses.cli rank heads --model gpt2 --pairs pairs.jsonl
+    accelerate launch --multi_gpu --num_processes 4 --no_python lens-relevance rank heads --model gpt2 --pairs pairs.jsonl
 
-On CPUs `accelerate launch --cpu` starts a single process unless it has MPI: use `torchrun --nproc_per_node 4 -m analyses.cli ...`.
+Where there are no GPUs this starts processes on CPUs; `accelerate launch --cpu` would start a single one, unless it has MPI.
 """
 
 from __future__ import annotations

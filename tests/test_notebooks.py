@@ -14,13 +14,15 @@ import pandas as pd
 import pytest
 
 from analyses.views import View
+from lens_relevance import rulesets
+from lens_relevance.attention_methods import METHODS
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 2_000_000
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 # Paths of the machine on which it was executed, as they stand in warnings and tracebacks.
-_LOCAL_PATH = re.compile(r"site-packages|dist-packages|[\"' ](/home|/root|/tmp|/work|/Users|/opt|[A-Z]:\\\\)\b")
+_LOCAL_PATH = re.compile(rf"{re.escape(str(FOLDER.parent))}|site-packages|/(?:home|root|tmp|Users)/|[A-Z]:\\")
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -89,8 +91,25 @@ def test_one_line_switches_to_gpt2(path: Path) -> None:
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
-    texts = {page: page.read_text(encoding="utf-8") for page in [*NOTEBOOKS, *FOLDER.glob("*.md")]}
-    targets = [(page, target) for page, text in texts.items() for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    texts = {page: page.read_text(encoding="utf-8") for page in FOLDER.glob("*.md")}
+    for path in NOTEBOOKS:
+        texts[path] = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    targets = [(page, target) for page, text in texts.items() for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
     assert targets
     for page, target in targets:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_measured_figures_are_those_of_the_readme() -> None:
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8").replace("**", "")
+    measured = (FOLDER / "which_method.md").read_text(encoding="utf-8").partition("## Measured")[2].partition("\n## ")[0]
+    rows = [line for line in measured.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    assert not [row for row in rows if row not in readme]
+
+
+def test_every_method_has_its_row() -> None:
+    """A ruleset or a method of token relevance that is added must be placed here too."""
+    page = (FOLDER / "which_method.md").read_text(encoding="utf-8")
+    for name in [*rulesets(), *METHODS]:
+        assert f"\n| `{name}` |" in page, name
