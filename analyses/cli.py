@@ -293,7 +293,7 @@ def graph(
         found.to_graphml(out)
     else:
         found.show().save(out)
-    Console().print(frame_table(found.paths(10).round(4), "The strongest paths"))
+    Console().print(frame_table(found.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
     typer.echo(f"{out}: {len(found.edges)} edges, {len(found.nodes)} nodes, {question.target_in_words(loaded)}")
 
 
