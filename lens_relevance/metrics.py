@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.rules.attention import logarithmic_mean
+from lens_relevance.rules.softmax import logarithmic_mean
 
 Logits = Float[Tensor, "batch pos vocab"]
 

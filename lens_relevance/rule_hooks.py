@@ -4,10 +4,6 @@ A rule sits *outside* the hooks of a HookPoint: the output of its operation is s
 the operation's inputs are captured after all hooks of the input HookPoints have. So every reader, ours and TransformerLens's, whenever
 registered, finds the right coefficient. To that end the class of a HookPoint instance is exchanged, while rules are attached, for one
 whose `__call__` wraps the original.
-
-Liveness: the model is handed a view of each captured input. A gradient that arrives at that view has come through the model's own
-computation, past the rule: the HookPoint was decorative and the relevance would be wrong. That is an error, raised in the backward itself.
-A rule off every path sees no gradient at either place and passes; so does one whose gradient is zero.
 """
 
 from __future__ import annotations
@@ -25,61 +21,7 @@ from lens_relevance.errors import LivenessError, RelevanceError
 from lens_relevance.guest import root
 from lens_relevance.rules.base import Reference, Rule
 from lens_relevance.sites import Site
-
-
-class _Visit:
-    """One passage of a forward through one site: what the backward needs to know besides tensors."""
-
-    __slots__ = ("rule", "site", "visited")
-
-    def __init__(self, site: Site, rule: Rule) -> None:
-        self.site, self.rule, self.visited = site, rule, False
-
-    def refuse_bypass(self, _: Tensor) -> None:
-        """Runs when a gradient reaches the operation's input through the model's own computation."""
-        if not (self.rule.on_output and self.visited):
-            raise LivenessError(bypassed(self.site, self.rule))
-
-
-class _Refusal:
-    """Raises when a gradient arrives: a forward that nobody backpropagates is nobody's business."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-    def __call__(self, _: Tensor) -> None:
-        raise LivenessError(self.message)
-
-
-def bypassed(site: Site, rule: Rule) -> str:
-    """The message for a rule that the model goes past."""
-    return (
-        f"the rule {rule!r} at {site.name} ({site.points}) was bypassed: the model does not go on with what {site.output_name} returns, "
-        "or does so only in part. Declare the site at live HookPoints, or give its operation no rule"
-    )
-
-
-class _Substitute(torch.autograd.Function):
-    """The output of an operation as it is, with the rule's backward in place of the operation's own."""
-
-    @staticmethod
-    def forward(ctx: Any, visit: _Visit, reference: Reference | None, output: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.visit = visit
-        ctx.dtypes = [x.dtype for x in inputs]
-        plain = output.detach()
-        if not visit.rule.on_output:
-            ctx.save_for_backward(*visit.rule.keep(visit.site.operation, tuple(x.detach() for x in inputs), plain, reference))
-        return plain
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        visit: _Visit = ctx.visit
-        visit.visited = True
-        coefficients = visit.rule.backward(visit.site.operation, ctx.saved_tensors, upstream[0])
-        if visit.rule.on_output:
-            return None, None, coefficients[0]
-        downstream = (None if c is None else c.to(t) for c, t in zip(coefficients, ctx.dtypes, strict=True))
-        return (None, None, None, *downstream)
+from lens_relevance.visits import Refusal, Substitute, Visit, bypassed
 
 
 class _Placed:
@@ -87,7 +29,7 @@ class _Placed:
 
     def __init__(self, site: Site, rule: Rule, session: Session) -> None:
         self.site, self.rule, self.session = site, rule, session
-        self.visit: _Visit | None = None
+        self.visit: Visit | None = None
         self.captured: dict[int, Tensor] = {}
         self.fired = 0
         self.node: Node | None = None
@@ -101,7 +43,7 @@ class _Placed:
     def reset(self) -> None:
         self.visit, self.captured, self.fired, self.node = None, {}, 0, None
 
-    def capture(self, index: int, x: Tensor) -> _Visit | None:
+    def capture(self, index: int, x: Tensor) -> Visit | None:
         """Take an input; gives the visit that a marker on it has to tell, if one is needed."""
         if index in self.captured:
             raise LivenessError(
@@ -111,7 +53,7 @@ class _Placed:
         self.captured[index] = x
         if self.session.recording or not (torch.is_grad_enabled() and x.requires_grad):
             return None
-        self.visit = self.visit or _Visit(self.site, self.rule)
+        self.visit = self.visit or Visit(self.site, self.rule)
         return self.visit
 
     def substitute(self, output: Tensor) -> Tensor:
@@ -131,9 +73,9 @@ class _Placed:
         if visit is None:  # nothing differentiable comes in
             return output
         if self.rule.on_output:
-            ruled: Tensor = _Substitute.apply(visit, None, output)
+            ruled: Tensor = Substitute.apply(visit, None, output)
         else:
-            ruled = _Substitute.apply(visit, self._reference(ordered), output.detach(), *ordered)
+            ruled = Substitute.apply(visit, self._reference(ordered), output.detach(), *ordered)
         self.node = ruled.grad_fn
         return ruled
 
@@ -291,7 +233,7 @@ class Session:
                 stack += fresh
         if missing and found_source:  # an intervention that cuts the component off from its input leaves nothing to pass
             decorative = wanted[missing.pop()]
-            first.register_hook(_Refusal(bypassed(decorative.site, decorative.rule)))
+            first.register_hook(Refusal(bypassed(decorative.site, decorative.rule)))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for placed in self.placed:

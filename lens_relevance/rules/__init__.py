@@ -2,22 +2,17 @@
 
 from lens_relevance.rules.activation import Activation, Gated, GatedActivation, Identity, Rescale, SoftCap
 from lens_relevance.rules.attention import (
-    AttentionGeometry,
     AttentionRule,
     Constant,
     Half,
-    Mix,
     PairProduct,
     PairSoftmax,
     Scale,
-    Scores,
-    ScoresSoftmax,
     ScoresThenSoftmax,
-    Softmax,
     SoftmaxTemperature,
     UniformScores,
-    WholeAttention,
 )
+from lens_relevance.rules.attention_steps import AttentionGeometry, Mix, Scores, ScoresSoftmax, Softmax, WholeAttention
 from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, ZeroRule
 from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_relevance.rules.activation import Gated, GatedActivation
-from lens_relevance.rules.attention import logarithmic_mean, pull_back
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, share, working
+from lens_relevance.rules.softmax import logarithmic_mean, pull_back
 
 
 class Experts(Operation):

@@ -29,7 +29,7 @@ from lens_relevance.rules import (
     SoftmaxTemperature,
     UniformScores,
 )
-from lens_relevance.rules.attention import logarithmic_mean
+from lens_relevance.rules.softmax import logarithmic_mean
 from tests.rules.dense import DTYPES, FP64, SEEDS, back, near, normal, remainder, sink
 
 BATCH, POS, HEADS, KEY_VALUE_HEADS, D_HEAD, SCALE = 2, 5, 4, 2, 4, 0.37
