@@ -63,7 +63,9 @@ class PromptPairs:
                 raise IndexError(f"row {rows} of {len(self)} pairs")
             ids = ids[rows].reshape(1)
         else:
-            ids = ids[rows if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")]
+            chosen = rows if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")
+            empty = isinstance(chosen, Tensor) and chosen.numel() == 0  # of no dtype that can index
+            ids = ids[:0] if empty else ids[chosen].reshape(-1)
         here = ids.to(self.clean.device)
         return replace(
             self,

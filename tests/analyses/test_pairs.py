@@ -60,6 +60,7 @@ def without_type_checks(pairs: PromptPairs, **changes: Tensor) -> None:
         ([3, 0], [3, 0]),
         ([True, False, False, True], [0, 3]),
         (torch.tensor([2, 1]), [2, 1]),
+        (torch.tensor(2), [2]),
         (torch.tensor([False, True, True, False]), [1, 2]),
     ],
 )
@@ -76,6 +77,11 @@ def test_a_row_that_is_not_there_is_an_error(pairs: PromptPairs) -> None:
     for row in (4, -5):
         with pytest.raises(IndexError, match="of 4 pairs"):
             pairs[row]
+
+
+def test_no_rows_are_pairs_too(pairs: PromptPairs) -> None:
+    for rows in ([], slice(0, 0), torch.zeros(4, dtype=torch.bool)):
+        assert pairs[rows].clean.shape == (0, 6)
 
 
 def test_batches_cover_all_rows_once(gpt2: TransformerBridge, pairs: PromptPairs) -> None:
