@@ -6,8 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analyses.circuits import faithfulness_table
     from analyses.comparison import compare_with_patching
+    from analyses.components import describe_head, describe_neuron
     from analyses.estimators import Estimator, conductance, direct_logit_attribution, eap_ig
+    from analyses.graph import flow_graph
     from analyses.loading import load_model
     from analyses.patching import ablation, activation_patching
     from analyses.ranking import rank_heads, rank_neurons
@@ -21,8 +24,12 @@ _HOME = {
     "activation_patching": "patching",
     "compare_with_patching": "comparison",
     "conductance": "estimators",
+    "describe_head": "components",
+    "describe_neuron": "components",
     "direct_logit_attribution": "estimators",
     "eap_ig": "estimators",
+    "faithfulness_table": "circuits",
+    "flow_graph": "graph",
     "load_model": "loading",
     "rank_heads": "ranking",
     "rank_neurons": "ranking",
@@ -35,8 +42,12 @@ __all__ = [
     "activation_patching",
     "compare_with_patching",
     "conductance",
+    "describe_head",
+    "describe_neuron",
     "direct_logit_attribution",
     "eap_ig",
+    "faithfulness_table",
+    "flow_graph",
     "load_model",
     "rank_heads",
     "rank_neurons",
