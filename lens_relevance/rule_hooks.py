@@ -19,6 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
 from lens_relevance.guest import root
+from lens_relevance.rebuilding import Rebuilding
 from lens_relevance.rules.base import Reference, Rule
 from lens_relevance.sites import Site
 from lens_relevance.visits import Refusal, Substitute, Visit, bypassed
@@ -99,8 +100,12 @@ class _Placed:
 class _PointState:
     """What a ruled HookPoint does around its own hooks."""
 
-    def __init__(self) -> None:
+    def __init__(self, point: HookPoint) -> None:
+        self.point = point
         self.starts_graph = False
+        self.rebuilding: Rebuilding | None = None
+        self.rebuilt_by: Rebuilding | None = None
+        self.feeds: list[Rebuilding] = []
         self.replace: Callable[[Tensor], Tensor] | None = None
         self.output_of: list[_Placed] = []
         self.input_of: list[tuple[_Placed, int]] = []
@@ -109,6 +114,8 @@ class _PointState:
     def before(self, x: Tensor) -> Tensor:
         if self.replace is not None:
             x = self.replace(x)
+        if self.rebuilding is not None:
+            x = self.rebuilding.run(x)
         if self.starts_graph:
             x = x.detach().requires_grad_(torch.is_grad_enabled())
         for placed in self.output_of:
@@ -120,6 +127,8 @@ class _PointState:
         for tap in self.taps:
             tapped = tap(x)
             x = x if tapped is None else tapped
+        for rebuilding in self.feeds:
+            rebuilding.feed(self.point, x)
         visits = [v for placed, i in self.input_of if placed.active and (v := placed.capture(i, x)) is not None]
         if not visits:
             return x
@@ -139,7 +148,13 @@ class RuledHookPoint(HookPoint):
 
     def __call__(self, x: Any) -> Any:
         state: _PointState = self.__dict__["_lens_relevance"]
-        return state.after(super().__call__(state.before(x)))
+        if state.rebuilt_by is not None and not state.rebuilt_by.running:
+            return x  # what the model shows here once it has gone on without it
+        given = state.before(x)
+        passed = super().__call__(given)
+        if state.rebuilt_by is not None:
+            state.rebuilt_by.refuse_edit(self, given, passed)
+        return state.after(passed)
 
 
 class Session:
@@ -164,7 +179,7 @@ class Session:
                     else "is of a class of its own"
                 )
                 raise RelevanceError(f"HookPoint {point.name} {kind}: rules are attached to a model once at a time")
-            self._states[point] = _PointState()
+            self._states[point] = _PointState(point)
             point.__dict__["_lens_relevance"] = self._states[point]
             point.__class__ = RuledHookPoint
         return self._states[point]
@@ -185,7 +200,16 @@ class Session:
             self._components[site.component].append(placed)
 
     def listen(self, site: Site) -> None:
-        """Hand a site the call arguments of the module it asks for."""
+        """Hand a site the call arguments of the module it asks for; recompute it where the model does so behind closed doors."""
+        if site.rebuilt is not None:
+            at = self.state(site.rebuilt)
+            at.rebuilding = at.rebuilding or Rebuilding()
+            at.rebuilding.add(site)
+            for point in site.inputs:
+                if at.rebuilding not in self.state(point).feeds:
+                    self.state(point).feeds.append(at.rebuilding)
+            if site.output is not None and site.output is not site.rebuilt:
+                self.state(site.output).rebuilt_by = at.rebuilding
         if site.caller is not None and site.on_call is not None:
             on_call = site.on_call
             self._handles.append(site.caller.register_forward_pre_hook(lambda _, a, k: on_call(a, k), with_kwargs=True))

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules import (
-    AttentionRule,
     Constant,
     Experts,
     ExpertsRule,
@@ -39,11 +38,8 @@ from lens_relevance.rules import (
     Rule,
     Scale,
     Scores,
-    ScoresSoftmax,
-    ScoresThenSoftmax,
     SoftmaxTemperature,
     UniformScores,
-    WholeAttention,
     ZeroRule,
 )
 from lens_relevance.sites import Site
@@ -138,10 +134,6 @@ def rule_for(table: Table, site: Site) -> Rule:
     if isinstance(operation, GatedActivation):
         return _gated(_entry(table, site, "activation"), rule)
     cap = _entry(table, site, "soft_cap")
-    if isinstance(operation, ScoresSoftmax):
-        return _scores_and_pattern(_entry(table, site, "scores"), rule, operation.scores, cap)
-    if isinstance(operation, WholeAttention):
-        return _attention(_entry(table, site, "scores"), _entry(table, site, "pattern"), rule, cap, operation)
     if isinstance(operation, Scores) and operation.geometry.soft_cap is not None:
         return _capped(rule, cap)
     return _ZERO if site.kind == "linear" and rule is PLAIN else rule
@@ -191,30 +183,3 @@ def _capped(product: Rule, cap: Rule) -> Rule:
     if isinstance(product, PairProduct) or not isinstance(cap, Identity):
         return product
     return UniformScores(_part(product), identity_cap=True)
-
-
-def _scores_and_pattern(scores: Rule, pattern: Rule, operation: Scores, cap: Rule) -> Rule:
-    """The rule of a fused scores-and-softmax; a mere factor stays a mere factor."""
-    identity_cap = operation.geometry.soft_cap is not None and isinstance(cap, Identity)
-    if isinstance(pattern, Scale):
-        return Scale(pattern.factor * _part(scores))
-    if pattern.is_plain and not identity_cap and not scores.needs_reference:
-        return Scale(_part(scores)) if isinstance(scores, Scale) else pattern
-    uniform = UniformScores(_part(scores), identity_cap) if isinstance(scores, Scale) or scores.is_plain else scores
-    return ScoresThenSoftmax(uniform, SoftmaxTemperature(1.0) if pattern.is_plain else pattern)
-
-
-def _attention(scores: Rule, pattern: Rule, z: Rule, cap: Rule, operation: WholeAttention) -> Rule:
-    """The rule of an attention that is one operation; all plain stays with autograd."""
-    if scores.is_plain and pattern.is_plain and z.is_plain:
-        return PLAIN
-    inner = _scores_and_pattern(scores, pattern, operation.pattern.scores, cap)
-    pair = isinstance(z, PairProduct)
-    if isinstance(pattern, Scale) and pattern.factor == 0:
-        return AttentionRule(scores, None, _part(z), pair)
-    if isinstance(inner, Scale):
-        inner = ScoresThenSoftmax(UniformScores(inner.factor), SoftmaxTemperature(1.0))
-    elif inner.is_plain:
-        inner = ScoresThenSoftmax(UniformScores(), SoftmaxTemperature(1.0))
-    assert isinstance(inner, ScoresThenSoftmax)
-    return AttentionRule(inner.scores, inner.pattern, _part(z), pair)

@@ -20,8 +20,8 @@ from analyses.edges.transport import pull
 from analyses.edges.wiring import Layer, Wiring
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError
-from lens_relevance.rules import PairProduct, Reference, Rule, Scale, Scores, ScoresSoftmax, ScoresThenSoftmax, UniformScores
-from lens_relevance.rules.base import difference, share, working
+from lens_relevance.rules import PairProduct, Reference, Rule, Scale, Scores, UniformScores
+from lens_relevance.rules.base import difference, working
 from lens_relevance.rulesets import Table, rule_for
 from lens_relevance.sites import Site
 
@@ -85,7 +85,7 @@ class _Attention:
         self.layer, self.cache, self.table = layer, cache, table
         self.to_z = working(_coefficient(cache, layer.z.output_name))
         self.to_pattern = working(_coefficient(cache, layer.pattern.output_name))
-        scores = layer.scores or layer.pattern
+        scores = layer.scores
         first = [self._raw(str(p.name), False) for p in scores.inputs[: scores.operation.factors]]
         self.constants = tuple(constants[str(p.name)] for p in scores.inputs[scores.operation.factors :])
         component = layer.component
@@ -96,13 +96,10 @@ class _Attention:
             other = tuple(self._raw(str(p.name), True) for p in scores.inputs[: scores.operation.factors])
             reference = Reference((*other, *self.constants), self._pattern(True))
         rule = rule_for(table, scores)
-        if layer.scores is None:
-            operation, rule, to_scores, self.at_scores = self._fused(rule, inputs, reference)
-        else:
-            assert isinstance(layer.scores.operation, Scores)
-            operation, to_scores = layer.scores.operation, working(_coefficient(cache, layer.scores.output_name))
-            self.at_scores = cache[layer.scores.output_name]
-        self.products, self.queries, self.keys = _products(operation, rule, inputs, reference, to_scores, layer.scores or layer.pattern)
+        assert isinstance(scores.operation, Scores)
+        operation, to_scores = scores.operation, working(_coefficient(cache, scores.output_name))
+        self.at_scores = cache[scores.output_name]
+        self.products, self.queries, self.keys = _products(operation, rule, inputs, reference, to_scores, scores)
         self.changes = self._changes(operation, inputs, reference)
         self.pattern = _mixing(rule_for(table, layer.z), self._pattern(False), self._pattern(True) if reference else None, layer.z)
         self.at_pattern = cache[layer.pattern.output_name]
@@ -129,25 +126,6 @@ class _Attention:
             q2, k2 = operation.geometry.queries_keys(reference.inputs)
             q, k = q - q2, k - k2
         return q, operation.geometry.expand(k)
-
-    def _fused(self, rule: Rule, inputs: tuple[Tensor, ...], reference: Reference | None) -> tuple[Scores, Rule, Tensor, Tensor]:
-        """Coefficients and relevance at the scores where the model has no HookPoint for them."""
-        operation = self.layer.pattern.operation
-        assert isinstance(operation, ScoresSoftmax)
-        scores, pattern = operation.masked_scores(inputs), self._pattern(False)
-        other = None if reference is None else operation.masked_scores(reference.inputs)
-        if isinstance(rule, ScoresThenSoftmax):
-            both = None if other is None else Reference((other,), self._pattern(True))
-            to_scores = rule.pattern.backward(operation, rule.pattern.keep(operation, (scores,), pattern, both), self.to_pattern)[0]
-            assert to_scores is not None
-            rule = rule.scores
-        elif isinstance(rule, Scale) or rule.is_plain:
-            to_scores = pattern * (self.to_pattern - (pattern * self.to_pattern).sum(-1, keepdim=True))
-        else:
-            raise _unknown(rule, self.layer.pattern)
-        dead = torch.isneginf(scores)
-        change = scores.masked_fill(dead, 0.0) - (0.0 if other is None else other.masked_fill(dead, 0.0))
-        return operation.scores, rule, to_scores, share(change, to_scores)
 
     def before_rotation(self, to_k: Tensor) -> Heads:
         """Coefficients at k.hook_out per query head from those at the rotated keys [batch, head, pos, d_head]."""
@@ -241,7 +219,7 @@ def rotary_constants(wiring: Wiring) -> Iterator[Constants]:
             point = getattr(layer.component, attribute, None)
             if point is not None:
                 handles.append(point.register_forward_hook(lambda m, _, out: found.__setitem__(str(m.name), out.detach())))
-        site = layer.pattern
+        site = layer.scores
         if site.caller is not None and site.on_call is not None:
             tell = site.on_call
             handles.append(site.caller.register_forward_pre_hook(lambda _, a, k, tell=tell: tell(a, k), with_kwargs=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Layer:
     o: Site
     q_norm: Site | None
     k_norm: Site | None
-    scores: Site | None
+    scores: Site
     pattern: Site
     z: Site
     mlp: Site | None
@@ -48,12 +49,12 @@ class Layer:
     def path(self) -> str:
         return f"blocks.{self.index}"
 
-    @property
+    @cached_property
     def geometry(self) -> AttentionGeometry:
         assert isinstance(self.z.operation, Mix)
         return self.z.operation.geometry
 
-    @property
+    @cached_property
     def heads(self) -> list[str]:
         return [f"L{self.index}H{h}" for h in range(self.geometry.n_heads)]
 
@@ -61,7 +62,7 @@ class Layer:
     def mlp_writer(self) -> list[str]:
         return [f"L{self.index}.mlp"] if self.has_mlp else []
 
-    @property
+    @cached_property
     def attn_readers(self) -> list[str]:
         """q of every head, then k, then v."""
         return [f"{head}.{read}" for read in "qkv" for head in self.heads]
@@ -176,7 +177,7 @@ def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
         o=need("attn.o"),
         q_norm=find("attn.q_norm"),
         k_norm=find("attn.k_norm"),
-        scores=find("attn:scores"),
+        scores=need("attn:scores"),
         pattern=need("attn:pattern"),
         z=need("attn:z"),
         mlp=find("mlp"),

@@ -17,10 +17,6 @@ from lens_relevance.rules import (
     Rule,
     Scale,
     Scores,
-    ScoresSoftmax,
-    ScoresThenSoftmax,
-    Softmax,
-    SoftmaxTemperature,
     UniformScores,
 )
 from lens_relevance.rules.base import share, working
@@ -29,12 +25,12 @@ from lens_relevance.sites import Anatomy, Site
 
 
 def scores_site(body: Anatomy, layer: int) -> Site:
-    """Where a layer's scores are made: a site of their own, or one fused with the softmax."""
-    return next(s for s in body.sites if s.layer == layer and isinstance(s.operation, Scores | ScoresSoftmax))
+    """Where a layer's scores are made."""
+    return next(s for s in body.sites if s.layer == layer and isinstance(s.operation, Scores))
 
 
 def key_points(body: Anatomy, layers: Sequence[int]) -> list[str]:
-    """HookPoints the key path needs: queries, keys and the scores (the pattern, where scores are not live)."""
+    """HookPoints the key path needs: queries, keys and the scores."""
     sites = [scores_site(body, layer) for layer in layers]
     return [str(point.name) for site in sites for point in (*site.inputs[:2], site.output) if point is not None]
 
@@ -60,7 +56,7 @@ def key_flow(
     Under pair rules q is the mean of both runs; the part that a rule leaves to the keys (1/2 under the uniform rule) is applied.
     """
     site = scores_site(body, layer)
-    scores = site.operation.scores if isinstance(site.operation, ScoresSoftmax) else site.operation
+    scores = site.operation
     assert isinstance(scores, Scores)
     geometry, rule = scores.geometry, rule_for(ruleset(rules), site)
 
@@ -72,12 +68,10 @@ def key_flow(
     own = inputs(cache.activations)
     other = inputs(cache.reference_activations) if cache.reference_activations else None
     name = str(site.output.name) if site.output is not None else ""
-    upstream, part = cache.coefficients[name], rule
-    if isinstance(site.operation, ScoresSoftmax):
-        upstream, part = _through_softmax(rule, cache, name)
+    upstream = cache.coefficients[name]
     reference = None if other is None else Reference(other, torch.empty(0))
-    uniform = _uniform(part)
-    kept = (part if isinstance(part, PairProduct) else uniform).keep(scores, own, torch.empty(0), reference)
+    uniform = _uniform(rule)
+    kept = (rule if isinstance(rule, PairProduct) else uniform).keep(scores, own, torch.empty(0), reference)
     if geometry.soft_cap is not None:
         upstream = working(upstream) * kept[2]
     keys = geometry.queries_keys(own)[1]
@@ -94,19 +88,3 @@ def _uniform(rule: Rule) -> UniformScores:
     if isinstance(rule, UniformScores):
         return rule
     return UniformScores(rule.factor if isinstance(rule, Scale) else 1.0)
-
-
-def _through_softmax(rule: Rule, cache: RelevanceCache, name: str) -> tuple[Tensor, Rule]:
-    """Coefficient at the scores and the rule of their product, where the model fuses scores and softmax."""
-    g, softmax = cache.coefficients[name], Softmax()
-    if not isinstance(rule, ScoresThenSoftmax):  # the plain gradient, or a part of it
-        (to_scores,) = SoftmaxTemperature(1.0).backward(softmax, [working(cache.activations[name])], g)
-        assert to_scores is not None
-        return to_scores, rule
-    # log of the pattern are the scores less a constant per row, to which no softmax rule is sensitive; closed entries become -inf
-    scores = working(cache.activations[name]).log()
-    reference = Reference((working(cache.reference_activations[name]).log(),), torch.empty(0)) if cache.reference_activations else None
-    kept = rule.pattern.keep(softmax, (scores,), torch.empty(0), reference)
-    (to_scores,) = rule.pattern.backward(softmax, kept, g)
-    assert to_scores is not None
-    return to_scores, rule.scores

@@ -2,17 +2,15 @@
 
 from lens_relevance.rules.activation import Activation, Gated, GatedActivation, Identity, Rescale, SoftCap
 from lens_relevance.rules.attention import (
-    AttentionRule,
     Constant,
     Half,
     PairProduct,
     PairSoftmax,
     Scale,
-    ScoresThenSoftmax,
     SoftmaxTemperature,
     UniformScores,
 )
-from lens_relevance.rules.attention_steps import AttentionGeometry, Mix, Scores, ScoresSoftmax, Softmax, WholeAttention
+from lens_relevance.rules.attention_steps import AttentionGeometry, Mix, Scores, Softmax
 from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, ZeroRule
 from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm
@@ -21,7 +19,6 @@ from lens_relevance.rules.routing import Experts, ExpertsRule
 __all__ = [
     "Activation",
     "AttentionGeometry",
-    "AttentionRule",
     "Constant",
     "EpsilonRule",
     "Experts",
@@ -48,12 +45,9 @@ __all__ = [
     "Rule",
     "Scale",
     "Scores",
-    "ScoresSoftmax",
-    "ScoresThenSoftmax",
     "Softmax",
     "SoftCap",
     "SoftmaxTemperature",
     "UniformScores",
-    "WholeAttention",
     "ZeroRule",
 ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lens_relevance.rules.activation import derivative, identity_factor, rescale_factor
-from lens_relevance.rules.attention_steps import Mix, Scores, ScoresSoftmax, WholeAttention
+from lens_relevance.rules.attention_steps import Mix, Scores
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, working
 from lens_relevance.rules.softmax import is_masked, logarithmic_mean, masked_softmax, pull_back
 
@@ -50,10 +50,7 @@ Constant = Scale(0.0)
 
 
 class SoftmaxTemperature(Rule):
-    """The gradient of softmax(x / T) without the factor 1/T; the forward stays at T = 1 (GIM, arXiv 2505.17630, as described there).
-
-    T = 1 is the plain gradient, which a fused operation needs spelled out.
-    """
+    """The gradient of softmax(x / T) without the factor 1/T; the forward stays at T = 1 (GIM, arXiv 2505.17630, as described there)."""
 
     def __init__(self, temperature: float = 2.0) -> None:
         self.temperature = temperature
@@ -140,70 +137,3 @@ class PairSoftmax(PairRule):
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         return (pull_back(kept[0], working(upstream)),)
-
-
-class ScoresThenSoftmax(Rule):
-    """The rules of scores and softmax, one after the other, where a model fuses the two operations."""
-
-    def __init__(self, scores: Rule, pattern: Rule) -> None:
-        self.scores, self.pattern = scores, pattern
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        return self.scores.needs_reference or self.pattern.needs_reference
-
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, ScoresSoftmax)
-        other = None if reference is None else Reference((op.masked_scores(reference.inputs),), reference.output)
-        (weights,) = self.pattern.keep(op, (op.masked_scores(inputs),), output, other)
-        return (weights, *self.scores.keep(op.scores, inputs, output, reference))
-
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        assert isinstance(op, ScoresSoftmax)
-        (to_scores,) = self.pattern.backward(op, kept[:1], upstream)
-        assert to_scores is not None
-        return self.scores.backward(op.scores, kept[1:], to_scores)
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        if isinstance(self.scores, PairRule) and isinstance(self.pattern, PairRule):
-            return torch.zeros_like(per_example(working(upstream)))
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
-
-
-class AttentionRule(Rule):
-    """The rules of scores, pattern and z together, for an attention that is one operation; `pattern` None holds the pattern constant."""
-
-    def __init__(self, scores: Rule, pattern: Rule | None, part: float, pair: bool) -> None:
-        self.scores, self.pattern, self.part, self.pair = scores, pattern, part, pair
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        return self.pair or self.scores.needs_reference or (self.pattern is not None and self.pattern.needs_reference)
-
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, WholeAttention)
-        pattern, other = op.pattern(*inputs[:2]), None
-        values = op.mix.geometry.split(inputs[2])
-        if reference is not None and self.needs_reference:
-            other = Reference(reference.inputs[:2], op.pattern(*reference.inputs[:2]))
-            pattern2, values2 = other.output, op.mix.geometry.split(reference.inputs[2])
-            values = (values + values2) / 2 if self.pair else values
-        mean = (pattern + pattern2) / 2 if self.pair else pattern
-        if self.pattern is None:
-            return mean, values
-        return mean, values, *ScoresThenSoftmax(self.scores, self.pattern).keep(op.pattern, inputs[:2], pattern, other)
-
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        assert isinstance(op, WholeAttention)
-        to_pattern, to_v = op.mix.back(upstream * self.part, kept[0], kept[1])
-        assert to_pattern is not None and to_v is not None
-        if self.pattern is None:
-            return torch.zeros_like(to_v), torch.zeros_like(to_v), to_v
-        return *ScoresThenSoftmax(self.scores, self.pattern).backward(op.pattern, kept[2:], to_pattern), to_v
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        constant = self.pattern is None and self.part == 1 and reference is None
-        exact = self.pair and isinstance(self.pattern, PairRule) and isinstance(self.scores, PairRule)
-        if constant or exact:
-            return torch.zeros_like(per_example(working(upstream)))
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))

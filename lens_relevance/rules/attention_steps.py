@@ -63,7 +63,10 @@ class AttentionGeometry:
 
 
 class Scores(Operation):
-    """(q, k[, rotary constants]) -> attention scores before the softmax. Recomputed without the mask."""
+    """(q, k[, rotary constants]) -> attention scores before the softmax.
+
+    Recomputed without the mask, but where the geometry says what is added to rebuilt scores.
+    """
 
     kind = "scores"
     factors = 2
@@ -76,8 +79,10 @@ class Scores(Operation):
         return q @ self.geometry.expand(k).transpose(-1, -2) * self.geometry.scale
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        cap, raw = self.geometry.soft_cap, self.raw(inputs)
-        return raw if cap is None else cap * torch.tanh(raw / cap)
+        cap, scores = self.geometry.soft_cap, self.raw(inputs)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        added = None if self.geometry.bias is None else self.geometry.bias(scores)
+        return scores if added is None else scores + added
 
     def back(self, upstream: Tensor, q: Tensor, k: Tensor, constants: Tensors) -> Coefficients:
         """Coefficients at the raw q and k, for given values of the other factor."""
@@ -99,25 +104,7 @@ class Softmax(Operation):
     kind = "pattern"
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return torch.softmax(working(inputs[0]), -1)
-
-
-class ScoresSoftmax(Operation):
-    """(q, k[, constants]) -> pattern, where the model offers no live HookPoint between the two steps."""
-
-    kind = "pattern"
-    factors = 2
-
-    def __init__(self, scores: Scores) -> None:
-        self.scores = scores
-
-    def masked_scores(self, inputs: Tensors) -> Tensor:
-        scores, bias = self.scores(*inputs), self.scores.geometry.bias
-        added = None if bias is None else bias(scores)
-        return scores if added is None else scores + added
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return masked_softmax(self.masked_scores(inputs))
+        return masked_softmax(working(inputs[0]))
 
 
 class Mix(Operation):
@@ -136,15 +123,3 @@ class Mix(Operation):
         g = self.geometry.split(upstream)
         to_v = self.geometry.reduce(pattern.transpose(-1, -2) @ g)
         return g @ self.geometry.expand(v).transpose(-1, -2), self.geometry.merge(to_v)
-
-
-class WholeAttention(Operation):
-    """(q, k, v) -> z, where a model computes its whole attention between these HookPoints."""
-
-    kind = "z"
-
-    def __init__(self, pattern: ScoresSoftmax, mix: Mix) -> None:
-        self.pattern, self.mix = pattern, mix
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return self.mix(self.pattern(*inputs[:2]), inputs[2])

@@ -11,7 +11,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import generalized_components as components
 
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.sites.attention import attention_sites, decorative_points
+from lens_relevance.sites.attention import attention_sites
 from lens_relevance.sites.base import Site
 from lens_relevance.sites.experts import expert_sites
 from lens_relevance.sites.linear import linear_sites
@@ -79,10 +79,10 @@ def anatomy(model: Any) -> Anatomy:
             found.sites += sites
         except CoverageError as error:
             found.uncovered[name] = str(error)
+            if isinstance(component, components.AttentionBridge):
+                found.decorative |= {str(component.hook_attn_scores.name), str(component.hook_pattern.name)}
         if type(component) in (components.EmbeddingBridge, components.PosEmbedBridge):
             found.leaves.append(str(component.hook_out.name))
-        if isinstance(component, components.AttentionBridge):
-            found.decorative |= {str(p.name) for p in decorative_points(component)}
     try:
         found.sites += output_sites(model)
     except CoverageError as error:

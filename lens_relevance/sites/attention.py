@@ -5,8 +5,8 @@
 | JointQKVAttentionBridge, BloomAttentionBridge | GPT-2, Bloom | live | live | none |
 | JointQKVPositionEmbeddingsAttentionBridge | NeoX | live | live | between q, k and the scores, no HookPoint |
 | PositionEmbeddingsAttentionBridge | Llama, Qwen, Gemma, OLMo2 | live | live | at hook_rot_q, hook_rot_k |
-| AttentionBridge over a NativeAttention | boot_native | none | live | between q, k and the pattern, no HookPoint |
-| AttentionBridge over anything else | OPT, GPT-J, BERT | none | none | inside: see delegated_attention.py |
+| AttentionBridge over a NativeAttention | boot_native | rebuilt | live | between q, k and the pattern, no HookPoint |
+| AttentionBridge over anything else | OPT, GPT-J, BERT | rebuilt | rebuilt | inside: see delegated_attention.py |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 
 from lens_relevance.errors import CoverageError
-from lens_relevance.rules import AttentionGeometry, Mix, Scores, ScoresSoftmax, Softmax
+from lens_relevance.rules import AttentionGeometry, Mix, Scores, Softmax
 from lens_relevance.sites.base import Site
 from lens_relevance.sites.delegated_attention import delegated_sites
 
@@ -44,15 +44,6 @@ def attention_sites(name: str, component: AttentionBridge) -> list[Site]:
     if getattr(component.original_component, "accepts_pattern_fn", False):
         return _native_sites(name, component)
     return delegated_sites(name, component)
-
-
-def decorative_points(component: AttentionBridge) -> list[HookPoint]:
-    """HookPoints that fire on something else than their name says, or whose edits are thrown away."""
-    live = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
-    if isinstance(component, live):
-        return []
-    native = getattr(component.original_component, "accepts_pattern_fn", False)
-    return [component.hook_attn_scores] if native else [component.hook_attn_scores, component.hook_pattern]
 
 
 def _live_sites(name: str, component: Any, geometry: AttentionGeometry, inputs: tuple[HookPoint, ...]) -> list[Site]:
@@ -134,10 +125,9 @@ def _native_sites(name: str, component: AttentionBridge) -> list[Site]:
         rotate=None if original.rotary is None else rotate,
         bias=bias,
     )
-    both = ScoresSoftmax(Scores(geometry))
-    inputs = (component.q.hook_out, component.k.hook_out)
-    pattern = component.hook_pattern
+    inputs, scores, pattern = (component.q.hook_out, component.k.hook_out), component.hook_attn_scores, component.hook_pattern
     return [
-        Site(f"{name}:pattern", "attn", both, inputs, pattern, caller=original, on_call=on_call),
+        Site(f"{name}:scores", "attn", Scores(geometry), inputs, scores, caller=original, on_call=on_call, rebuilt=pattern),
+        Site(f"{name}:pattern", "attn", Softmax(), (scores,), pattern, rebuilt=pattern),
         Site(f"{name}:z", "attn", Mix(geometry), (pattern, component.v.hook_out), component.o.hook_in),
     ]

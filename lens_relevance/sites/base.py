@@ -24,6 +24,8 @@ class Site:
     inputs, output: HookPoints whose raw (unconverted) tensors the operation takes and gives; output None: the logits the model returns.
     caller: a module whose call arguments the operation needs (masks, positions); handed to `on_call` before each forward of it.
     component: the module whose output has to depend on the site, where there is one: the proof that its HookPoints are no decoration.
+    rebuilt: where a model computes the operation behind closed doors, the HookPoint at which it is recomputed: the first one from the
+        site's output on that the model goes on with (see lens_relevance/rebuilding.py).
     enabled: says whether the site stands in for its operation right now (a norm has two forms, see rules/normalization.py).
     """
 
@@ -36,6 +38,7 @@ class Site:
     on_call: Callable[[tuple[object, ...], dict[str, object]], None] | None = None
     enabled: Callable[[], bool] = field(default=lambda: True)
     component: nn.Module | None = None
+    rebuilt: HookPoint | None = None
 
     @property
     def kind(self) -> str:

@@ -1,7 +1,8 @@
-"""Attention that TransformerLens leaves to Hugging Face's own module: one site from q, k, v to z.
+"""Attention that TransformerLens leaves to Hugging Face's own module.
 
-The scores and pattern HookPoints of such a component are decorative, so the three steps are rebuilt from q, k and v, with the mask that the
-module is called with. A family is one entry of `_FAMILIES`: the module that is called with the mask, and how it scales and rotates.
+What such a component shows at its scores and pattern HookPoints is not what it goes on with, so the three steps are recomputed from q, k
+and v (see lens_relevance/rebuilding.py), with the mask that the module is called with. A family is one entry of `_FAMILIES`: the module
+that is called with the mask, and how it scales and rotates.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_relevance.errors import CoverageError
-from lens_relevance.rules import AttentionGeometry, Mix, Scores, ScoresSoftmax, WholeAttention
+from lens_relevance.rules import AttentionGeometry, Mix, Scores, Softmax
 from lens_relevance.sites.base import Site
 
 Call = dict[str, Any]
@@ -52,7 +53,7 @@ _FAMILIES: dict[str, _Family] = {
 
 
 def delegated_sites(name: str, component: Any) -> list[Site]:
-    """The one site of a delegated attention; raises CoverageError for a module that is not known."""
+    """The sites of a delegated attention; raises CoverageError for a module that is not known."""
     original = component.original_component
     family = _FAMILIES.get(type(original).__name__)
     if family is None:
@@ -87,6 +88,15 @@ def delegated_sites(name: str, component: Any) -> list[Site]:
         rotate=None if rotate is None else lambda x, sign, _: rotate(module, call, x, sign),
         bias=bias,
     )
-    operation = WholeAttention(ScoresSoftmax(Scores(geometry)), Mix(geometry))
-    inputs = (component.q.hook_out, component.k.hook_out, component.v.hook_out)
-    return [Site(f"{name}:z", "attn", operation, inputs, component.o.hook_in, caller=module, on_call=on_call)]
+    return rebuilt_sites(name, component, geometry, module, on_call)
+
+
+def rebuilt_sites(name: str, component: Any, geometry: AttentionGeometry, caller: nn.Module, on_call: Callable[..., None]) -> list[Site]:
+    """Scores, pattern and z, recomputed where z comes out."""
+    scores, pattern, z = component.hook_attn_scores, component.hook_pattern, component.o.hook_in
+    queries_keys = (component.q.hook_out, component.k.hook_out)
+    return [
+        Site(f"{name}:scores", "attn", Scores(geometry), queries_keys, scores, caller=caller, on_call=on_call, rebuilt=z),
+        Site(f"{name}:pattern", "attn", Softmax(), (scores,), pattern, rebuilt=z),
+        Site(f"{name}:z", "attn", Mix(geometry), (pattern, component.v.hook_out), z, rebuilt=z),
+    ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, logit, propagate, rulesets
 from tests.engine.families import TARGET, build, close, inputs_and_reference, reference_for
 from tests.models import build_gpt2, build_llama
+from tests.wider_models import build_wider
 
 TOKENS, OTHER = inputs_and_reference()
 POINT = "blocks.0.mlp.out.hook_in"
@@ -160,12 +161,14 @@ def test_a_decorative_point_under_a_plain_ruleset_is_no_error() -> None:
     close(propagate(model, TOKENS, TARGET, rules="gradient").tokens(), expected.tokens(), 1e-12)
 
 
-def test_decorative_points_cannot_be_asked_for() -> None:
-    model = build("native_layer_norm")
+def test_decorative_points_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an attention shows that nobody knows is no relevance."""
+    model = build_wider("bert", torch.float32)
+    monkeypatch.setattr("lens_relevance.sites.delegated_attention._FAMILIES", {})
     with pytest.raises(RelevanceError, match="decorative"):
-        propagate(model, TOKENS, TARGET, names_filter="blocks.0.attn.hook_attn_scores")
-    cache = propagate(model, TOKENS, TARGET, names_filter=lambda name: name.startswith("blocks.0.attn"))
-    assert "blocks.0.attn.hook_attn_scores" not in cache and "blocks.0.attn.hook_pattern" in cache
+        propagate(model, TOKENS, TARGET, "gradient", names_filter="blocks.0.attn.hook_attn_scores", strict=False)
+    cache = propagate(model, TOKENS, TARGET, "gradient", names_filter=lambda name: name.startswith("blocks.0.attn"), strict=False)
+    assert "blocks.0.attn.hook_attn_scores" not in cache and "blocks.0.attn.hook_z" in cache
     with pytest.raises(KeyError, match="decorative"):
         cache["blocks.0.attn.hook_attn_scores"]
 

@@ -1,0 +1,89 @@
+"""Steps that a model computes behind closed doors, taken again where the rules can see them.
+
+Some attention components run Hugging Face's own module, which hands out its scores and pattern, if at all, when it has gone on without
+them. While rules are attached, the steps are recomputed at the HookPoint where the module's result comes out (z): each one fires its own
+HookPoint with a tensor that is on the graph, so that rules, taps and TransformerLens's tools find there what they find on any other
+attention. The value that the model goes on with stays its own, bit by bit; only its backward is that of the recomputed steps. Where
+the two values differ, the component does not compute what its site says, and that is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.errors import LivenessError, RelevanceError
+from lens_relevance.sites import Site
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # models compute some softmaxes in fp32 whatever their dtype
+
+
+class Rebuilding:
+    """The sites recomputed at one HookPoint, in order: each one's inputs are tensors that passed its input HookPoints before."""
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self.running = False
+        self._fed: dict[HookPoint, Tensor] = {}
+
+    def add(self, site: Site) -> None:
+        self.sites.append(site)
+
+    def feed(self, point: HookPoint, x: Tensor) -> None:
+        """A tensor as it left an input HookPoint."""
+        self._fed[point] = x
+
+    def run(self, result: Tensor) -> Tensor:
+        """The model's own result, with the backward of the recomputed steps."""
+        self.running = True
+        try:
+            for site in self.sites:
+                if any(point not in self._fed for point in site.inputs):
+                    missing = ", ".join(str(p.name) for p in site.inputs if p not in self._fed)
+                    raise LivenessError(f"{site.output_name} was reached without {missing}, so {site.name} cannot be recomputed")
+                value = site.operation(*(self._fed[point] for point in site.inputs))
+                if site.output is site.rebuilt:
+                    _check(site, result, value)
+                    return _InPlaceOf.apply(value, result.detach()) if value.requires_grad else result
+                assert site.output is not None
+                site.output(value)
+        finally:
+            self.running = False
+            self._fed.clear()
+        return result
+
+    def refuse_edit(self, point: HookPoint, given: Tensor, passed: Any) -> None:
+        """What a hook changes here would not reach the model, which has its own."""
+        if passed is not given and not (isinstance(passed, Tensor) and torch.equal(passed, given)):
+            raise RelevanceError(
+                f"a hook edits {point.name}, which this model computes behind closed doors: the edit would be thrown away. Edit q, k, v "
+                "or z instead"
+            )
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """The second tensor's value with the first one's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = graph.dtype
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return upstream[0].to(ctx.dtype), None
+
+
+def _check(site: Site, result: Tensor, value: Tensor) -> None:
+    """Refuse a component that computes something else than its site; rows that see nothing (padding) are nobody's business."""
+    value, seen = value.detach(), value.detach() != 0
+    allowed = _TOLERANCE.get(result.dtype, 5e-2) * max(1e-6, float(result.detach().abs().max()))
+    worst = float(((result.detach() - value).abs() * seen).max())
+    if not worst <= allowed:
+        raise LivenessError(
+            f"{site.name} does not compute what its site says: recomputed from {site.points}, it differs by {worst:.2g}. A version of "
+            "transformers or TransformerLens that is not known yet may have changed it; lens_relevance.coverage(model) lists its sites"
+        )

@@ -1,0 +1,45 @@
+"""Which set of tokens attends to which, in the order in which a model computes it: what token-to-token relevance accumulates along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+TOKENS = "tokens"
+ENCODER, DECODER = "encoder", "decoder"
+
+
+@dataclass(frozen=True)
+class TokenAttention:
+    """One attention: the tokens of `queries` gather from those of `sources` (the same set, where it is self-attention).
+
+    pattern: HookPoint of its pattern [batch, head, query, source]. written: HookPoint of what it writes, [batch, query, d_model]. before:
+    HookPoint of the stream that this is added to. together: attentions that follow each other and bear the same label here read the same
+    state (co-attention of two sets).
+    """
+
+    pattern: str
+    before: str
+    written: str
+    queries: str = TOKENS
+    sources: str = TOKENS
+    together: str = ""
+
+
+def block_attentions(points: Iterable[str], aliases: Mapping[str, str]) -> list[TokenAttention]:
+    """The attentions of a TransformerBridge by the names of its HookPoints: blocks, or encoder blocks and then decoder blocks."""
+    names, found = set(points), []
+    for queries, stack, own in ((TOKENS, "blocks", "attn"), (ENCODER, "encoder_blocks", "attn"), (DECODER, "decoder_blocks", "self_attn")):
+        layer = 0
+        while f"{stack}.{layer}.{own}.hook_pattern" in names:
+            block = f"{stack}.{layer}"
+            written = aliases.get(f"{block}.hook_attn_out", f"{block}.{own}.hook_out") if queries == TOKENS else f"{block}.{own}.hook_out"
+            found.append(TokenAttention(f"{block}.{own}.hook_pattern", f"{block}.hook_in", written, queries, queries))
+            if queries == DECODER and f"{block}.cross_attn.hook_pattern" in names:
+                # pre-norm (T5) has a HookPoint on the stream; post-norm (BART) hands it to the attention as it is
+                middle = f"{block}.hook_resid_mid"
+                before = middle if middle in names else f"{block}.cross_attn.hook_in"
+                cross = f"{block}.cross_attn"
+                found.append(TokenAttention(f"{cross}.hook_pattern", before, f"{cross}.hook_out", DECODER, ENCODER))
+            layer += 1
+    return found

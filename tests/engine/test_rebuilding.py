@@ -1,0 +1,89 @@
+"""Attention computed behind closed doors: its steps are taken again where the rules see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lens_relevance import LivenessError, RelevanceError, attach, propagate
+from tests.engine.families import TARGET, build, close, inputs_and_reference, reference_for
+from tests.wider_models import build_wider
+
+SCORES, PATTERN, Z = "blocks.1.attn.hook_attn_scores", "blocks.1.attn.hook_pattern", "blocks.1.attn.hook_z"
+DELEGATED = ("opt", "gptj", "bert")
+
+
+def build_any(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    return build_wider(family, dtype) if family in DELEGATED else build(family, dtype)
+
+
+@pytest.mark.parametrize("family", [*DELEGATED, "native_rotary"])
+@pytest.mark.parametrize("rules", ["gradient", "attnlrp", "gim", "deeplift"])
+def test_coefficients_at_the_pattern_are_those_of_its_product_with_the_values(family: str, rules: str) -> None:
+    """g_A[t, s] = part * g_z[t] . v[s], v the mean of both runs under pair rules; rows of the pattern sum to 1."""
+    model, (tokens, other) = build_any(family), inputs_and_reference()
+    cache = propagate(
+        model, tokens, TARGET, rules, names_filter=[SCORES, PATTERN, Z, "blocks.1.attn.v.hook_out"], reference=reference_for(rules, other)
+    )
+    v, part = cache.activations["blocks.1.attn.v.hook_out"], 0.5 if rules in ("attnlrp", "gim") else 1.0
+    if rules == "deeplift":
+        v = (v + cache.reference_activations["blocks.1.attn.v.hook_out"]) / 2
+    close(cache.activations[PATTERN].sum(-1), torch.ones(2, 4, 6, dtype=v.dtype), 1e-6)
+    expected = part * torch.einsum("bthd,bshd->bhts", cache.coefficients[cache.canonical(Z)], v)
+    hidden = cache.activations[PATTERN] == 0
+    close(cache.coefficients[PATTERN].masked_fill(hidden, 0), expected.masked_fill(hidden, 0), 1e-10)
+    assert bool(torch.isfinite(cache[SCORES]).all()) and float(cache[SCORES].abs().max()) > 0
+
+
+@pytest.mark.parametrize("family", DELEGATED)
+def test_under_the_plain_gradient_the_rebuilt_steps_are_the_models_own(family: str) -> None:
+    model, (tokens, _) = build_any(family), inputs_and_reference()
+    ours = propagate(model, tokens, TARGET, "gradient", names_filter=["blocks.0.hook_in"])
+    x: list[Tensor] = []
+
+    def leaf(t: Tensor, hook: Any) -> Tensor:
+        x.append(t.detach().requires_grad_(True))
+        return x[0]
+
+    with model.hooks(fwd_hooks=[("blocks.0.hook_in", leaf)]):
+        logits = model(tokens)
+    (gradient,) = torch.autograd.grad((logits[:, -1, 7] - logits[:, -1, 11]).sum(), x)
+    close(ours.coefficients["blocks.0.hook_in"], gradient, 1e-6)
+
+
+def test_tools_find_the_rebuilt_pattern_once_and_on_the_graph() -> None:
+    model, (tokens, _) = build_any("bert"), inputs_and_reference()
+    seen: list[Tensor] = []
+    with attach(model, "attnlrp"), model.hooks(fwd_hooks=[(PATTERN, lambda t, hook: seen.append(t))]):
+        model(tokens)
+    assert len(seen) == 1 and seen[0].requires_grad
+    plain = model.run_with_cache(tokens)[1][PATTERN]
+    close(seen[0].detach(), plain, 1e-6)
+
+
+def test_an_edit_of_a_rebuilt_pattern_is_refused() -> None:
+    """The model would go on without it."""
+    model, (tokens, _) = build_any("opt"), inputs_and_reference()
+    with attach(model, "attnlrp"), pytest.raises(RelevanceError, match="hook_pattern.*thrown away"):
+        model.run_with_hooks(tokens, fwd_hooks=[(PATTERN, lambda t, hook: t * 2)])
+
+
+@pytest.mark.parametrize("rules", ["gradient", "cp_lrp", "deeplift"])
+def test_a_module_that_computes_something_else_is_refused(rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new release that changes, say, the scale must not give wrong numbers silently."""
+    model, (tokens, other) = build_any("bert"), inputs_and_reference()
+    module = model.blocks[1].attn.original_component.self
+    monkeypatch.setattr(module, "scaling", module.scaling * 0.9)
+    from lens_relevance.sites.delegated_attention import _FAMILIES, _Family
+
+    entry = _FAMILIES["BertAttention"]
+    monkeypatch.setitem(
+        _FAMILIES,
+        "BertAttention",
+        _Family(scale=lambda m: 0.5, caller=entry.caller, mask=entry.mask, rotate=entry.rotate, n_heads=entry.n_heads),
+    )
+    with pytest.raises(LivenessError, match="blocks.1.attn:z does not compute"):
+        propagate(model, tokens, TARGET, rules, reference=reference_for(rules, other))
