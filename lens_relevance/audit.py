@@ -10,7 +10,7 @@ so `unexplained`, what the sinks do not account for, is zero up to rounding, unl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pandas as pd
@@ -38,12 +38,19 @@ _COLUMN = {
 def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
     """Names of the HookPoints whose activations and coefficients the account needs."""
     names = [str(p.name) for site in sites for p in (*site.inputs, site.output) if p is not None]
-    return list(dict.fromkeys([*anatomy.leaves, *anatomy.layout["residual"], *names]))
+    return list(dict.fromkeys([*anatomy.leaves, *(name for cut in anatomy.stacks.cuts for name in cut.names), *names]))
 
 
-def _row(site: Site, n: int) -> object:
-    """The account's row of a site: its layer of n, or the embeddings below the blocks (all, where none are known), or the output."""
-    return site.layer if n and site.layer is not None else ("embed" if not n or site.name.startswith("embed") else "output")
+def _row(site: Site, rows: Sequence[str]) -> str:
+    """The account's row of a site: its layer, or the embeddings below the blocks (all, where no layers are known), or an output."""
+    if len(rows) == 2:
+        return rows[0]
+    stack, layer = site.name.split("_blocks")[0], site.layer
+    below = "embed" if site.name.removeprefix("decoder_").startswith("embed") else ""
+    for row in (f"{layer}", f"{stack} {layer}", below, f"{stack.split('_')[0]} output"):
+        if row in rows:
+            return row
+    return rows[-1]
 
 
 def _column(site: Site, rule: Rule, single: bool) -> str:
@@ -80,15 +87,19 @@ def account(
     target_sink: Tensor,
     average: Callable[[Tensor], Tensor],
 ) -> pd.DataFrame:
-    """Rows per example: `embed`, each layer, `output`. `value` is the target, `relevance` that at the residual cut below the row's blocks.
+    """Rows per example: `embed`, each layer, `output`. `value` is the target, `relevance` that at the complete cut below the row's blocks.
 
     activations, references and coefficients are raw tensors by canonical name; `average` turns rows of several references into examples.
     """
-    n, zero = anatomy.n_layers, torch.zeros_like(value)
+    zero = torch.zeros_like(value)
     at = partial(_relevance_at, activations, references, coefficients, zero)
-    sinks: dict[tuple[object, str], Tensor] = {("output", "target"): target_sink}
-    for name in anatomy.leaves[1:]:
-        sinks["embed", "positions"] = sinks.get(("embed", "positions"), zero) + at(name)
+    cuts = {cut.row: torch.stack([at(name) for name in cut.names]).sum(0) for cut in anatomy.stacks.cuts}
+    cuts.setdefault("output", value)  # where no layers are known, everything lies in one row
+    rows = list(cuts)
+    sinks: dict[tuple[str, str], Tensor] = {("output", "target"): target_sink}
+    for roles in anatomy.stacks.roles.values():
+        for name in roles["embeddings"][1:]:
+            sinks["embed", "positions"] = sinks.get(("embed", "positions"), zero) + at(name)
     for site, rule in placed:
         names = [*(str(p.name) for p in site.inputs), site.output_name]
         if names[-1] not in coefficients:
@@ -97,18 +108,16 @@ def account(
         reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
         column = _column(site, rule, references is None)
-        key = (_row(site, n), column)
+        key = (_row(site, rows), column)
         sinks[key] = sinks.get(key, zero) + _rows(kept, len(zero)).to(zero.dtype)
-    cuts = [*(at(name) for name in anatomy.layout["residual"]), value] if n else [value, value]
-    below: dict[object, Tensor] = {"embed": at(anatomy.leaves[0]), **{layer: cuts[layer] for layer in range(n)}, "output": cuts[n]}
-    above: dict[object, Tensor] = {"embed": cuts[0], **{layer: cuts[layer + 1] for layer in range(n)}, "output": value}
+    above = dict(zip(rows, [*(cuts[row] for row in rows[1:]), value], strict=True))
     frames = []
-    for row in below:
+    for row in rows:
         stays = {column: average(sinks.get((row, column), zero)) for column in COLUMNS}
-        unexplained = average(above[row] - below[row]) - torch.stack(list(stays.values())).sum(0)
-        columns = {"value": average(value), "relevance": average(below[row]), **stays, "unexplained": unexplained}
+        unexplained = average(above[row] - cuts[row]) - torch.stack(list(stays.values())).sum(0)
+        columns = {"value": average(value), "relevance": average(cuts[row]), **stays, "unexplained": unexplained}
         frame = pd.DataFrame({name: column.detach().double().cpu().numpy() for name, column in columns.items()})
-        frame.insert(0, "layer", str(row))
+        frame.insert(0, "layer", row)
         frame.insert(0, "example", range(len(frame)))
         frames.append(frame)
     return pd.concat(frames).sort_values("example", kind="stable").reset_index(drop=True)

@@ -28,20 +28,24 @@ class RelevanceCache(Mapping[str, Tensor]):
     in the layout of an ActivationCache ([batch, pos, head, d_head] at hook_z). Names may be aliases (`blocks.0.attn.hook_z`), canonical
     names (`blocks.0.attn.o.hook_in`) or short forms as in ActivationCache (`cache["z", 0]`). Units are those of the target.
 
-    value: the target [batch]; reference_value: the same on the reference run, or None. input_tokens: token ids, mask: 1 where real.
-    layout: names by role: embeddings (tokens first), residual (complete cuts), z, neurons.
+    value: the target [batch]; reference_value: the same on the reference run, or None. input_tokens: the ids whose logits are explained,
+    mask: 1 where real; masks: the same by stack; arguments: what the model was called with by keyword, if it was.
+    stacks: names by stack and role (embeddings, residual, z, neurons). A decoder has one stack, `tokens`; an encoder-decoder has `encoder`,
+    `decoder` and `cross`, and the methods below then ask for one: `cache.heads(stack="cross")`.
     info: model name, dtype, ruleset, target, reference and versions.
     """
 
     activations: dict[str, Tensor]
     coefficients: dict[str, Tensor]
     value: Float[Tensor, " batch"]
-    logits: Float[Tensor, "batch pos vocab"]
+    logits: Float[Tensor, "batch *pos vocab"]
     input_tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
-    layout: dict[str, list[str]]
+    stacks: dict[str, dict[str, list[str]]]
     aliases: dict[str, str]
     info: dict[str, str]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict[str, Tensor] = field(default_factory=dict)
     reference_activations: dict[str, Tensor] = field(default_factory=dict)
     reference_value: Float[Tensor, " batch"] | None = None
     averaged: dict[str, Tensor] = field(default_factory=dict)  # relevance averaged over several references, where a product would be wrong
@@ -81,39 +85,57 @@ class RelevanceCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.coefficients)
 
+    def _roles(self, stack: str | None) -> dict[str, list[str]]:
+        """HookPoint names by role of a stack; the only one, where none is named."""
+        if stack is None and len(self.stacks) > 1:
+            raise RelevanceError(
+                f"this model has the stacks {', '.join(self.stacks)}: say which, as in .heads(stack={next(iter(self.stacks))!r})"
+            )
+        if stack is not None and stack not in self.stacks:
+            raise RelevanceError(f"this model has no stack {stack!r}; it has {', '.join(self.stacks)}")
+        return self.stacks[next(iter(self.stacks)) if stack is None else stack]
+
+    def _named(self, role: str, stack: str | None) -> list[str]:
+        """HookPoints that play a role in a stack."""
+        names = self._roles(stack)[role]
+        if not names:
+            where = "this model's" if stack is None else f"the {stack}'s"
+            raise NotKeptError(f"no HookPoints are known as {where} {role}; name them in declare_sites({role}=...), or read by name")
+        return names
+
     @property
     def n_layers(self) -> int:
-        return max(len(self.layout["residual"]) - 1, 0)
+        """Layers of a model with one stack."""
+        return max(len(self._roles(None)["residual"]) - 1, 0)
 
-    def _named(self, role: str) -> list[str]:
-        """HookPoints that play a role in this model's layout."""
-        if not self.layout[role]:
-            raise NotKeptError(f"no HookPoints are known as this model's {role}; name them in declare_sites({role}=...), or read by name")
-        return self.layout[role]
+    def tokens(self, stack: str | None = None) -> Float[Tensor, "batch pos"]:
+        """Relevance of each token (of an image: each patch, the class token first), at its embedding."""
+        return self[self._named("embeddings", stack)[0]].sum(-1)
 
-    def tokens(self) -> Float[Tensor, "batch pos"]:
-        """Relevance of each token, at its embedding."""
-        return self[self._named("embeddings")[0]].sum(-1)
-
-    def positions(self) -> Float[Tensor, "batch pos"]:
+    def positions(self, stack: str | None = None) -> Float[Tensor, "batch pos"]:
         """Relevance of each learned position embedding (token types, where there are any, included)."""
-        if len(self.layout["embeddings"]) < 2:
+        names = self._named("embeddings", stack)
+        if len(names) < 2:
             raise NotKeptError("this model has no learned position embeddings")
-        return torch.stack([self[name].sum(-1) for name in self.layout["embeddings"][1:]]).sum(0)
+        return torch.stack([self[name].sum(-1) for name in names[1:]]).sum(0)
 
-    def residual(self) -> Float[Tensor, "batch pos layers"]:
-        """Relevance at each block's resid_pre and at the final residual; its sum over positions accounts for the target layer by layer."""
-        return torch.stack([self[name].sum(-1) for name in self._named("residual")], -1)
+    def residual(self, stack: str | None = None) -> Float[Tensor, "batch pos layers"]:
+        """Relevance at each block's resid_pre and at the final residual; its sum over positions accounts for the target layer by layer.
 
-    def heads(self) -> Float[Tensor, "batch pos layer head"]:
+        In an encoder-decoder a stack's residual is a part of a cut: see lens_relevance.sites.stacks.
+        """
+        return torch.stack([self[name].sum(-1) for name in self._named("residual", stack)], -1)
+
+    def heads(self, stack: str | None = None) -> Float[Tensor, "batch pos layer head"]:
         """Relevance of each head's output z."""
-        return torch.stack([self[name].sum(-1) for name in self._named("z")], 2)
+        return torch.stack([self[name].sum(-1) for name in self._named("z", stack)], 2)
 
-    def neurons(self, layer: int) -> Float[Tensor, "batch pos d_mlp"]:
+    def neurons(self, layer: int, stack: str | None = None) -> Float[Tensor, "batch pos d_mlp"]:
         """Relevance of the MLP neurons (after the activation) of a layer."""
-        if not -self.n_layers <= layer < self.n_layers:
-            raise RelevanceError(f"layer {layer} is out of range: the model has {self.n_layers} layers")
-        return self[self._named("neurons")[layer]]
+        names = self._named("neurons", stack)
+        if not -len(names) <= layer < len(names):
+            raise RelevanceError(f"layer {layer} is out of range: the model has {len(names)} layers")
+        return self[names[layer]]
 
     def conservation(self) -> pd.DataFrame:
         """Where the target's value went, one row per example and layer: see lens_relevance.audit."""
@@ -126,8 +148,8 @@ class RelevanceCache(Mapping[str, Tensor]):
         parts = []
         for name in self:
             relevance = self[name]
-            if relevance.ndim < 3 or relevance.shape[:2] != self.mask.shape:
-                continue  # patterns and scores have two positions; read them by name
+            if relevance.ndim < 3 or len(relevance) != len(self.value) or name.endswith(_WITHOUT_POSITIONS):
+                continue  # patterns and scores have two positions, rotated queries and keys have heads first; read them by name
             summed = relevance.sum(-1).unsqueeze(-1) if relevance.ndim == 3 else relevance.sum(-1)
             index = torch.stack(torch.meshgrid(*[torch.arange(n) for n in summed.shape], indexing="ij")).flatten(1)
             frame = pd.DataFrame(index.T.numpy(), columns=["example", "position", "head"])
@@ -151,7 +173,7 @@ class RelevanceCache(Mapping[str, Tensor]):
             tensors["reference_value"] = self.reference_value
         for group in _GROUPS:
             tensors |= {f"{group}/{name}": tensor for name, tensor in getattr(self, group).items()}
-        meta = {"layout": self.layout, "aliases": self.aliases, "info": self.info, "absent": self.absent}
+        meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent}
         account = "" if self.account is None else self.account.to_json(orient="split", double_precision=15)
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(contiguous, str(path), metadata={"lens_relevance": json.dumps(meta), "account": account})
@@ -175,4 +197,5 @@ class RelevanceCache(Mapping[str, Tensor]):
         return cls(**groups, **tensors, **json.loads(header["lens_relevance"]), account=account)  # type: ignore[arg-type]
 
 
-_GROUPS = ("activations", "coefficients", "reference_activations", "averaged")
+_WITHOUT_POSITIONS = ("hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_rot_k")
+_GROUPS = ("activations", "coefficients", "reference_activations", "averaged", "masks", "arguments")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,10 +17,10 @@ from lens_relevance.audit import account, audited_points
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.conditions import backward_through, read_conditions
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.guest import check_model, frozen, is_bridge
-from lens_relevance.inputs import Inputs, tokenize
+from lens_relevance.guest import check_model, frozen
+from lens_relevance.inputs import Inputs, Prompt, read_inputs
 from lens_relevance.metrics import Metric, gradient_at
-from lens_relevance.references import ReferenceRun, is_tokens, reference_run, reference_tokens
+from lens_relevance.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.rule_hooks import Session, session
 from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.rulesets import Table, needs_reference, rule_for, ruleset, ruleset_name
@@ -43,13 +44,15 @@ def propagate(
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.
 
-    model: a TransformerBridge in eval mode. inputs: a prompt, prompts, or token ids [batch, pos].
-    target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, or a function from logits [batch, pos, vocab] to a scalar or
-        [batch]; None explains each row's top prediction against its runner-up.
+    model: a TransformerBridge in eval mode. inputs: a prompt, prompts, token ids [batch, pos], an image [batch, channel, height, width], or
+        a dict of the model's own keyword arguments ({"input_ids": ..., "decoder_input_ids": ...}). Text given to an encoder-decoder is
+        read by its encoder; its decoder holds the start token.
+    target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, or a function from logits [batch, pos, vocab] (of a classifier:
+        [batch, 1, class]) to a scalar or [batch]; None explains each row's top prediction against its runner-up.
     rules: a ruleset's name or table; None means `deeplift` where a reference is given and `attnlrp` where none is.
     names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings, every
         block's resid_pre, the final residual, z, and the MLP neurons after the activation.
-    reference: token ids or prompts of the same length, `mean_embedding()`, `random_tokens(n)`, or embeddings. Relevance is then
+    reference: inputs of the same shape, `mean_embedding()`, `random_tokens(n)`, or embeddings. Relevance is then
         (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
         `-propagate(corrupt, reference=clean)`.
     attention_mask: 1 where a token is real, for padded ids. device: where kept tensors go. audit: fill `.conservation()`.
@@ -63,14 +66,14 @@ def propagate(
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
     table = _table(rules, reference)
     body = anatomy(model)
-    tokens, mask = tokenize(model, inputs, attention_mask)
-    target, prompt_mask = None if target is None else as_target(target), mask
+    given = prompt = read_inputs(model, inputs, attention_mask)
+    target = None if target is None else as_target(target)
     if target is not None:
-        tokens, mask = target.extend(model, tokens, mask)
+        prompt = _extended(model, target, given)
     names, explicit = wanted(body, names_filter)
     conditions = read_conditions(body, through)
     point = None if target is None or target.point is None else body.canonical(target.point)
-    other = None if reference is None else _reference(model, reference, target, prompt_mask, tokens, mask)
+    other = None if reference is None else _reference(model, reference, target, given, prompt)
     n = 1 if other is None else other.n
     with torch.enable_grad(), frozen(model), session(model) as opened:
         _place(opened, body, table, strict)
@@ -78,12 +81,13 @@ def propagate(
         if audit:
             taps.add(audited_points(body, [s for s in body.sites if s.enabled()]))
         for name in body.leaves:
-            opened.state(body.points[name]).starts_graph = True
+            opened.state(body.points[name]).starts_graph = len(prompt.tokens) * n
         before = None
         if other is not None:
             with torch.no_grad(), _recording(opened), _embeddings(opened, body, other):
-                before = _pass(model, other.tokens, mask.repeat_interleave(n, 0), taps, point)
-        run = _pass(model, tokens.repeat_interleave(n, 0), mask.repeat_interleave(n, 0), taps, point)
+                before = _pass(model, other.prompt, taps, point)
+        run = _pass(model, prompt.repeat(n), taps, point)
+        tokens, mask = _positions(prompt, body, point, run)
         if target is None:
             target = top_prediction(run.root[::n], tokens, mask)
         metric = target.metric(model, tokens, mask)
@@ -100,14 +104,16 @@ def propagate(
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
             ledger = _ledger(body, table, run, before, coefficients, seed, value, reference_value, n)
         references = None if before is None else before.tensors
-        groups = collect(body, [k for k in names if k in coefficients], run.tensors, references, coefficients, mask, n, device)
+        groups = collect(body, [k for k in names if k in coefficients], run.tensors, references, coefficients, prompt.masks, n, device)
     return RelevanceCache(
         **groups,
         value=average(value, n),
         logits=run.logits.detach()[::n],
-        input_tokens=tokens,
-        mask=mask,
-        layout={"embeddings": body.leaves, **body.layout},
+        input_tokens=prompt.tokens,
+        mask=prompt.mask,
+        stacks=body.stacks.roles,
+        masks=prompt.masks,
+        arguments=prompt.arguments,
         aliases=body.aliases,
         info=_info(model, rules, target, reference, run.logits),
         reference_value=None if reference_value is None else average(reference_value, n),
@@ -131,9 +137,8 @@ def attach(model: Any, rules: str | Table, reference: Any = None, strict: bool =
     with session(model) as opened:
         _place(opened, anatomy(model), table, strict)
         if needs_reference(table):
-            tokens, mask = tokenize(model, reference)
             with torch.no_grad(), _recording(opened):
-                _forward(model, tokens, mask)
+                read_inputs(model, reference).call(model)
         yield
 
 
@@ -156,12 +161,18 @@ def _table(rules: str | Table, reference: Any) -> Table:
     return table
 
 
-def _reference(model: Any, reference: Any, target: Target | None, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> ReferenceRun:
+def _extended(model: Any, target: Target, prompt: Prompt) -> Prompt:
+    """The prompt with what the target itself adds to it (a continuation)."""
+    tokens, mask = target.extend(model, prompt.tokens, prompt.mask)
+    return prompt if tokens is prompt.tokens else prompt.with_tokens(tokens, mask)
+
+
+def _reference(model: Any, reference: Any, target: Target | None, given: Prompt, prompt: Prompt) -> ReferenceRun:
     """The reference runs. A target's continuation follows the reference as it follows the prompt."""
-    if is_tokens(reference):
-        given = reference_tokens(model, reference, prompt_mask)
-        return ReferenceRun(given if target is None else target.extend(model, given, prompt_mask)[0])
-    return reference_run(model, reference, tokens, mask, tail=int(mask.sum() - prompt_mask.sum()) // len(mask))
+    if is_inputs(reference):
+        other = reference_inputs(model, reference, given)
+        return ReferenceRun(other if target is None else _extended(model, target, other))
+    return reference_run(model, reference, prompt, tail=int(prompt.mask.sum() - given.mask.sum()) // len(given.mask))
 
 
 def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> None:
@@ -193,35 +204,42 @@ def _recording(opened: Session) -> Iterator[None]:
 @contextmanager
 def _embeddings(opened: Session, body: Anatomy, run: ReferenceRun) -> Iterator[None]:
     """A reference's own embeddings in place of those of its tokens."""
-    if run.embeddings is None:
-        yield
-        return
-    state, embeddings = opened.state(body.points[body.leaves[0]]), run.embeddings
-    state.replace = lambda x: embeddings.to(x)
+    states = []
+    for stack, (where, value) in run.embeddings.items():
+        states.append(opened.state(body.points[body.stacks.roles[stack]["embeddings"][0]]))
+        states[-1].replace = partial(_swap, where, value)
     try:
         yield
     finally:
-        state.replace = None
+        for state in states:
+            state.replace = None
 
 
-def _pass(model: Any, tokens: Tensor, mask: Tensor, taps: Taps, point: str | None) -> _Run:
-    logits = _forward(model, tokens, mask)
+def _swap(where: Tensor, value: Tensor, x: Tensor) -> Tensor:
+    return torch.where(where.to(x.device).unsqueeze(-1), value.to(x), x)
+
+
+def _pass(model: Any, prompt: Prompt, taps: Taps, point: str | None) -> _Run:
+    logits = prompt.call(model)
     tensors = taps.take()
     if point is None:
-        return _Run(tensors, logits, logits)
+        return _Run(tensors, logits, logits if logits.ndim > 2 else logits.unsqueeze(1))
     if point not in tensors:
         raise RelevanceError(f"the target's HookPoint {point} did not fire in this forward")
     return _Run(tensors, logits, taps.convert(point, tensors[point]))
 
 
-def _forward(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Logits, by the same call a user would make; the mask is passed only where it hides something."""
-    hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
-    asked = {"return_type": "logits"} if is_bridge(model) else {}
-    logits = model(tokens, **asked, **hidden)
-    if not isinstance(logits, Tensor):
-        raise RelevanceError(f"the model returned {type(logits).__name__} instead of logits")
-    return logits
+def _positions(prompt: Prompt, body: Anatomy, point: str | None, run: _Run) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the positions that the target chooses from; a classifier has one."""
+    if point is None:
+        tokens, mask = prompt.tokens, prompt.mask
+    else:
+        stack = body.stack_of(point)
+        tokens, mask = prompt.ids.get(stack, prompt.tokens), prompt.masks.get(stack, prompt.mask)
+    if run.root.shape[1] == tokens.shape[1]:
+        return tokens, mask
+    nothing = torch.zeros(len(tokens), run.root.shape[1], dtype=torch.long, device=run.root.device)
+    return nothing, torch.ones_like(nothing)
 
 
 def _seed(metric: Metric, root: Tensor, reference: Tensor | None, n: int) -> Tensor:
@@ -250,6 +268,7 @@ def _ledger(
 ) -> Any:
     """The conservation account of a run; the sink `target` is what the logits' coefficients do not account for."""
     whole = value if reference_value is None else value - reference_value
+    seed = seed.reshape(run.logits.shape)
     at_logits = per_example(share(difference(run.logits, None if before is None else before.logits), seed))
     references = None if before is None else {**before.tensors, LOGITS: before.logits}
     return account(
@@ -272,7 +291,7 @@ def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits
         "dtype": str(logits.dtype).removeprefix("torch."),
         "ruleset": ruleset_name(rules),
         "target": describe(target, model),
-        "reference": "none" if reference is None else ("given tensor" if isinstance(reference, Tensor) else str(reference)),
+        "reference": "none" if reference is None else ("given inputs" if isinstance(reference, Tensor | Mapping) else str(reference)),
         "lens_relevance": __version__,
         "transformer_lens": version("transformer-lens"),
         "torch": str(torch.__version__),

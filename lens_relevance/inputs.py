@@ -1,8 +1,10 @@
-"""Prompts as tokens and a mask."""
+"""What a model is called with: prompts as tokens and a mask, or keyword arguments of the model's own (an encoder-decoder, an image)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +12,140 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.guest import is_bridge, root
+from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
 
-Inputs = str | Sequence[str] | Tensor
+Inputs = str | Sequence[str] | Tensor | Mapping[str, Any]
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+_STACKS = {ENCODER: "input_ids", DECODER: "decoder_input_ids"}
+_FIRST = ("input_ids", "input", "pixel_values")  # what TransformerBridge takes as its first argument
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One call of a model.
+
+    tokens: ids whose logits are explained (the decoder's, where there are two stacks), mask: 1 where they are real. A model that takes no
+    ids (an image classifier) has one position with id 0. arguments: everything the model is called with by keyword, masks among it; empty
+    where it is called with tokens alone.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    arguments: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def explained(self) -> str:
+        """The argument that holds `tokens`."""
+        return next((name for name in ("decoder_input_ids", "input_ids") if name in self.arguments), "")
+
+    @property
+    def ids(self) -> dict[str, Int[Tensor, "batch pos"]]:
+        """Token ids by stack."""
+        if not self.arguments:
+            return {TOKENS: self.tokens}
+        listed = _STACKS if "decoder_input_ids" in self.arguments else {TOKENS: "input_ids"}
+        return {stack: self.arguments[name] for stack, name in listed.items() if name in self.arguments}
+
+    @property
+    def masks(self) -> dict[str, Int[Tensor, "batch pos"]]:
+        """1 where a position is real, by stack, where that is known."""
+        if not self.arguments:
+            return {TOKENS: self.mask}
+        masks = {stack: self.arguments.get(_MASKS[_STACKS.get(stack, "input_ids")]) for stack in self.ids}
+        return {stack: torch.ones_like(self.ids[stack]) if mask is None else mask.long() for stack, mask in masks.items()}
+
+    def with_ids(self, ids: Mapping[str, Tensor]) -> Prompt:
+        """The same call with other ids, by stack."""
+        if not self.arguments:
+            return replace(self, tokens=ids[TOKENS])
+        given = self.arguments | {_STACKS.get(stack, "input_ids"): value for stack, value in ids.items()}
+        return Prompt(given[self.explained] if self.explained else self.tokens, self.mask, given)
+
+    def with_tokens(self, tokens: Tensor, mask: Tensor) -> Prompt:
+        """The same call with other ids, of any length, in place of those that are explained."""
+        if not self.arguments:
+            return Prompt(tokens, mask)
+        given = self.arguments | {self.explained: tokens}
+        if _MASKS[self.explained] in given or not bool((mask == 1).all()):
+            given[_MASKS[self.explained]] = mask
+        return Prompt(tokens, mask, given)
+
+    def repeat(self, n: int) -> Prompt:
+        """Each row n times, one after the other."""
+        if n == 1:
+            return self
+        arguments = {name: value.repeat_interleave(n, 0) for name, value in self.arguments.items()}
+        return Prompt(self.tokens.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0), arguments)
+
+    def call(self, model: Any) -> Tensor:
+        """Logits, by the same call a user would make; a mask of tokens is passed only where it hides something."""
+        asked = {"return_type": "logits"} if is_bridge(model) else {}
+        if not self.arguments:
+            hidden = {} if bool((self.mask == 1).all()) else {"attention_mask": self.mask}
+            logits = model(self.tokens, **asked, **hidden)
+        else:
+            arguments = dict(self.arguments)
+            first = next((name for name in _FIRST if name in arguments), None) if is_bridge(model) else None
+            logits = model(**arguments, **asked) if first is None else model(arguments.pop(first), **asked, **arguments)
+        if not isinstance(logits, Tensor):
+            raise RelevanceError(f"the model returned {type(logits).__name__} instead of logits")
+        return logits
+
+
+def read_inputs(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -> Prompt:
+    """A Prompt from text, token ids, an image or keyword arguments.
+
+    An encoder-decoder given text or ids alone reads them in its encoder, and its decoder starts with the start token. Raises
+    RelevanceError for arguments that the model does not take or whose first dimensions differ, and as `tokenize` does.
+    """
+    if isinstance(inputs, Mapping):
+        return _read_arguments(model, inputs, attention_mask)
+    config = getattr(root(model), "config", None)
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() and getattr(getattr(model, "cfg", None), "is_visual_model", False):
+        return _read_arguments(model, {"pixel_values": inputs}, attention_mask)
+    tokens, mask = tokenize(model, inputs, attention_mask)
+    if not (is_bridge(model) and getattr(config, "is_encoder_decoder", False)):
+        return Prompt(tokens, mask)
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise RelevanceError("this encoder-decoder names no start token: give inputs={'input_ids': ..., 'decoder_input_ids': ...}")
+    begun = torch.full_like(tokens[:, :1], int(start))
+    hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
+    return Prompt(begun, torch.ones_like(begun), {"input_ids": tokens, "decoder_input_ids": begun, **hidden})
+
+
+def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tensor | None) -> Prompt:
+    device = next(model.parameters()).device
+    known = inspect.signature(root(model).forward).parameters
+    arguments: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise RelevanceError(f"the model takes no argument {name!r}; it takes {', '.join(known)}")
+        if name in _MASKS and not isinstance(value, Tensor):
+            value, hidden = tokenize(model, value)
+            if not bool((hidden == 1).all()):
+                arguments.setdefault(_MASKS[name], hidden)
+        if not isinstance(value, Tensor):
+            raise RelevanceError(f"inputs[{name!r}] must be a tensor, got {type(value).__name__}")
+        arguments[name] = tokenize(model, value)[0] if name in _MASKS else value.to(device)
+    if attention_mask is not None:
+        arguments["attention_mask"] = attention_mask.to(device)
+    batches = {name: len(value) for name, value in arguments.items() if value.ndim}
+    if not batches or len(set(batches.values())) > 1:
+        raise RelevanceError(f"inputs need one row per example in every argument, got {batches or 'none'}")
+    for ids, name in _MASKS.items():
+        if name in arguments and ids in arguments and arguments[name].shape != arguments[ids].shape:
+            raise RelevanceError(f"{name} has shape {tuple(arguments[name].shape)}, {ids} {tuple(arguments[ids].shape)}")
+    if "input_ids" in arguments and "decoder_input_ids" not in arguments and getattr(root(model), "config", None) is not None:
+        if getattr(root(model).config, "is_encoder_decoder", False):
+            raise RelevanceError("an encoder-decoder needs decoder_input_ids too: the target is read off the decoder's positions")
+    prompt = Prompt(torch.empty(0), torch.empty(0), arguments)
+    if not prompt.explained:
+        nothing = torch.zeros(next(iter(batches.values())), 1, dtype=torch.long, device=device)
+        return replace(prompt, tokens=nothing, mask=torch.ones_like(nothing))
+    tokens = arguments[prompt.explained]
+    return replace(prompt, tokens=tokens, mask=arguments.get(_MASKS[prompt.explained], torch.ones_like(tokens)).long())
 
 
 def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:

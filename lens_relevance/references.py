@@ -6,26 +6,30 @@ that a norm's variance is not well above its eps makes 1/sqrt(variance) huge and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs import tokenize
+from lens_relevance.guest import root
+from lens_relevance.inputs import Prompt, read_inputs
+from lens_relevance.sites.token_sets import DECODER, TOKENS
 
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """n reference runs per example, row by row: token ids, and embeddings that replace those of the tokens (or None).
+    """n reference runs per example, row by row: how the model is called, and token embeddings that are replaced meanwhile.
 
-    Rows are ordered example by example: the n references of the first example come first.
+    embeddings: by stack, where (bool [rows, pos]) and by what ([d_model] or [rows, pos, d_model]). Rows are ordered example by example:
+    the n references of the first example come first.
     """
 
-    tokens: Int[Tensor, "rows pos"]
-    embeddings: Float[Tensor, "rows pos d_model"] | None = None
+    prompt: Prompt
+    embeddings: dict[str, tuple[Bool[Tensor, "rows pos"], Float[Tensor, "... d_model"]]] = field(default_factory=dict)
     n: int = 1
 
 
@@ -37,18 +41,23 @@ class Baseline:
     n: int = 1
     seed: int = 0
 
-    def run(self, model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], tail: int = 0) -> ReferenceRun:
+    def run(self, model: Any, prompt: Prompt, tail: int = 0) -> ReferenceRun:
         """The reference runs for these prompts; the last `tail` tokens of each are part of the answer and stay."""
-        replaced = _replaced(model, tokens, mask, tail)
+        if not prompt.ids:
+            raise RelevanceError(f"{self} replaces tokens, and this model is called with none: give another image as the reference")
+        replaced = _replaced(model, prompt, tail)
         if self.kind == "random_tokens":
-            generator = torch.Generator().manual_seed(self.seed)
-            many = tokens.repeat_interleave(self.n, 0)
+            generator, many, drawn = torch.Generator().manual_seed(self.seed), prompt.repeat(self.n), {}
             allowed = _ordinary_tokens(model)
-            drawn = allowed[torch.randint(len(allowed), many.shape, generator=generator)].to(tokens.device)
-            return ReferenceRun(torch.where(replaced.repeat_interleave(self.n, 0), drawn, many), n=self.n)
-        table = model.W_E.detach()
-        baseline = table.mean(0) if self.kind == "mean_embedding" else torch.zeros_like(table[0])
-        return ReferenceRun(tokens, torch.where(replaced.unsqueeze(-1), baseline, table[tokens]))
+            for stack, ids in many.ids.items():
+                other = allowed[torch.randint(len(allowed), ids.shape, generator=generator)].to(ids.device)
+                drawn[stack] = torch.where(replaced[stack].repeat_interleave(self.n, 0), other, ids)
+            return ReferenceRun(many.with_ids(drawn), n=self.n)
+        baselines = {}
+        for stack, where in replaced.items():
+            table = embedding_table(model, stack)
+            baselines[stack] = (where, table.mean(0) if self.kind == "mean_embedding" else torch.zeros_like(table[0]))
+        return ReferenceRun(prompt, baselines)
 
     def __str__(self) -> str:
         return f"random_tokens(n={self.n}, seed={self.seed})" if self.kind == "random_tokens" else f"{self.kind}()"
@@ -71,55 +80,78 @@ def random_tokens(n: int = 8, seed: int = 0) -> Baseline:
     return Baseline("random_tokens", n, seed)
 
 
-def is_tokens(reference: Any) -> bool:
-    """Whether a reference was given as text or token ids."""
-    return isinstance(reference, str | list | tuple) or (isinstance(reference, Tensor) and not reference.is_floating_point())
+def is_inputs(reference: Any) -> bool:
+    """Whether a reference was given as other inputs: text, token ids, an image or keyword arguments."""
+    if isinstance(reference, Tensor):
+        return not reference.is_floating_point() or reference.ndim > 3
+    return isinstance(reference, str | list | tuple | Mapping)
 
 
-def reference_tokens(model: Any, reference: Any, mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Token ids of a reference for prompts with this mask; raises RelevanceError where the two do not fit."""
-    given, given_mask = tokenize(model, reference)
-    if given.shape != mask.shape:
+def reference_inputs(model: Any, reference: Any, prompt: Prompt) -> Prompt:
+    """A reference given as other inputs for these prompts; raises RelevanceError where the two do not fit."""
+    given = read_inputs(model, reference)
+    if given.tokens.shape != prompt.tokens.shape:
         raise RelevanceError(
-            f"the reference has shape {tuple(given.shape)}, the inputs {tuple(mask.shape)}: pass a reference of the same number of "
-            "rows and tokens, or mean_embedding() or random_tokens() where the prompt has no counterpart"
+            f"the reference has shape {tuple(given.tokens.shape)}, the inputs {tuple(prompt.tokens.shape)}: pass a reference of the same "
+            "number of rows and tokens, or mean_embedding() or random_tokens() where the prompt has no counterpart"
         )
-    if not isinstance(reference, Tensor) and not torch.equal(given_mask, mask):
+    mine, its = ({name: tuple(value.shape) for name, value in p.arguments.items() if "mask" not in name} for p in (prompt, given))
+    if mine != its:
+        raise RelevanceError(f"the reference has the arguments {its}, the inputs {mine}: pass the same ones, of the same shapes")
+    if not isinstance(reference, Tensor) and not torch.equal(given.mask, prompt.mask):
         raise RelevanceError("the prompts and their references differ in length row by row; pair prompts of equally many tokens")
-    return given
+    if not prompt.arguments:
+        return Prompt(given.tokens, prompt.mask)
+    return Prompt(given.tokens, prompt.mask, given.arguments | {name: value for name, value in prompt.arguments.items() if "mask" in name})
 
 
-def reference_run(
-    model: Any, reference: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], tail: int = 0
-) -> ReferenceRun:
-    """A ReferenceRun from text, token ids, a Baseline or embeddings ([d_model] or [batch, pos, d_model]).
+def reference_run(model: Any, reference: Any, prompt: Prompt, tail: int = 0) -> ReferenceRun:
+    """A ReferenceRun from other inputs, a Baseline or embeddings ([d_model] or [batch, pos, d_model]) of the tokens.
 
     The last `tail` tokens of each row stay as they are under a baseline.
     """
-    if is_tokens(reference):
-        return ReferenceRun(reference_tokens(model, reference, mask))
+    if is_inputs(reference):
+        return ReferenceRun(reference_inputs(model, reference, prompt))
     if isinstance(reference, Baseline):
-        return reference.run(model, tokens, mask, tail)
+        return reference.run(model, prompt, tail)
     if not isinstance(reference, Tensor):
         kind = type(reference).__name__
         raise RelevanceError(f"a reference is text, token ids, embeddings or a baseline such as mean_embedding(), not {kind}")
-    table = model.W_E.detach()
-    if reference.shape[-1] != table.shape[1]:
-        raise RelevanceError(f"reference embeddings have {reference.shape[-1]} features, the model {table.shape[1]}")
+    if set(prompt.ids) != {TOKENS}:
+        raise RelevanceError("embeddings as a reference need a model with one stack of tokens; give other inputs, or a baseline")
+    width = embedding_table(model, TOKENS).shape[1]
+    if reference.shape[-1] != width:
+        raise RelevanceError(f"reference embeddings have {reference.shape[-1]} features, the model {width}")
     if reference.ndim == 1:
-        return ReferenceRun(tokens, torch.where(_replaced(model, tokens, mask, tail).unsqueeze(-1), reference.to(table), table[tokens]))
-    if reference.shape[:-1] != tokens.shape:
-        raise RelevanceError(f"reference embeddings are {list(reference.shape)}; give [d_model] or {[*tokens.shape, table.shape[1]]}")
-    return ReferenceRun(tokens, reference.to(table))
+        return ReferenceRun(prompt, {TOKENS: (_replaced(model, prompt, tail)[TOKENS], reference)})
+    if reference.shape[:-1] != prompt.tokens.shape:
+        raise RelevanceError(f"reference embeddings are {list(reference.shape)}; give [d_model] or {[*prompt.tokens.shape, width]}")
+    return ReferenceRun(prompt, {TOKENS: (torch.ones_like(prompt.mask, dtype=torch.bool), reference)})
 
 
-def _replaced(model: Any, tokens: Tensor, mask: Tensor, tail: int) -> Tensor:
-    """True where a baseline takes the token's place: real tokens that are not BOS, nor among the last `tail`."""
-    tokenizer = getattr(model, "tokenizer", None)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    first = (mask.cumsum(1) == 1) & (mask == 1)
-    prompt = (mask == 1) & (mask.cumsum(1) <= mask.sum(1, keepdim=True) - tail)
-    return prompt & ~(first & (tokens == bos) if bos is not None else torch.zeros_like(first))
+@torch.no_grad()
+def embedding_table(model: Any, stack: str) -> Float[Tensor, "vocab d_model"]:
+    """What a stack's token embedding gives for every id, scaled where the model scales it."""
+    component = getattr(model, "decoder_embed" if stack == DECODER and hasattr(model, "decoder_embed") else "embed", None)
+    original = getattr(component, "original_component", None)
+    if not isinstance(original, nn.Embedding):
+        raise RelevanceError(f"{type(model).__name__} has no token embedding to take a baseline from: give other inputs as the reference")
+    weight = original.weight
+    return original(torch.arange(len(weight), device=weight.device))
+
+
+def _replaced(model: Any, prompt: Prompt, tail: int) -> dict[str, Tensor]:
+    """True where a baseline takes the token's place, by stack: real tokens that do not begin the text, nor are among the last `tail`."""
+    begins = {getattr(getattr(model, "tokenizer", None), "bos_token_id", None)}
+    if DECODER in prompt.ids:
+        begins.add(getattr(getattr(root(model), "config", None), "decoder_start_token_id", None))
+    found = {}
+    for stack, ids in prompt.ids.items():
+        mask = prompt.masks[stack]
+        kept = (mask.cumsum(1) == 1) & (mask == 1) & torch.isin(ids, torch.tensor([b for b in begins if b is not None], device=ids.device))
+        last = tail if stack in (TOKENS, DECODER) else 0
+        found[stack] = (mask == 1) & (mask.cumsum(1) <= mask.sum(1, keepdim=True) - last) & ~kept
+    return found
 
 
 def _ordinary_tokens(model: Any) -> Tensor:

@@ -102,7 +102,7 @@ class _PointState:
 
     def __init__(self, point: HookPoint) -> None:
         self.point = point
-        self.starts_graph = False
+        self.starts_graph = 0  # rows of the forward whose graph starts here
         self.rebuilding: Rebuilding | None = None
         self.rebuilt_by: Rebuilding | None = None
         self.feeds: list[Rebuilding] = []
@@ -117,6 +117,8 @@ class _PointState:
         if self.rebuilding is not None:
             x = self.rebuilding.run(x)
         if self.starts_graph:
+            if x.shape[0] == 1 and self.starts_graph > 1:  # positions that the model broadcasts over the batch
+                x = x.expand(self.starts_graph, *x.shape[1:])
             x = x.detach().requires_grad_(torch.is_grad_enabled())
         for placed in self.output_of:
             if placed.active:

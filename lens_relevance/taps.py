@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 def wanted(body: Anatomy, names_filter: NamesFilter) -> tuple[list[str], set[str]]:
     """Canonical names to keep, and those among them that were asked for by name."""
     if names_filter is None:
-        names = [*body.leaves, *(n for role in ("residual", "z", "neurons") for n in body.layout[role])]
+        names = [name for roles in body.stacks.roles.values() for listed in roles.values() for name in listed]
         return [n for n in dict.fromkeys(names) if n in body.points], set()
     if callable(names_filter):
         return [n for n in body.points if names_filter(n)], set()
@@ -100,22 +100,22 @@ def collect(
     taps: dict[str, Tensor],
     references: dict[str, Tensor] | None,
     coefficients: dict[str, Tensor],
-    mask: Tensor,
+    masks: Mapping[str, Tensor],
     n: int,
     device: torch.device | str | None,
 ) -> dict[str, dict[str, Tensor]]:
     """Kept tensors in TransformerLens's layout, zero at padding, averaged over n references, moved where the user wants them."""
     groups: dict[str, dict[str, Tensor]] = {"activations": {}, "coefficients": {}, "reference_activations": {}, "averaged": {}}
-    padded = not bool((mask == 1).all())
+    padded = {stack: not bool((mask == 1).all()) for stack, mask in masks.items()}
     for name in names:
-        point = body.points[name]
+        point, stack = body.points[name], body.stack_of(name)
         convert = point.hook_conversion.convert if point.hook_conversion is not None else (lambda x: x)
         kept = {"activations": taps[name].detach(), "coefficients": coefficients[name].detach()}
         if references is not None:
             kept["reference_activations"] = references[name]
-        kept = {group: convert(_batched(tensor, mask)) for group, tensor in kept.items()}
-        if padded:
-            kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], mask.repeat_interleave(n, 0), point.pos_dim)
+        kept = {group: convert(_batched(tensor, masks.get(stack))) for group, tensor in kept.items()}
+        if padded.get(stack):
+            kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], masks[stack].repeat_interleave(n, 0), point.pos_dim)
         if n > 1:
             each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
             kept = {key: average(tensor, n) for key, tensor in kept.items()} | {"averaged": average(each, n)}
@@ -124,10 +124,11 @@ def collect(
     return groups
 
 
-def _batched(tensor: Tensor, mask: Tensor) -> Tensor:
+def _batched(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """[batch * pos, d] as [batch, pos, d]: OPT folds positions into the batch around its MLP."""
-    pos = mask.shape[1]
-    return tensor.unflatten(0, (-1, pos)) if tensor.ndim == 2 and tensor.shape[0] % mask.numel() == 0 else tensor
+    if mask is None or tensor.ndim != 2 or tensor.shape[0] % mask.numel():
+        return tensor
+    return tensor.unflatten(0, (-1, mask.shape[1]))
 
 
 def average(rows: Tensor, n: int) -> Tensor:

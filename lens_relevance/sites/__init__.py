@@ -3,11 +3,13 @@
 from lens_relevance.sites.anatomy import Anatomy, anatomy
 from lens_relevance.sites.base import LOGITS, Site
 from lens_relevance.sites.declared import activation, attention, declare_sites, gated_activation, linear, norm
+from lens_relevance.sites.token_sets import TokenAttention
 
 __all__ = [
     "LOGITS",
     "Anatomy",
     "Site",
+    "TokenAttention",
     "activation",
     "anatomy",
     "attention",

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import generalized_components as components
+from transformer_lens.model_bridge.generalized_components.vision_embeddings import VisionEmbeddingsBridge
 
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.sites.attention import attention_sites
@@ -18,11 +19,14 @@ from lens_relevance.sites.linear import linear_sites
 from lens_relevance.sites.mlp import mlp_sites
 from lens_relevance.sites.normalization import norm_sites
 from lens_relevance.sites.output import output_sites
+from lens_relevance.sites.stacks import CROSS, Roles, Stacks, bridge_stacks
+from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS, TokenAttention, block_attentions
 
-# Components that only carry tensors around or are linear in them.
 # Linear layers that are split before use, so that their own HookPoints stay silent (and a router is part of its mixture of experts).
 _NEVER_FIRE = ("qkv", "gate_up")
-_TRANSPARENT = ("EmbeddingBridge", "PosEmbedBridge", "RotaryEmbeddingBridge")
+_EMBEDDINGS = (components.EmbeddingBridge, components.PosEmbedBridge, VisionEmbeddingsBridge)
+# Components that only carry tensors around or are linear in them.
+_TRANSPARENT = (*_EMBEDDINGS, components.RotaryEmbeddingBridge, components.BlockBridge, components.T5BlockBridge)
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Anatomy:
 
     points: canonical name -> HookPoint; aliases: any name TransformerLens accepts -> canonical name.
     uncovered: component path -> why it has no site. decorative: names of HookPoints that say one thing and carry another.
-    leaves: names of the HookPoints at which the graph starts, token embeddings first, then learned positions.
-    layout: names by role, one per layer: `residual` (each block's resid_pre, then the final residual: complete cuts), `z`, `neurons`.
+    stacks: HookPoint names by stack and role, and the complete cuts.
+    attentions: which token set attends to which, in the order of computation.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -40,12 +44,36 @@ class Anatomy:
     aliases: dict[str, str] = field(default_factory=dict)
     uncovered: dict[str, str] = field(default_factory=dict)
     decorative: set[str] = field(default_factory=set)
-    leaves: list[str] = field(default_factory=list)
-    layout: dict[str, list[str]] = field(default_factory=lambda: {"residual": [], "z": [], "neurons": []})
+    stacks: Stacks = field(default_factory=Stacks)
+    attentions: list[TokenAttention] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> list[str]:
+        """HookPoints at which the graph starts."""
+        return [name for roles in self.stacks.roles.values() for name in roles["embeddings"]]
+
+    @property
+    def layout(self) -> Roles:
+        """HookPoint names by role of a model with one stack; raises CoverageError for one with several."""
+        if set(self.stacks.roles) - {TOKENS}:
+            listed = ", ".join(self.stacks.roles)
+            raise CoverageError(f"this analysis knows models with one stack of blocks, and this one has {listed}; use propagate(...)")
+        return self.stacks.roles[TOKENS]
 
     @property
     def n_layers(self) -> int:
-        return max(len(self.layout["residual"]) - 1, 0)
+        """Layers of a model with one stack; 0 where none are known, or where there are several stacks."""
+        return max(len(self.stacks.roles[TOKENS]["residual"]) - 1, 0) if set(self.stacks.roles) == {TOKENS} else 0
+
+    def stack_of(self, name: str) -> str:
+        """The stack whose positions a HookPoint has."""
+        if set(self.stacks.roles) == {TOKENS}:
+            return TOKENS
+        if CROSS in self.stacks.roles:
+            if ".cross_attn.k." in name or ".cross_attn.v." in name:
+                return ENCODER
+            return DECODER if name.startswith(("decoder_", "unembed")) else ENCODER
+        return next((stack for stack, roles in self.stacks.roles.items() if any(name in names for names in roles.values())), "")
 
     def canonical(self, name: str) -> str:
         """The canonical name of a HookPoint given by any of its names."""
@@ -65,7 +93,7 @@ def anatomy(model: Any) -> Anatomy:
             f"expected a TransformerBridge, got {type(model).__name__}; load one with TransformerBridge.boot_transformers, or "
             "tell where the operations of a model of your own are with lens_relevance.sites.declare_sites"
         )
-    found = Anatomy()
+    found, embeddings = Anatomy(), list[str]()
     for name, point in model.hook_dict.items():
         found.aliases[name] = str(point.name)
         found.points[str(point.name)] = point
@@ -81,17 +109,14 @@ def anatomy(model: Any) -> Anatomy:
             found.uncovered[name] = str(error)
             if isinstance(component, components.AttentionBridge):
                 found.decorative |= {str(component.hook_attn_scores.name), str(component.hook_pattern.name)}
-        if type(component) in (components.EmbeddingBridge, components.PosEmbedBridge):
-            found.leaves.append(str(component.hook_out.name))
+        if type(component) in _EMBEDDINGS:
+            embeddings.append(str(component.hook_out.name))
     try:
         found.sites += output_sites(model)
     except CoverageError as error:
         found.uncovered["output"] = str(error)
-    n = len(model.blocks) if hasattr(model, "blocks") else 0
-    if n:
-        found.layout["residual"] = [f"blocks.{i}.hook_in" for i in range(n)] + [f"blocks.{n - 1}.hook_out"]
-        found.layout["z"] = [f"blocks.{i}.attn.o.hook_in" for i in range(n)]
-        found.layout["neurons"] = [f"blocks.{i}.mlp.out.hook_in" for i in range(n)]
+    found.stacks = bridge_stacks(model, embeddings)
+    found.attentions = block_attentions(found.points, found.aliases)
     return found
 
 
@@ -114,7 +139,8 @@ def _components(model: Any) -> list[tuple[str, Any]]:
             here = f"{path}.{name}" if path else name
             if isinstance(child, components.base.GeneralizedComponent):
                 listed.append((here, child))
-                walk(child, here)
+                if not isinstance(child, components.MoEBridge) or child.bound_dense:  # a mixture of experts is one operation
+                    walk(child, here)
             elif isinstance(child, nn.ModuleList):
                 walk(child, here)
 
@@ -135,7 +161,7 @@ def _sites_of(name: str, component: Any) -> list[Site]:
         return mlp_sites(name, component)
     if isinstance(component, components.MoEBridge):
         return expert_sites(name, component)
-    if isinstance(component, components.BlockBridge) or type(component).__name__ in _TRANSPARENT:
+    if isinstance(component, _TRANSPARENT):
         return []
     if type(component).__name__ == "GeneralizedComponent" and isinstance(component.original_component, nn.Identity):
         return []

@@ -22,7 +22,7 @@ account's row of layer 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.rules import Activation, AttentionGeometry, GatedActivation, Linear, Mix, Norm, Operation, Scores, Softmax
 from lens_relevance.sites.anatomy import Anatomy, remember
 from lens_relevance.sites.base import Site
+from lens_relevance.sites.stacks import Cut, Stacks, one_stack, roles
+from lens_relevance.sites.token_sets import TokenAttention
+
+Names = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -104,21 +108,29 @@ def attention(
 def declare_sites(
     model: Any,
     sites: Sequence[DeclaredSite | Sequence[DeclaredSite]],
-    embeddings: Sequence[str],
-    residual: Sequence[str] = (),
-    z: Sequence[str] = (),
-    neurons: Sequence[str] = (),
+    embeddings: Names,
+    residual: Names = (),
+    z: Names = (),
+    neurons: Names = (),
+    attentions: Sequence[TokenAttention] = (),
 ) -> None:
     """Tell where the operations of a HookedRootModule are, so that propagate and attach work on it.
 
     embeddings: HookPoints at which the graph starts, the token embeddings first. residual: complete cuts, one per layer and the final one;
-    z, neurons: for `RelevanceCache.heads` and `.neurons`. Raises RelevanceError for a name that is not one of the model's HookPoints.
+    z, neurons: for `RelevanceCache.heads` and `.neurons`. A model with several sets of positions gives each of these by stack, as in
+    {"image": ["hook_patches"], "question": ["hook_embed"]}. attentions: for `token_relevance`, in the order of computation.
+
+    Raises RelevanceError for a name that is not one of the model's HookPoints.
     """
     points = dict(getattr(model, "hook_dict", {}))
     if not points:
         raise RelevanceError(f"{type(model).__name__} has no HookPoints; derive it from HookedRootModule and call self.setup()")
     listed = [d for group in sites for d in ([group] if isinstance(group, DeclaredSite) else group)]
-    asked = [*(n for d in listed for n in (*d.inputs, d.output)), *embeddings, *residual, *z, *neurons]
+    asked = [
+        *(n for d in listed for n in (*d.inputs, d.output)),
+        *(n for names in (embeddings, residual, z, neurons) for n in _flat(names)),
+    ]
+    asked += [n for one in attentions for n in (one.pattern, one.before, one.written)]
     for name in asked:
         if name not in points:
             raise RelevanceError(f"declare_sites: {name!r} is not a HookPoint of {type(model).__name__}; it has {', '.join(points)}")
@@ -128,5 +140,22 @@ def declare_sites(
         Site(d.name, d.name.split(":")[0].rsplit(".", 1)[-1], d.operation, tuple(points[n] for n in d.inputs), points[d.output])
         for d in listed
     ]
-    layout = {"residual": list(residual), "z": list(z), "neurons": list(neurons)}
-    remember(model, Anatomy(built, points, {name: name for name in points}, leaves=list(embeddings), layout=layout))
+    stacks = _stacks(embeddings, residual, z, neurons)
+    remember(model, Anatomy(built, points, {name: name for name in points}, stacks=stacks, attentions=list(attentions)))
+
+
+def _stacks(*given: Names) -> Stacks:
+    """Stacks from what was declared, each role as names, or as names by stack."""
+    if not any(isinstance(names, Mapping) for names in given):
+        return one_stack(*(list(names) for names in given))
+    if not all(isinstance(names, Mapping) or not names for names in given):
+        raise RelevanceError("declare_sites: give embeddings, residual, z and neurons all by stack ({'image': [...], ...}) or none of them")
+    by_stack = [dict(names) if isinstance(names, Mapping) else {} for names in given]
+    found = {
+        stack: roles(*(list(names.get(stack, [])) for names in by_stack)) for stack in dict.fromkeys(k for names in by_stack for k in names)
+    }
+    return Stacks(found, [Cut("embed", tuple(names["embeddings"][0] for names in found.values() if names["embeddings"]))])
+
+
+def _flat(names: Names) -> list[str]:
+    return [n for group in names.values() for n in group] if isinstance(names, Mapping) else list(names)

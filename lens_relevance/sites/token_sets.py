@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 TOKENS = "tokens"
@@ -26,20 +27,18 @@ class TokenAttention:
     together: str = ""
 
 
-def block_attentions(points: Iterable[str], aliases: Mapping[str, str]) -> list[TokenAttention]:
+def block_attentions(points: Container[str], aliases: Mapping[str, str]) -> list[TokenAttention]:
     """The attentions of a TransformerBridge by the names of its HookPoints: blocks, or encoder blocks and then decoder blocks."""
-    names, found = set(points), []
-    for queries, stack, own in ((TOKENS, "blocks", "attn"), (ENCODER, "encoder_blocks", "attn"), (DECODER, "decoder_blocks", "self_attn")):
-        layer = 0
-        while f"{stack}.{layer}.{own}.hook_pattern" in names:
+    found = []
+    for tokens, stack, own in ((TOKENS, "blocks", "attn"), (ENCODER, "encoder_blocks", "attn"), (DECODER, "decoder_blocks", "self_attn")):
+        for layer in itertools.takewhile(lambda i, stack=stack: f"{stack}.{i}.hook_in" in points, itertools.count()):
             block = f"{stack}.{layer}"
-            written = aliases.get(f"{block}.hook_attn_out", f"{block}.{own}.hook_out") if queries == TOKENS else f"{block}.{own}.hook_out"
-            found.append(TokenAttention(f"{block}.{own}.hook_pattern", f"{block}.hook_in", written, queries, queries))
-            if queries == DECODER and f"{block}.cross_attn.hook_pattern" in names:
+            written = aliases.get(f"{block}.hook_attn_out", f"{block}.{own}.hook_out")
+            found.append(TokenAttention(f"{block}.{own}.hook_pattern", f"{block}.hook_in", written, tokens, tokens))
+            if tokens == DECODER:
+                cross = f"{block}.cross_attn"
                 # pre-norm (T5) has a HookPoint on the stream; post-norm (BART) hands it to the attention as it is
                 middle = f"{block}.hook_resid_mid"
-                before = middle if middle in names else f"{block}.cross_attn.hook_in"
-                cross = f"{block}.cross_attn"
+                before = middle if middle in points else f"{cross}.hook_in"
                 found.append(TokenAttention(f"{cross}.hook_pattern", before, f"{cross}.hook_out", DECODER, ENCODER))
-            layer += 1
     return found

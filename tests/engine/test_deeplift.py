@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lens_relevance import RelevanceCache, log_prob, logit, logit_diff, mean_embedding, propagate, random_tokens
+from lens_relevance.inputs import Prompt
 from tests.engine.families import FAMILIES, TARGET, UPCASTING, build, close, exact, inputs_and_reference, unexplained, whole
 from tests.models import build_gpt2, build_llama, build_native
 from tests.precision import no_upcasts
@@ -131,7 +132,7 @@ def test_several_references_are_averaged() -> None:
     model = build_gpt2(dtype=torch.float64)
     many = random_tokens(3, seed=5)
     together = propagate(model, TOKENS, TARGET, reference=many)
-    rows = many.run(model, TOKENS, torch.ones_like(TOKENS)).tokens
+    rows = many.run(model, Prompt(TOKENS, torch.ones_like(TOKENS))).prompt.tokens
     each = [propagate(model, TOKENS, TARGET, reference=rows[i::3]) for i in range(3)]
     assert rows.shape == (6, 6) and not torch.equal(rows[0], rows[1])
     for name in together:

@@ -1,0 +1,91 @@
+"""The stacks of a model: each set of positions with the HookPoints that play a role in it, and the cuts through all of them.
+
+A decoder, an encoder or an image classifier has one stack (`tokens`); an encoder-decoder has `encoder`, `decoder`, and `cross` for the
+heads between the two. A cut is a set of HookPoints through which everything flows that reaches the target, so that relevance summed over
+it accounts for the whole of it. Up to the encoder's end, a cut of an encoder-decoder is the encoder's residual stream with the decoder's
+embeddings; from there on it is the decoder's residual stream with the encoder's output as the cross-attentions at and above it read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformer_lens.model_bridge.generalized_components import T5BlockBridge
+
+from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
+
+CROSS = "cross"
+Roles = dict[str, list[str]]  # `embeddings` (of tokens first, then of positions), `residual`, `z`, `neurons`
+
+
+@dataclass(frozen=True)
+class Cut:
+    """names: the HookPoints of a complete cut; row: what lies between it and the next one, as the conservation account calls it."""
+
+    row: str
+    names: tuple[str, ...]
+
+
+@dataclass
+class Stacks:
+    """roles: HookPoint names by stack and role. cuts: from the embeddings upward; above the last one is the target."""
+
+    roles: dict[str, Roles] = field(default_factory=dict)
+    cuts: list[Cut] = field(default_factory=list)
+
+
+def one_stack(embeddings: list[str], residual: list[str], z: list[str], neurons: list[str]) -> Stacks:
+    """The stacks of a model with one set of positions."""
+    cuts = [Cut("embed", tuple(embeddings[:1]))]
+    if residual:
+        rows = [*(str(i) for i in range(len(residual) - 1)), "output"]
+        cuts += [Cut(row, (name,)) for row, name in zip(rows, residual, strict=True)]
+    return Stacks({TOKENS: roles(embeddings, residual, z, neurons)}, cuts)
+
+
+def bridge_stacks(model: Any, embeddings: list[str]) -> Stacks:
+    """The stacks of a TransformerBridge; embeddings: HookPoints of its token and position embeddings."""
+    if hasattr(model, "encoder_blocks") and hasattr(model, "decoder_blocks"):
+        return _encoder_decoder(model, embeddings)
+    n = len(model.blocks) if hasattr(model, "blocks") else 0
+    if not n:
+        return one_stack(embeddings, [], [], [])
+    blocks = [f"blocks.{i}" for i in range(n)]
+    return one_stack(embeddings, _residual(blocks), [f"{b}.attn.o.hook_in" for b in blocks], _neurons(blocks))
+
+
+def roles(embeddings: list[str], residual: list[str], z: list[str], neurons: list[str]) -> Roles:
+    """The roles of one stack."""
+    return {"embeddings": list(embeddings), "residual": list(residual), "z": list(z), "neurons": list(neurons)}
+
+
+def _encoder_decoder(model: Any, embeddings: list[str]) -> Stacks:
+    encoder = [f"encoder_blocks.{i}" for i in range(len(model.encoder_blocks))]
+    decoder = [f"decoder_blocks.{i}" for i in range(len(model.decoder_blocks))]
+    if isinstance(model.encoder_blocks[0], T5BlockBridge):  # its embedding never fires, its positions are a bias on the scores
+        below, beside = [f"{encoder[0]}.hook_in"], [f"{decoder[0]}.hook_in"]
+    else:
+        below = [name for name in embeddings if not name.startswith("decoder_")]
+        beside = [name for name in embeddings if name.startswith("decoder_")]
+    start = f"{decoder[0]}.hook_in"
+    reads = [[f"{b}.cross_attn.k.hook_in", f"{b}.cross_attn.v.hook_in"] for b in decoder]
+    cuts = [Cut("embed", (below[0], beside[0]))]
+    cuts += [Cut(f"encoder {i}", (f"{b}.hook_in", start)) for i, b in enumerate(encoder)]
+    cuts += [Cut("encoder output", (f"{encoder[-1]}.hook_out", start))]
+    cuts += [Cut(f"decoder {i}", (f"{b}.hook_in", *(n for pair in reads[i:] for n in pair))) for i, b in enumerate(decoder)]
+    cuts += [Cut("output", (f"{decoder[-1]}.hook_out",))]
+    by_stack = {
+        ENCODER: roles(below, _residual(encoder), [f"{b}.attn.o.hook_in" for b in encoder], _neurons(encoder)),
+        DECODER: roles(beside, _residual(decoder), [f"{b}.self_attn.o.hook_in" for b in decoder], _neurons(decoder)),
+        CROSS: roles([], [], [f"{b}.cross_attn.o.hook_in" for b in decoder], []),
+    }
+    return Stacks(by_stack, cuts)
+
+
+def _residual(blocks: list[str]) -> list[str]:
+    return [*(f"{b}.hook_in" for b in blocks), f"{blocks[-1]}.hook_out"]
+
+
+def _neurons(blocks: list[str]) -> list[str]:
+    return [f"{b}.mlp.out.hook_in" for b in blocks]
