@@ -37,7 +37,7 @@ class Prompt:
     @property
     def explained(self) -> str:
         """The argument that holds `tokens`."""
-        return next((name for name in ("decoder_input_ids", "input_ids") if name in self.arguments), "")
+        return _explained(self.arguments)
 
     @property
     def ids(self) -> dict[str, Int[Tensor, "batch pos"]]:
@@ -120,7 +120,7 @@ def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tenso
     known = inspect.signature(root(model).forward).parameters
     arguments: dict[str, Tensor] = {}
     for name, value in inputs.items():
-        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        if name not in known and (is_bridge(model) or not any(p.kind is p.VAR_KEYWORD for p in known.values())):
             raise RelevanceError(f"the model takes no argument {name!r}; it takes {', '.join(known)}")
         if name in _MASKS and not isinstance(value, Tensor):
             value, hidden = tokenize(model, value)
@@ -140,12 +140,16 @@ def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tenso
     if "input_ids" in arguments and "decoder_input_ids" not in arguments and getattr(root(model), "config", None) is not None:
         if getattr(root(model).config, "is_encoder_decoder", False):
             raise RelevanceError("an encoder-decoder needs decoder_input_ids too: the target is read off the decoder's positions")
-    prompt = Prompt(torch.empty(0), torch.empty(0), arguments)
-    if not prompt.explained:
+    name = _explained(arguments)
+    if not name:
         nothing = torch.zeros(next(iter(batches.values())), 1, dtype=torch.long, device=device)
-        return replace(prompt, tokens=nothing, mask=torch.ones_like(nothing))
-    tokens = arguments[prompt.explained]
-    return replace(prompt, tokens=tokens, mask=arguments.get(_MASKS[prompt.explained], torch.ones_like(tokens)).long())
+        return Prompt(nothing, torch.ones_like(nothing), arguments)
+    return Prompt(arguments[name], arguments.get(_MASKS[name], torch.ones_like(arguments[name])).long(), arguments)
+
+
+def _explained(arguments: Mapping[str, Any]) -> str:
+    """The argument that holds the ids whose logits are explained, if there is one."""
+    return next((name for name in ("decoder_input_ids", "input_ids") if name in arguments), "")
 
 
 def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:

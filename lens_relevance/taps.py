@@ -47,6 +47,8 @@ class Taps:
         for name in dict.fromkeys(names):
             if name not in self.names:
                 self.names.append(name)
+                if name in self._body.decorative:
+                    continue  # not even touched: T5's norms go on with what they find there, if anybody does
                 self._opened.state(self._body.points[name]).taps.append(partial(self._store, name))
 
     def _store(self, name: str, x: Tensor) -> Tensor | None:
@@ -65,7 +67,7 @@ class Taps:
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         """A raw tensor in TransformerLens's layout."""
-        conversion = self._body.points[name].hook_conversion
+        conversion = self._body.conversion(name)
         return tensor if conversion is None else conversion.convert(tensor)
 
     def absent(self, tensors: dict[str, Tensor], explicit: Collection[str]) -> dict[str, str]:
@@ -73,7 +75,6 @@ class Taps:
         absent = {}
         for name in self.names:
             if name in self._body.decorative:
-                tensors.pop(name, None)
                 absent[name] = "decorative on this model: it fires on another tensor than its name says"
             elif name not in tensors:
                 absent[name] = "did not fire in this forward, or holds integers"
@@ -109,7 +110,8 @@ def collect(
     padded = {stack: not bool((mask == 1).all()) for stack, mask in masks.items()}
     for name in names:
         point, stack = body.points[name], body.stack_of(name)
-        convert = point.hook_conversion.convert if point.hook_conversion is not None else (lambda x: x)
+        conversion = body.conversion(name)
+        convert = conversion.convert if conversion is not None else (lambda x: x)
         kept = {"activations": taps[name].detach(), "coefficients": coefficients[name].detach()}
         if references is not None:
             kept["reference_activations"] = references[name]

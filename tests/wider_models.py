@@ -40,14 +40,34 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
         "Qwen3MoeConfig",
         _GROUPED | dict(head_dim=4, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2),
     ),
+    "gpt_oss": (  # small limits, so that the clamps of its gates bite
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _GROUPED | dict(head_dim=4, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, swiglu_limit=0.5),
+    ),
+    "deepseek_v3": (  # one dense layer, one with experts
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _COMMON
+        | dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6)
+        | dict(n_routed_experts=6, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=12, first_k_dense_replace=1),
+    ),
+}
+_REFUSED: dict[str, tuple[str, str, dict[str, object]]] = {
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", _GROUPED | dict(num_experts=4, num_experts_per_tok=2)),
 }
 WIDER = list(_SETTINGS)
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
-def build_wider(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> TransformerBridge:
-    """A tiny random model of one of `WIDER`."""
-    model_class, config_class, settings = _SETTINGS[family]
+def build_wider(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: object) -> TransformerBridge:
+    """A tiny random model of one of `WIDER`, or of `_REFUSED`."""
+    model_class, config_class, settings = (_SETTINGS | _REFUSED)[family]
     make: Callable[..., transformers.PretrainedConfig] = getattr(transformers, config_class)
-    config = make(**settings)
+    config = make(**(settings | overrides))
     config._experts_implementation = "eager"  # the default for mixtures of experts, grouped_mm, knows no float64
-    return bridge_from_config(getattr(transformers, model_class), config, dtype, seed)
+    model = bridge_from_config(getattr(transformers, model_class), config, dtype, seed)
+    for name, buffer in model.original_model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # DeepSeek-V3 chooses its experts by it
+            buffer.copy_(torch.linspace(-0.02, 0.02, len(buffer)))
+    return model

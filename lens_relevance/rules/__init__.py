@@ -12,15 +12,19 @@ from lens_relevance.rules.attention import (
 )
 from lens_relevance.rules.attention_steps import AttentionGeometry, Mix, Scores, Softmax
 from lens_relevance.rules.base import Operation, Reference, Rule
+from lens_relevance.rules.clamped_gate import ClampedGate
+from lens_relevance.rules.experts import Expert, Experts, Router
 from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, ZeroRule
 from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm
-from lens_relevance.rules.routing import Experts, ExpertsRule
+from lens_relevance.rules.routing import ExpertsRule
 
 __all__ = [
     "Activation",
     "AttentionGeometry",
+    "ClampedGate",
     "Constant",
     "EpsilonRule",
+    "Expert",
     "Experts",
     "ExpertsRule",
     "GammaRule",
@@ -42,6 +46,7 @@ __all__ = [
     "PairSoftmax",
     "Reference",
     "Rescale",
+    "Router",
     "Rule",
     "Scale",
     "Scores",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lens_relevance.rules.activation import derivative, identity_factor, rescale_factor
-from lens_relevance.rules.attention_steps import Mix, Scores
+from lens_relevance.rules.attention_steps import Mix, Scores, Softmax
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, working
 from lens_relevance.rules.softmax import is_masked, logarithmic_mean, masked_softmax, pull_back
 
@@ -56,8 +56,9 @@ class SoftmaxTemperature(Rule):
         self.temperature = temperature
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        scores = working(inputs[0])
-        return (masked_softmax(torch.where(is_masked(scores), float("-inf"), scores / self.temperature)),)
+        assert isinstance(op, Softmax)
+        scores = op.with_sink(inputs[0])
+        return (op.real(masked_softmax(torch.where(is_masked(scores), float("-inf"), scores / self.temperature))),)
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         flat, g = kept[0], working(upstream)
@@ -112,7 +113,7 @@ class PairProduct(PairRule):
         assert reference is not None
         if isinstance(op, Mix):
             pattern = (working(inputs[0]) + working(reference.inputs[0])) / 2
-            return pattern, op.geometry.split((working(inputs[1]) + working(reference.inputs[1])) / 2)
+            return pattern, op.geometry.values((working(inputs[1]) + working(reference.inputs[1])) / 2)
         assert isinstance(op, Scores)
         q1, k1 = op.geometry.queries_keys(inputs)
         q2, k2 = op.geometry.queries_keys(reference.inputs)
@@ -133,7 +134,11 @@ class PairSoftmax(PairRule):
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         assert reference is not None
-        return (logarithmic_mean(working(inputs[0]), working(reference.inputs[0])),)
+        assert isinstance(op, Softmax)
+        return (logarithmic_mean(op.with_sink(inputs[0]), op.with_sink(reference.inputs[0])),)
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        return (pull_back(kept[0], working(upstream)),)
+        assert isinstance(op, Softmax)
+        if op.sinks is not None:  # nothing is read at the sink
+            upstream = torch.nn.functional.pad(upstream, (0, 1))
+        return (op.real(pull_back(kept[0], working(upstream))),)

@@ -17,7 +17,9 @@ class AttentionGeometry:
 
     rotate(x, sign, constants) turns queries and keys by their positions (sign -1 pulls coefficients back), where the model does it between
     the HookPoints; `soft_cap` is Gemma2's c in c tanh(r / c); `bias(scores)` gives what is added to rebuilt scores, -inf where they are
-    masked; adds_bias: a position bias (ALiBi, T5) is added to the scores, which keeps a share of a single run's relevance.
+    masked; adds_bias: a position bias (ALiBi, T5) is added to the scores, which keeps a share of a single run's relevance;
+    queries_are_split, values_are_split: queries and keys, or values, come with their heads already apart. Values may be of another size
+    than queries and keys (d_value, DeepSeek-V3).
     """
 
     def __init__(
@@ -31,10 +33,13 @@ class AttentionGeometry:
         bias: Callable[[Tensor], Tensor | None] | None = None,
         queries_are_split: bool = False,
         adds_bias: bool = False,
+        values_are_split: bool = False,
+        d_value: int | None = None,
     ) -> None:
         self.n_heads, self.n_key_value_heads, self.d_head = n_heads, n_key_value_heads, d_head
         self.scale, self.soft_cap, self.rotate, self.bias = scale, soft_cap, rotate, bias
         self.queries_are_split, self.adds_bias = queries_are_split, adds_bias
+        self.values_are_split, self.d_value = values_are_split, d_head if d_value is None else d_value
 
     @property
     def group(self) -> int:
@@ -53,6 +58,12 @@ class AttentionGeometry:
     def reduce(self, x: Tensor) -> Tensor:
         """Coefficients of a group of query heads summed at their key-value head."""
         return x if self.group == 1 else x.unflatten(-3, (self.n_key_value_heads, self.group)).sum(-3)
+
+    def values(self, v: Tensor) -> Float[Tensor, "... head pos d_value"]:
+        return working(v) if self.values_are_split else self.split(v)
+
+    def split_z(self, z: Tensor) -> Float[Tensor, "... head pos d_value"]:
+        return working(z).unflatten(-1, (-1, self.d_value)).transpose(-2, -3)
 
     def queries_keys(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
         """q and k as they meet in the product: [.., head, pos, d_head] and [.., kv head, pos, d_head]."""
@@ -99,12 +110,29 @@ class Scores(Operation):
 
 
 class Softmax(Operation):
-    """scores -> pattern."""
+    """scores -> pattern.
+
+    sinks: a score per head of one more column, to which attention can go without a value being read there (GPT-OSS).
+    """
 
     kind = "pattern"
 
+    def __init__(self, sinks: Float[Tensor, " head"] | None = None) -> None:
+        self.sinks = sinks
+
+    def with_sink(self, scores: Tensor) -> Float[Tensor, "... head query keys"]:
+        """The scores and, last, that of the sink, where there is one."""
+        scores = working(scores)
+        if self.sinks is None:
+            return scores
+        return torch.cat([scores, self.sinks.to(scores).reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+
+    def real(self, columns: Float[Tensor, "... head query keys"]) -> Float[Tensor, "... head query key"]:
+        """Without the sink's column."""
+        return columns if self.sinks is None else columns[..., :-1]
+
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return masked_softmax(working(inputs[0]))
+        return self.real(masked_softmax(self.with_sink(inputs[0])))
 
 
 class Mix(Operation):
@@ -116,10 +144,10 @@ class Mix(Operation):
         self.geometry = geometry
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return self.geometry.merge(working(inputs[0]) @ self.geometry.expand(self.geometry.split(inputs[1])))
+        return self.geometry.merge(working(inputs[0]) @ self.geometry.expand(self.geometry.values(inputs[1])))
 
     def back(self, upstream: Tensor, pattern: Tensor, v: Tensor) -> Coefficients:
         """Coefficients at the pattern and the raw v, for given values of the other factor."""
-        g = self.geometry.split(upstream)
+        g = self.geometry.split_z(upstream)
         to_v = self.geometry.reduce(pattern.transpose(-1, -2) @ g)
-        return g @ self.geometry.expand(v).transpose(-1, -2), self.geometry.merge(to_v)
+        return g @ self.geometry.expand(v).transpose(-1, -2), to_v if self.geometry.values_are_split else self.geometry.merge(to_v)

@@ -8,68 +8,29 @@ The experts are one batched module behind no HookPoint, so the whole is recomput
 | router weight * expert | constant | the router weight is a constant | derived here, as CP-LRP holds gates constant |
 | router weight * expert | pair | mean of the two runs' values of the other factor | derived here |
 | router softmax | gradient / pair | as for attention; between two runs only where both chose the same experts | |
+| sigmoid router (DeepSeek-V3) | gradient / pair | softmax of log sigmoid(score), the log sigmoid by its gradient / the rescale rule | derived here |
 
 Where two runs choose different experts for a token the change of its router weights is not a function of small steps of its scores: that
-share is the sink `router` of the account, and with it the account is exact.
+share is the sink `router` of the account, and with it the account is exact. Biases of experts and router keep their share there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules.activation import Gated, GatedActivation
+from lens_relevance.errors import LivenessError
+from lens_relevance.rules.activation import Gated, derivative, rescale_factor
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, share, working
+from lens_relevance.rules.clamped_gate import gate_factors
+from lens_relevance.rules.experts import Expert, Experts
 from lens_relevance.rules.softmax import logarithmic_mean, pull_back
 
-
-class Experts(Operation):
-    """x -> sum of router weight * down(act(gate(x)) * up(x)) over the top k experts.
-
-    gate_up: [expert, 2 d_expert, d_model]; down: [expert, d_model, d_expert]; router: [expert, d_model]; renormalize: router weights of the
-    chosen experts sum to one (a softmax over these alone).
-    """
-
-    kind = "experts"
-
-    def __init__(
-        self,
-        gate_up: Float[Tensor, "expert d_gate_up d_model"],
-        down: Float[Tensor, "expert d_model d_expert"],
-        router: Float[Tensor, "expert d_model"],
-        top_k: int,
-        renormalize: bool,
-        function: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.gate_up, self.down, self.router, self.top_k, self.renormalize = gate_up, down, router, top_k, renormalize
-        self.gated = GatedActivation(function)
-
-    def flat(self, x: Tensor) -> Float[Tensor, "tokens d_model"]:
-        return working(x).flatten(0, -2)
-
-    def scores(self, x: Float[Tensor, "tokens d_model"]) -> tuple[Float[Tensor, "tokens expert"], Bool[Tensor, "tokens expert"]]:
-        """Router scores, -inf where the softmax leaves an expert out, and which experts are chosen."""
-        scores = x @ self.router.to(x.dtype).T
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(self.top_k, -1).indices, True)
-        return (scores.masked_fill(~chosen, float("-inf")) if self.renormalize else scores), chosen
-
-    def parts(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up activations of one expert."""
-        gate, up = (x @ self.gate_up[expert].to(x.dtype).T).chunk(2, -1)
-        return gate, up
-
-    def out(self, expert: int, gate: Tensor, up: Tensor) -> Tensor:
-        return self.gated(gate, up) @ self.down[expert].to(gate.dtype).T
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        x = self.flat(inputs[0])
-        scores, chosen = self.scores(x)
-        weights = scores.softmax(-1) * chosen
-        y = torch.stack([weights[:, e : e + 1] * self.out(e, *self.parts(e, x)) for e in range(len(self.down))]).sum(0)
-        return y.reshape(inputs[0].shape)
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}  # models compute router weights in fp32 whatever their dtype
+_PER_EXPERT = 5
 
 
 class ExpertsRule(Rule):
@@ -87,67 +48,128 @@ class ExpertsRule(Rule):
         return self.gated.is_plain and self.router == "gradient"
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        """Router: softmax weights that pull back (0 where nothing passes). Per expert: its tokens, router weight, output, two factors."""
+        """Two factors from router weights to router scores. Per expert: its tokens, their router weights and neurons, two factors."""
         assert isinstance(op, Experts)
-        x = op.flat(inputs[0])
-        scores, chosen = op.scores(x)
-        weights, used = scores.softmax(-1) * chosen, chosen
-        pull = scores.softmax(-1)
-        pair = self.router == "pair"
-        if pair:
-            assert reference is not None
-            x2 = op.flat(reference.inputs[0])
-            scores2, chosen2 = op.scores(x2)
-            weights, used = (weights + scores2.softmax(-1) * chosen2) / 2, chosen | chosen2
+        x, others = op.flat(inputs[0]), None if reference is None or not self.needs_reference else op.flat(reference.inputs[0])
+        scores, chosen = op.router.scores(x), op.chosen(inputs[0])
+        logits = op.router.logits(scores, chosen)
+        own_weights = op.router.weights(logits, chosen)
+        weights, used, pull, slope = own_weights, chosen, logits.softmax(-1), torch.ones_like(scores)
+        if op.router.sigmoid:
+            slope = derivative(torch.nn.functional.logsigmoid, scores)
+        if self.router == "pair":
+            assert reference is not None and others is not None
+            scores2, chosen2 = op.router.scores(others), op.chosen(reference.inputs[0])
+            logits2 = op.router.logits(scores2, chosen2)
+            weights, used = (weights + op.router.weights(logits2, chosen2)) / 2, chosen | chosen2
             same = (chosen == chosen2).all(-1, keepdim=True)
-            pull = logarithmic_mean(scores.masked_fill(~same, 0.0), scores2.masked_fill(~same, 0.0)) * same
-        kept = [pull]
-        for expert in range(len(op.down)):
-            tokens = used[:, expert].nonzero().flatten()
-            gate, up = op.parts(expert, x[tokens])
-            out, other = op.out(expert, gate, up), None
-            if pair:
-                parts2 = op.parts(expert, x2[tokens])
-                other = Reference(parts2, gate)
-                out = (out + op.out(expert, *parts2)) / 2
-            factors = self.gated.keep(op.gated, (gate, up), gate, other)
-            kept += [tokens, weights[tokens, expert].unsqueeze(-1), out, *factors]
+            pull = logarithmic_mean(logits.masked_fill(~same, 0.0), logits2.masked_fill(~same, 0.0)) * same
+            if op.router.sigmoid:
+                f = torch.nn.functional.logsigmoid
+                slope = rescale_factor(f, scores, f(scores), scores2, f(scores2))
+        check = _Check(x)
+        kept = [pull * op.router.scale, slope]
+        for e in range(op.n):
+            expert, tokens = op.expert(e), used[:, e].nonzero().flatten()
+            neurons, *rest = self._expert(op, expert, x[tokens], None if others is None else others[tokens])
+            check.add(tokens, own_weights[tokens, e], neurons, expert)
+            kept += [tokens, weights[tokens, e].unsqueeze(-1), *rest]
+        if op.shared is not None:
+            neurons, _, *factors = self._expert(op, op.shared, x, others)
+            check.add(torch.arange(len(x), device=x.device), x.new_ones(len(x)), neurons, op.shared)
+            kept += factors
+        check.compare(output)
         return tuple(kept)
+
+    def _expert(self, op: Experts, expert: Expert, x: Tensor, other: Tensor | None) -> Tensors:
+        """One expert's neurons, what stands for them in the product (their mean over both runs in pair form), and two factors."""
+        parts = expert.parts(x)
+        neurons = mean = op.gated(*parts)
+        if other is None:
+            return neurons, mean, *gate_factors(self.gated, op.gated, parts, None)
+        others = expert.parts(other)
+        if self.router == "pair":
+            mean = (neurons + op.gated(*others)) / 2
+        return neurons, mean, *gate_factors(self.gated, op.gated, parts, Reference(others, others[0]))
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         assert isinstance(op, Experts)
         g = working(upstream).flatten(-3, -2)
         part = 0.5 if self.router == "half" else 1.0
         to_x = torch.zeros_like(g)
-        to_weights = g.new_zeros((*g.shape[:-1], len(op.down)))
-        for expert in range(len(op.down)):
-            tokens, weight, out, to_gate, to_up = kept[1 + 5 * expert : 6 + 5 * expert]
-            here = g[..., tokens, :]
-            to_weights[..., tokens, expert] = (here * out).sum(-1) * part
-            hidden = (here * weight * part) @ op.down[expert].to(g.dtype)
-            both = torch.cat([hidden * to_gate, hidden * to_up], -1) @ op.gate_up[expert].to(g.dtype)
-            to_x.index_add_(-2, tokens, both)
+        to_weights = g.new_zeros((*g.shape[:-1], op.n))
+        for e in range(op.n):
+            tokens, weight, neurons, *factors = kept[2 + _PER_EXPERT * e : 2 + _PER_EXPERT * (e + 1)]
+            if not len(tokens):
+                continue
+            expert, here = op.expert(e), g[..., tokens, :]
+            to_neurons = here @ expert.down.to(g.dtype)
+            if self.router != "constant":  # the expert's output against g, without computing that output
+                to_weights[..., tokens, e] = part * ((to_neurons * neurons).sum(-1) + _along(here, expert.down_bias))
+            to_x.index_add_(-2, tokens, _through(expert, to_neurons * (weight * part), factors))
+        if op.shared is not None:
+            to_x = to_x + _through(op.shared, g @ op.shared.down.to(g.dtype), kept[-2:])
         if self.router != "constant":
-            to_x = to_x + pull_back(kept[0], to_weights) @ op.router.to(g.dtype)
+            to_x = to_x + (pull_back(kept[0], to_weights) * kept[1]) @ op.router.weight.to(g.dtype)
         return (to_x.reshape(upstream.shape),)
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
         assert isinstance(op, Experts)
-        nothing = torch.zeros_like(per_example(working(upstream)))
-        if self.router == "constant" and self.gated.product == "constant" and reference is None:
-            return nothing
-        if not (self.router == "pair" and self.gated.product == "pair" and self.gated.activation == "rescale"):
-            return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
-        assert reference is not None
-        return per_example(share(self._changed_choice(op, inputs[0], reference.inputs[0]), upstream))
+        gated = self.gated
+        if self.router == "constant" and gated.product == "constant" and gated.activation == "identity":
+            if reference is None and not op.has_biases:
+                return torch.zeros_like(per_example(working(upstream)))
+        if self.router == "pair" and gated.product == "pair" and gated.activation == "rescale":
+            assert reference is not None
+            return per_example(share(_changed_choice(op, inputs[0], reference.inputs[0]), upstream))
+        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
 
-    @staticmethod
-    def _changed_choice(op: Experts, one: Tensor, two: Tensor) -> Tensor:
-        """What the change of router weights does at tokens whose experts differ between the runs: mean(expert) * d(weight)."""
-        x1, x2 = op.flat(one), op.flat(two)
-        (s1, c1), (s2, c2) = op.scores(x1), op.scores(x2)
-        change = (s1.softmax(-1) * c1 - s2.softmax(-1) * c2) * (c1 != c2).any(-1, keepdim=True)
-        total = torch.zeros_like(x1)
-        for e in range(len(op.down)):
-            total = total + change[:, e : e + 1] * (op.out(e, *op.parts(e, x1)) + op.out(e, *op.parts(e, x2))) / 2
-        return total.reshape(one.shape)
+
+def _along(g: Tensor, bias: Tensor | None) -> Tensor | float:
+    """g . bias, token by token."""
+    return 0.0 if bias is None else g @ bias.to(g.dtype)
+
+
+def _through(expert: Expert, to_neurons: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Coefficients at an expert's input from those at its neurons."""
+    to_gate, to_up = factors
+    return (to_neurons * to_gate) @ expert.gate.to(to_neurons.dtype) + (to_neurons * to_up) @ expert.up.to(to_neurons.dtype)
+
+
+def _changed_choice(op: Experts, one: Tensor, two: Tensor) -> Tensor:
+    """What the change of router weights does at tokens whose experts differ between the runs: mean(expert) * d(weight)."""
+    x1, x2, c1, c2 = op.flat(one), op.flat(two), op.chosen(one), op.chosen(two)
+    w1, w2 = (op.router.weights(op.router.logits(op.router.scores(x), c), c) for x, c in ((x1, c1), (x2, c2)))
+    change = (w1 - w2) * (c1 != c2).any(-1, keepdim=True)
+    total = torch.zeros_like(x1)
+    for e in range(op.n):
+        tokens = (change[:, e] != 0).nonzero().flatten()
+        means = (op.outs(x1[tokens], op.expert(e)) + op.outs(x2[tokens], op.expert(e))) / 2
+        total.index_add_(0, tokens, change[tokens, e : e + 1] * means)
+    return total.reshape(one.shape)
+
+
+class _Check:
+    """Whether the recomputed experts are what the model computed, by the projection of both on one direction.
+
+    That costs a matrix times a vector per expert, where comparing the outputs themselves would cost half a forward. It notices another
+    choice of experts, router weights that a hook has edited, and a version of the model that computes something else.
+    """
+
+    def __init__(self, x: Float[Tensor, "tokens d_model"]) -> None:
+        self.direction = torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype, device=x.device).cos()
+        self.expected = torch.zeros_like(x[:, 0])
+
+    def add(self, tokens: Tensor, weight: Float[Tensor, " tokens"], neurons: Float[Tensor, "tokens d_expert"], expert: Expert) -> None:
+        along = neurons @ (self.direction @ expert.down.to(neurons.dtype)) + _along(self.direction, expert.down_bias)
+        self.expected.index_add_(0, tokens, weight * along)
+
+    def compare(self, output: Tensor) -> None:
+        y = working(output).flatten(0, -2)
+        allowed = _TOLERANCE.get(output.dtype, 5e-2) * float(self.direction.norm() * y.norm(dim=-1).max())
+        worst = float((y @ self.direction - self.expected).abs().max())
+        if worst > allowed:
+            raise LivenessError(
+                f"a mixture of experts does not compute what its site says: recomputed, it differs by {worst:.2g}. A hook may have edited "
+                "its router's weights or choice, which its rule cannot follow; or transformers computes it in a way that is not known yet"
+            )

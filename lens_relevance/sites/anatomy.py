@@ -9,21 +9,23 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import generalized_components as components
+from transformer_lens.model_bridge.generalized_components.vision_classifier_head import VisionClassifierHeadBridge
 from transformer_lens.model_bridge.generalized_components.vision_embeddings import VisionEmbeddingsBridge
 
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.sites.attention import attention_sites
+from lens_relevance.sites.attention import SplitHeads, attention_sites
 from lens_relevance.sites.base import Site
 from lens_relevance.sites.experts import expert_sites
 from lens_relevance.sites.linear import linear_sites
 from lens_relevance.sites.mlp import mlp_sites
-from lens_relevance.sites.normalization import norm_sites
-from lens_relevance.sites.output import output_sites
+from lens_relevance.sites.normalization import decorative_statistics, norm_sites
+from lens_relevance.sites.output import output_sites, pooler_sites
 from lens_relevance.sites.stacks import CROSS, Roles, Stacks, bridge_stacks
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS, TokenAttention, block_attentions
 
 # Linear layers that are split before use, so that their own HookPoints stay silent (and a router is part of its mixture of experts).
 _NEVER_FIRE = ("qkv", "gate_up")
+_STATE_SPACE = ("SSMBlockBridge", "SSMMixerBridge", "SSM2MixerBridge", "DepthwiseConv1DBridge")
 _EMBEDDINGS = (components.EmbeddingBridge, components.PosEmbedBridge, VisionEmbeddingsBridge)
 # Components that only carry tensors around or are linear in them.
 _TRANSPARENT = (*_EMBEDDINGS, components.RotaryEmbeddingBridge, components.BlockBridge, components.T5BlockBridge)
@@ -37,6 +39,7 @@ class Anatomy:
     uncovered: component path -> why it has no site. decorative: names of HookPoints that say one thing and carry another.
     stacks: HookPoint names by stack and role, and the complete cuts.
     attentions: which token set attends to which, in the order of computation.
+    conversions: to a layout by heads and back, where TransformerLens's own conversion misreads how many heads there are.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -46,6 +49,11 @@ class Anatomy:
     decorative: set[str] = field(default_factory=set)
     stacks: Stacks = field(default_factory=Stacks)
     attentions: list[TokenAttention] = field(default_factory=list)
+    conversions: dict[str, SplitHeads] = field(default_factory=dict)
+
+    def conversion(self, name: str) -> Any:
+        """From a HookPoint's raw tensor to TransformerLens's layout (`convert`) and back (`revert`), or None where they are the same."""
+        return self.conversions.get(name, self.points[name].hook_conversion)
 
     @property
     def leaves(self) -> list[str]:
@@ -104,11 +112,15 @@ def anatomy(model: Any) -> Anatomy:
             sites = _sites_of(name, component)
             for site in sites:
                 site.component = component
+                if site.kind == "z" and site.output is not None and isinstance(component, components.MLAAttentionBridge):
+                    found.conversions[site.output_name] = SplitHeads(site.operation.geometry.n_heads)  # type: ignore[attr-defined]
             found.sites += sites
         except CoverageError as error:
             found.uncovered[name] = str(error)
             if isinstance(component, components.AttentionBridge):
                 found.decorative |= {str(component.hook_attn_scores.name), str(component.hook_pattern.name)}
+        if isinstance(component, components.NormalizationBridge) and decorative_statistics(component):
+            found.decorative |= {str(component.hook_scale.name), str(component.hook_normalized.name)}
         if type(component) in _EMBEDDINGS:
             embeddings.append(str(component.hook_out.name))
     try:
@@ -153,8 +165,10 @@ def _sites_of(name: str, component: Any) -> list[Site]:
         return norm_sites(name, component)
     if isinstance(component, components.MoERouterBridge) or name.rsplit(".", 1)[-1] in _NEVER_FIRE:
         return []
-    if isinstance(component, components.LinearBridge | components.UnembeddingBridge):
+    if isinstance(component, components.LinearBridge | components.UnembeddingBridge | VisionClassifierHeadBridge):
         return linear_sites(name, component)
+    if isinstance(component, components.BertPoolerBridge):
+        return pooler_sites(name, component)
     if isinstance(component, components.AttentionBridge):
         return attention_sites(name, component)
     if isinstance(component, components.MLPBridge):
@@ -165,4 +179,9 @@ def _sites_of(name: str, component: Any) -> list[Site]:
         return []
     if type(component).__name__ == "GeneralizedComponent" and isinstance(component.original_component, nn.Identity):
         return []
+    if type(component).__name__ in _STATE_SPACE:
+        raise CoverageError(
+            f"{name}: {type(component).__name__} runs a state space model in one piece; its recurrence has no HookPoints, and the rules for it "
+            "(MambaLRP, Jafari et al. 2024) are not implemented"
+        )
     raise CoverageError(f"{name}: no site is known for {type(component).__name__}")

@@ -4,7 +4,8 @@
 |---|---|---|---|---|
 | JointQKVAttentionBridge, BloomAttentionBridge | GPT-2, Bloom | live | live | none |
 | JointQKVPositionEmbeddingsAttentionBridge | NeoX | live | live | between q, k and the scores, no HookPoint |
-| PositionEmbeddingsAttentionBridge | Llama, Qwen, Gemma, OLMo2 | live | live | at hook_rot_q, hook_rot_k |
+| PositionEmbeddingsAttentionBridge | Llama, Qwen, Gemma, OLMo2, GPT-OSS | live | live | at hook_rot_q, hook_rot_k |
+| MLAAttentionBridge | DeepSeek-V3 | live | live | below hook_q, hook_k |
 | AttentionBridge over a NativeAttention | boot_native | rebuilt | live | between q, k and the pattern, no HookPoint |
 | AttentionBridge over anything else | OPT, GPT-J, BERT | rebuilt | rebuilt | inside: see delegated_attention.py |
 """
@@ -21,6 +22,7 @@ from transformer_lens.model_bridge.generalized_components import (
     BloomAttentionBridge,
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
+    MLAAttentionBridge,
     PositionEmbeddingsAttentionBridge,
 )
 
@@ -41,17 +43,21 @@ def attention_sites(name: str, component: AttentionBridge) -> list[Site]:
         return _live_sites(name, component, geometry, inputs)
     if isinstance(component, PositionEmbeddingsAttentionBridge):
         return _live_sites(name, component, _llama_geometry(name, component), (component.hook_rot_q, component.hook_rot_k))
+    if type(component) is MLAAttentionBridge:
+        return _latent_sites(name, component)
     if getattr(component.original_component, "accepts_pattern_fn", False):
         return _native_sites(name, component)
     return delegated_sites(name, component)
 
 
-def _live_sites(name: str, component: Any, geometry: AttentionGeometry, inputs: tuple[HookPoint, ...]) -> list[Site]:
-    scores, pattern = component.hook_attn_scores, component.hook_pattern
+def _live_sites(
+    name: str, component: Any, geometry: AttentionGeometry, inputs: tuple[HookPoint, ...], values: HookPoint | None = None
+) -> list[Site]:
+    scores, pattern, sinks = component.hook_attn_scores, component.hook_pattern, getattr(component.original_component, "sinks", None)
     return [
         Site(f"{name}:scores", "attn", Scores(geometry), inputs, scores),
-        Site(f"{name}:pattern", "attn", Softmax(), (scores,), pattern),
-        Site(f"{name}:z", "attn", Mix(geometry), (pattern, component.v.hook_out), component.o.hook_in),
+        Site(f"{name}:pattern", "attn", Softmax(None if sinks is None else sinks.detach()), (scores,), pattern),
+        Site(f"{name}:z", "attn", Mix(geometry), (pattern, values or component.v.hook_out), component.o.hook_in),
     ]
 
 
@@ -72,16 +78,46 @@ def _joint_geometry(component: Any) -> AttentionGeometry:
 
 def _llama_geometry(name: str, component: Any) -> AttentionGeometry:
     original = component.original_component
-    for attribute in ("sinks",):
-        if getattr(original, attribute, None) is not None:
-            raise CoverageError(f"{name}: attention {attribute} are not supported by the attention rules yet")
-    if component._modules.get("gate") is not None or getattr(component.config, "gated_q_proj", False):
-        raise CoverageError(f"{name}: gated attention outputs are not supported by the attention rules yet")
+    plain = PositionEmbeddingsAttentionBridge._pre_output_projection
+    between = {  # steps that some families have between the HookPoints and that no site describes
+        "gated attention outputs": component._modules.get("gate") is not None or getattr(component.config, "gated_q_proj", False),
+        "norms of queries and keys after the rotation": getattr(component.config, "qk_norm_after_rope", False),
+        "queries, keys and values clamped by clip_qkv": getattr(getattr(original, "config", None), "clip_qkv", None) is not None,
+        "steps between z and the output projection": type(component)._pre_output_projection is not plain,
+    }
+    for step, present in between.items():
+        if present:
+            raise CoverageError(f"{name}: {step} are not supported by the attention rules yet")
     d_head = int(original.head_dim)
     n_heads = component.q.original_component.weight.shape[0] // d_head
     group = int(getattr(original, "num_key_value_groups", 1))
     scale, cap = getattr(original, "scaling", d_head**-0.5), getattr(original, "attn_logit_softcapping", None)
     return AttentionGeometry(n_heads, n_heads // group, d_head, float(scale), soft_cap=cap, queries_are_split=True)
+
+
+def _latent_sites(name: str, component: MLAAttentionBridge) -> list[Site]:
+    """Latent attention (DeepSeek-V3): its low-rank projections are linear layers and norms with sites of their own."""
+    original: Any = component.original_component
+    if getattr(original, "scaling", None) is None:
+        raise CoverageError(f"{name}: the scale of {type(original).__name__} is not known, so no attention rule can be placed there")
+    n_heads, d_head, d_value = int(original.num_heads), int(original.qk_head_dim), int(original.v_head_dim)
+    geometry = AttentionGeometry(
+        n_heads, n_heads, d_head, float(original.scaling), queries_are_split=True, values_are_split=True, d_value=d_value
+    )
+    return _live_sites(name, component, geometry, (component.hook_q, component.hook_k), component.hook_v)
+
+
+class SplitHeads:
+    """[batch, pos, head * d] as [batch, pos, head, d], and back."""
+
+    def __init__(self, n_heads: int) -> None:
+        self.n_heads = n_heads
+
+    def convert(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1))
+
+    def revert(self, x: Tensor) -> Tensor:
+        return x.flatten(-2)
 
 
 def _rotate_halves(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import AttentionGeometry, Mix, Scores, Softmax
@@ -26,7 +27,7 @@ class _Family:
     """How one Hugging Face attention module computes.
 
     caller: from the component's original to the module that gets the mask; mask: names of that argument; scale: of q k^T, from the module;
-    rotate: of queries and keys, for a module and its last call.
+    rotate: of queries and keys, position_bias: what is added to the scores besides the mask, for a module and its last call.
     """
 
     scale: Callable[[Any], float]
@@ -34,6 +35,7 @@ class _Family:
     mask: tuple[str, ...] = ("attention_mask",)
     rotate: Callable[[Any, Call, Tensor, int], Tensor] | None = None
     n_heads: str = "num_heads"
+    position_bias: Callable[[Any, Call, Tensor], Tensor | None] | None = None
 
 
 def _rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
@@ -45,9 +47,27 @@ def _rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
     return torch.cat([turned * cos + sign * swapped * sin, rest], -1)
 
 
+def _relative_bias(module: Any, call: Call, scores: Tensor) -> Tensor | None:
+    """T5: the first layer of a stack computes a bias per head and distance, the others are handed it; cross-attention has none."""
+    given = call.get("position_bias")
+    if given is not None or not module.has_relative_attention_bias:
+        return given
+    queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+    buckets = module._relative_position_bucket(
+        keys - queries.unsqueeze(1),
+        bidirectional=not module.is_decoder,
+        num_buckets=module.relative_attention_num_buckets,
+        max_distance=module.relative_attention_max_distance,
+    )
+    return functional.embedding(buckets, module.relative_attention_bias.weight).movedim(-1, 0)
+
+
 _FAMILIES: dict[str, _Family] = {
     "OPTAttention": _Family(scale=lambda m: float(m.scaling)),
     "BertAttention": _Family(scale=lambda m: float(m.scaling), caller=lambda original: original.self, n_heads="num_attention_heads"),
+    "BartAttention": _Family(scale=lambda m: float(m.scaling)),
+    "ViTAttention": _Family(scale=lambda m: float(m.scaling), n_heads="num_attention_heads"),
+    "T5Attention": _Family(scale=lambda m: float(m.scaling), mask=("mask",), n_heads="n_heads", position_bias=_relative_bias),
     "GPTJAttention": _Family(scale=lambda m: 1.0 / float(m.scale_attn), rotate=_rotate_pairs, n_heads="num_attention_heads"),
 }
 
@@ -69,6 +89,11 @@ def delegated_sites(name: str, component: Any) -> list[Site]:
         call.update(kwargs)
 
     def bias(scores: Tensor) -> Tensor | None:
+        added = None if family.position_bias is None else family.position_bias(module, call, scores)
+        hidden = mask(scores)
+        return hidden if added is None else added.to(scores.dtype) + (0.0 if hidden is None else hidden)
+
+    def mask(scores: Tensor) -> Tensor | None:
         given = next((call[m] for m in family.mask if call.get(m) is not None), None)
         if given is None and getattr(module, "is_causal", False):
             given = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -87,6 +112,7 @@ def delegated_sites(name: str, component: Any) -> list[Site]:
         family.scale(module),
         rotate=None if rotate is None else lambda x, sign, _: rotate(module, call, x, sign),
         bias=bias,
+        adds_bias=family.position_bias is not None,
     )
     return rebuilt_sites(name, component, geometry, module, on_call)
 

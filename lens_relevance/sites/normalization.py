@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
-from transformer_lens.model_bridge.generalized_components import LayerNormPreBridge, NormalizationBridge, RMSNormPreBridge
+from transformer_lens.model_bridge.generalized_components import (
+    LayerNormPreBridge,
+    NormalizationBridge,
+    RMSNormalizationBridge,
+    RMSNormPreBridge,
+)
 
+from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Norm, NormDivide, NormScale, NormWeight
 from lens_relevance.sites.base import Site
 
@@ -17,6 +25,10 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
     if isinstance(original, nn.Identity):
         return []
     norm, mount = _operation(component), name.rsplit(".", 1)[-1]
+    if _runs_hf_norm(component) and not _computes(original, norm):
+        raise CoverageError(f"{name}: {type(original).__name__} computes neither the LayerNorm nor the RMSNorm that its parameters say")
+    if decorative_statistics(component):
+        return [Site(name, mount, norm, (component.hook_in,), component.hook_out)]
 
     def watched() -> bool:
         """Whether hook_scale / hook_normalized are read, which is where the whole-norm rule would leave no gradient.
@@ -37,6 +49,25 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
     ]
 
 
+@torch.no_grad()
+def _computes(original: Any, norm: Norm) -> bool:
+    """Whether a module does what the operation says, on one vector; asked once per module."""
+    if original not in _COMPARED:
+        if norm.weight is None or norm.weight.is_meta:  # offloaded: it cannot be run here
+            return True
+        x = torch.linspace(-1.0, 2.0, norm.weight.numel(), dtype=norm.weight.dtype, device=norm.weight.device).reshape(1, 1, -1)
+        _COMPARED[original] = bool(torch.allclose(original(x).float(), norm(x).float(), rtol=2e-2, atol=2e-2))
+    return _COMPARED[original]
+
+
+_COMPARED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def decorative_statistics(component: NormalizationBridge) -> bool:
+    """Whether hook_scale and hook_normalized hold those of a LayerNorm although the module is an RMSNorm (T5)."""
+    return isinstance(component, RMSNormalizationBridge) and not component.uses_rms_norm
+
+
 def _runs_hf_norm(component: NormalizationBridge) -> bool:
     return bool(component.use_native_layernorm_autograd or getattr(component.config, "layer_norm_folding", False))
 
@@ -48,7 +79,7 @@ def _operation(component: NormalizationBridge) -> Norm:
         eps = next((e for e in (getattr(original, a, None) for a in ("eps", "variance_epsilon")) if e is not None), None)
     if eps is None:
         eps = getattr(component.config, "eps", 1e-5)
-    rms = component.uses_rms_norm
+    rms = component.uses_rms_norm or decorative_statistics(component)
     weightless = isinstance(component, LayerNormPreBridge | RMSNormPreBridge)
     weight = None if weightless else getattr(original, "weight", None)
     bias = None if weightless or rms else getattr(original, "bias", None)

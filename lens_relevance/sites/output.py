@@ -1,11 +1,14 @@
 """What lies between the last block and the logits besides norm and unembedding.
 
-A final soft-cap (Gemma 2, native models) lies outside all HookPoints; a masked-language-model head (BERT) has an activation of its own.
+A final soft-cap (Gemma 2, native models) lies outside all HookPoints; a masked-language-model head and a pooler (BERT) have activations of
+their own.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformer_lens.model_bridge.generalized_components import BertPoolerBridge
 
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Activation, SoftCap
@@ -25,3 +28,11 @@ def output_sites(model: Any) -> list[Site]:
             raise CoverageError(f"mlm_head: the activation of {type(original).__name__}'s head was not found")
         sites.append(Site("mlm_head:activation", "mlm_head", Activation(function), (model.mlm_head.hook_out,), model.ln_final.hook_in))
     return sites
+
+
+def pooler_sites(name: str, component: BertPoolerBridge) -> list[Site]:
+    """The activation of a pooler, which reads the first position: from its linear layer to what it hands to the classifier."""
+    function, dense = getattr(component.original_component, "activation", None), getattr(component, "dense", None)
+    if function is None or dense is None:
+        raise CoverageError(f"{name}: the linear layer and the activation of {type(component.original_component).__name__} were not found")
+    return [Site(f"{name}:activation", "pooler", Activation(function), (dense.hook_out,), component.hook_out)]

@@ -1,4 +1,4 @@
-"""LRP of a GPT-2 and of a Llama from the papers' formulas, layer by layer, with plain tensors.
+"""LRP of a GPT-2, a Llama and a Mixtral from the papers' formulas, layer by layer, with plain tensors.
 
 Nothing here is shared with the package: no hooks, no autograd, no coefficients. Relevance itself is handed down, R_j = sum_k (share of j in
 k) R_k. A tensor of relevance has the shape of the activation it belongs to. One prompt [pos] at a time.
@@ -163,6 +163,67 @@ def rotation(pos: int, frequencies: list[float]) -> Tensor:
     return turned
 
 
+def by_zero_rule(weights: Tensor, x: Tensor, relevance: Tensor) -> Tensor:
+    """Relevance of y = W x at x, weights [out, in]."""
+    return share(weights, x, x @ weights.T, relevance)
+
+
+@dataclass
+class GatedMLP:
+    """SwiGLU of one prompt: y = down (silu(gate x) * up x)."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x, self.at_gate, self.at_up = x, x @ self.gate.T, x @ self.up.T
+        self.post = self.at_gate / (1 + torch.exp(-self.at_gate)) * self.at_up
+        return self.post @ self.down.T
+
+    def relevance(self, rules: str, relevance: Tensor) -> Named:
+        """attnlrp: half of a neuron's relevance to its gate, which the identity rule hands on whole; cp_lrp: all of it to `up`."""
+        post = by_zero_rule(self.down, self.post, relevance)
+        to_gate, to_up = (post / 2, post / 2) if rules == "attnlrp" else (torch.zeros_like(post), post)
+        x = by_zero_rule(self.gate, self.x, to_gate) + by_zero_rule(self.up, self.x, to_up)
+        return {"out.hook_in": post, "gate.hook_out": to_gate, "in.hook_out": to_up, "hook_in": x}
+
+
+@dataclass
+class Mixture:
+    """Mixtral's experts: y = sum of w_e expert_e(x) over the top k of the router's scores, w their softmax over the chosen alone."""
+
+    router: Tensor
+    experts: list[GatedMLP]
+    top_k: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x, self.scores = x, x @ self.router.T
+        self.chosen = torch.zeros_like(self.scores)
+        for row, scores in zip(self.chosen, self.scores, strict=True):
+            row[scores.argsort(descending=True)[: self.top_k]] = 1
+        exponentials = torch.exp(self.scores) * self.chosen
+        self.weights = exponentials / exponentials.sum(-1, keepdim=True)
+        self.outs = torch.stack([expert(x) for expert in self.experts], 1)  # [pos, expert, d], every expert at every position
+        self.y = (self.weights.unsqueeze(-1) * self.outs).sum(1)
+        return self.y
+
+    def relevance(self, rules: str, relevance: Tensor) -> Named:
+        """Each expert has its share of the sum. attnlrp: half of that to the expert's router weight (softmax rule, then 0-rule), half to
+        the expert; cp_lrp: all of it to the expert."""
+        shares = self.weights.unsqueeze(-1) * self.outs / self.y.unsqueeze(1) * relevance.unsqueeze(1)
+        if rules == "attnlrp":
+            shares = shares / 2
+            at_weights = shares.sum(-1)
+            at_scores = self.scores * (at_weights - self.weights * at_weights.sum(-1, keepdim=True)) * self.chosen
+        else:
+            at_scores = torch.zeros_like(self.scores)
+        x = by_zero_rule(self.router, self.x, at_scores)
+        for e, expert in enumerate(self.experts):
+            x = x + expert.relevance(rules, shares[:, e])["hook_in"]
+        return {"hook_in": x, "hook_out": relevance}
+
+
 def llama(
     w: Named,
     tokens: Tensor,
@@ -174,18 +235,22 @@ def llama(
     rules: str,
     answer: int,
     wrong: int,
+    top_k: int = 0,
 ) -> Explained:
-    """w: the state of a LlamaForCausalLM. The root mean square of an RMSNorm is a constant.
+    """w: the state of a LlamaForCausalLM, or of a MixtralForCausalLM with top_k experts. The root mean square of an RMSNorm is a constant.
 
     frequencies: RoPE's angles per position, base^(-2i/d) as the model has rounded them.
     """
 
+    def feed_forward(at: str) -> GatedMLP | Mixture:
+        if not top_k:
+            return GatedMLP(*(w[f"{at}.{part}_proj.weight"] for part in ("gate", "up", "down")))
+        experts = [GatedMLP(*joint.chunk(2), down) for joint, down in zip(*(w[f"{at}.experts.{p}_proj"] for p in ("gate_up", "down")))]
+        return Mixture(w[f"{at}.gate.weight"], experts, top_k)
+
     def norm(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()
         return x / rms * w[f"{name}.weight"], torch.diag_embed(w[f"{name}.weight"] / rms)
-
-    def by_zero_rule(name: str, x: Tensor, relevance: Tensor) -> Tensor:
-        return share(w[f"{name}.weight"], x, x @ w[f"{name}.weight"].T, relevance)
 
     embedded = w["model.embed_tokens.weight"][tokens]
     x, kept = embedded, []
@@ -204,41 +269,37 @@ def llama(
         layer["attn"] = layer["z"] @ w[f"{at}.self_attn.o_proj.weight"].T
         layer["mid"] = x + layer["attn"]
         layer["n2"], layer["w2"] = norm(f"{at}.post_attention_layernorm", layer["mid"])
-        gate, up = (layer["n2"] @ w[f"{at}.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
-        layer["post"] = gate / (1 + torch.exp(-gate)) * up
-        layer["mlp"] = layer["post"] @ w[f"{at}.mlp.down_proj.weight"].T
-        kept.append((layer, attention))
+        mlp = feed_forward(f"{at}.mlp")
+        layer["mlp"] = mlp(layer["n2"])
+        kept.append((layer, attention, mlp))
         x = layer["mid"] + layer["mlp"]
     final, weights = norm("model.norm", x)
     logits = final @ w["lm_head.weight"].T
     result = Explained(logits)
 
-    relevance = by_zero_rule("lm_head", final, start(logits, answer, wrong))
+    relevance = by_zero_rule(w["lm_head.weight"], final, start(logits, answer, wrong))
     relevance = share(weights, x, final, relevance)
     result.relevance[f"blocks.{n_layers - 1}.hook_out"] = relevance
     for i in reversed(range(n_layers)):
-        at, (layer, attention) = f"model.layers.{i}", kept[i]
-        past, mlp = split_sum([layer["mid"], layer["mlp"]], relevance)
-        post = by_zero_rule(f"{at}.mlp.down_proj", layer["post"], mlp)
-        at_gate, at_up = (post / 2, post / 2) if rules == "attnlrp" else (torch.zeros_like(post), post)
-        normed = by_zero_rule(f"{at}.mlp.gate_proj", layer["n2"], at_gate) + by_zero_rule(f"{at}.mlp.up_proj", layer["n2"], at_up)
-        relevance = past + share(layer["w2"], layer["mid"], layer["n2"], normed)
+        at, (layer, attention, mlp) = f"model.layers.{i}", kept[i]
+        past, written = split_sum([layer["mid"], layer["mlp"]], relevance)
+        in_mlp = mlp.relevance(rules, written)
+        relevance = past + share(layer["w2"], layer["mid"], layer["n2"], in_mlp["hook_in"])
         past, written = split_sum([layer["pre"], layer["attn"]], relevance)
-        at_z = by_zero_rule(f"{at}.self_attn.o_proj", layer["z"], written)
+        at_z = by_zero_rule(w[f"{at}.self_attn.o_proj.weight"], layer["z"], written)
         parts = attention.relevance(rules, to_heads(at_z, n_heads))
         at_v, at_rot_k = (parts[name].unflatten(0, (n_kv, -1)).sum(1) for name in ("v", "k"))  # a group shares its key-value head
         turned = rotation(len(tokens), frequencies)
         at_q, at_k = share(turned, layer["q"], layer["rot_q"], parts["q"]), share(turned, layer["k"], layer["rot_k"], at_rot_k)
         normed = sum(
-            by_zero_rule(f"{at}.self_attn.{p}_proj", layer["n1"], from_heads(r)) for p, r in (("q", at_q), ("k", at_k), ("v", at_v))
+            by_zero_rule(w[f"{at}.self_attn.{p}_proj.weight"], layer["n1"], from_heads(r))
+            for p, r in (("q", at_q), ("k", at_k), ("v", at_v))
         )  # type: ignore[assignment]
         relevance = past + share(layer["w1"], layer["pre"], layer["n1"], normed)
         named = {"q.hook_out": at_q, "k.hook_out": at_k, "v.hook_out": at_v}
         result.relevance |= {f"blocks.{i}.attn.{name}": part.transpose(0, 1) for name, part in named.items()}
+        result.relevance |= {f"blocks.{i}.mlp.{name}": part for name, part in in_mlp.items()}
         result.relevance |= {
-            f"blocks.{i}.mlp.out.hook_in": post,
-            f"blocks.{i}.mlp.gate.hook_out": at_gate,
-            f"blocks.{i}.mlp.in.hook_out": at_up,
             f"blocks.{i}.attn.o.hook_in": to_heads(at_z, n_heads).transpose(0, 1),
             f"blocks.{i}.hook_in": relevance,
         }

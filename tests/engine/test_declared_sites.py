@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from lens_relevance import LivenessError, RelevanceError, attach, logit_diff, propagate, rulesets
+from lens_relevance import LivenessError, RelevanceError, attach, coverage, logit_diff, propagate, rulesets
 from lens_relevance.rulesets import needs_reference
 from lens_relevance.sites import activation, attention, declare_sites, linear, norm
 from tests.engine.families import close
@@ -99,6 +99,34 @@ def test_attach_works_too() -> None:
         logits = model(TOKENS)
         (logits[:, -1, 3] - logits[:, -1, 4]).sum().backward()
     close(gradients["z"], propagate(model, TOKENS, TARGET, "attnlrp").coefficients["hook_z"], 1e-12)
+
+
+def test_coverage_of_a_model_without_a_config() -> None:
+    model = _declared()
+    with torch.no_grad():
+        model.down.bias.zero_()
+    found = coverage(model)
+    assert found.rulesets["works"].all() and found.sites["live"].all() and not found.uncovered
+    assert set(found.sites["operation"]) == {"norm", "scores", "pattern", "z", "activation", "linear"}
+    assert found.sites["off"].max() < 1e-12
+    given = coverage(model, ["cp_lrp", "deeplift"], inputs=TOKENS)
+    assert given.rulesets["works"].all() and given.rulesets["unexplained"].max() < 1e-12
+
+
+def test_coverage_shows_a_declaration_that_does_not_hold() -> None:
+    """An eps that is not the model's: no ruleset need fail over it, and the site's own line shows it."""
+    model = _declared()
+    wrong = [norm("blocks.0.norm", "hook_norm_in", "hook_norm_out", eps=0.3, rms=True), activation("mlp", "hook_pre", "hook_post", torch.tanh)]
+    declare_sites(model, wrong, embeddings=["hook_embed"])
+    sites = coverage(model, ["cp_lrp"], inputs=TOKENS).sites.set_index("site")
+    assert sites.loc["blocks.0.norm", "off"] > 1e-2 and sites.loc["mlp", "off"] > 1e-2
+
+
+def test_coverage_asks_for_inputs_where_it_cannot_make_them() -> None:
+    model = _declared()
+    model.table = nn.Identity()
+    with pytest.raises(RelevanceError, match="inputs="):
+        coverage(model)
 
 
 def test_a_decorative_hookpoint_is_refused() -> None:

@@ -173,6 +173,15 @@ def test_decorative_points_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) 
         cache["blocks.0.attn.hook_attn_scores"]
 
 
+def test_a_norm_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release whose norm computes something else must not give wrong numbers silently."""
+    model = build_llama(dtype=torch.float64)
+    norm = model.blocks[1].ln2.original_component
+    monkeypatch.setattr(norm, "forward", lambda x: norm.weight * (x - x.mean(-1, keepdim=True)))
+    with pytest.raises(CoverageError, match="blocks.1.ln2: LlamaRMSNorm computes neither"):
+        propagate(model, TOKENS, TARGET, "attnlrp")
+
+
 def test_a_part_without_a_site_is_refused_by_name() -> None:
     """Attention that TransformerLens delegates to Hugging Face has no live scores."""
     from transformers import OPTConfig, OPTForCausalLM

@@ -11,7 +11,7 @@ from lens_relevance import CoverageError, coverage, propagate
 from tests.engine.families import RULESETS, TARGET, close, inputs_and_reference, reference_for, unexplained, whole
 from tests.models import VOCAB_SIZE, bridge_from_config
 from tests.precision import no_upcasts
-from tests.wider_models import WIDER, build_wider
+from tests.wider_models import MIXTURES, WIDER, build_wider
 
 
 @pytest.mark.parametrize("family", WIDER)
@@ -24,11 +24,29 @@ def test_every_ruleset_conserves_and_leaves_the_forward_alone(family: str) -> No
         assert torch.equal(cache.logits, logits), rules
         assert unexplained(cache) < 1e-5, rules
         assert float(cache.tokens().abs().sum()) > 0
-    if family in ("mixtral", "qwen3_moe"):
+    if family in MIXTURES:
         return  # complete together with the sink `router`: see below
     with no_upcasts():
         cache = propagate(model, tokens, TARGET, "deeplift", reference=other)
     close(cache.residual().sum(1), whole(cache).unsqueeze(1).expand(-1, 3), 1e-9)
+
+
+@torch.no_grad()
+def _zero_all_that_keeps(model: TransformerBridge) -> None:
+    """All biases and learned positions, under whatever name."""
+    for name, parameter in model.original_model.named_parameters():
+        if name.endswith("bias") or any(word in name for word in ("wpe", "position", "token_type")):
+            parameter.zero_()
+
+
+@pytest.mark.parametrize("family", WIDER)
+def test_cp_lrp_conserves_without_biases_and_positions(family: str) -> None:
+    with no_upcasts():
+        model = build_wider(family)
+        _zero_all_that_keeps(model)
+        cache = propagate(model, inputs_and_reference()[0], TARGET, "cp_lrp")
+    close(cache.tokens().sum(1), cache.value, 1e-9)
+    close(cache.residual().sum(1), cache.value.unsqueeze(1).expand(-1, 3), 1e-9)
 
 
 @pytest.mark.parametrize("family", WIDER)
@@ -37,6 +55,9 @@ def test_coverage_proves_every_site_live(family: str) -> None:
     assert not found.uncovered
     assert found.rulesets["works"].all(), found.rulesets
     assert found.sites["live"].all(), found.sites.loc[~found.sites["live"]]
+    unchecked = found.sites.loc[found.sites["off"].isna(), "operation"]
+    assert set(unchecked) <= ({"scores"} if family == "bloom" else set())  # ALiBi is added to its scores at no HookPoint
+    assert found.sites["off"].max() < 1e-5
 
 
 def test_a_delegated_attention_with_padding_equals_the_unpadded_run() -> None:
@@ -52,9 +73,10 @@ def test_a_delegated_attention_with_padding_equals_the_unpadded_run() -> None:
         assert float(together.tokens()[:, 4:].abs().max()) == 0
 
 
-def test_experts_chosen_differently_are_a_named_sink() -> None:
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_chosen_differently_are_a_named_sink(family: str) -> None:
     """The choice itself is not a difference that can be passed on; where both runs choose alike the pair rules are complete."""
-    model, (tokens, other) = build_wider("mixtral"), inputs_and_reference()
+    model, (tokens, other) = build_wider(family), inputs_and_reference()
     with no_upcasts():
         account = propagate(model, tokens, TARGET, "deeplift", reference=other, audit=True).conservation()
         near = propagate(model, tokens, TARGET, "deeplift", reference=_nearby(model, tokens), audit=True)
@@ -71,18 +93,21 @@ def _nearby(model: TransformerBridge, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_has_no_site_is_refused_by_name() -> None:
-    config = transformers.GptOssConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        num_local_experts=4,
-    )
-    model = bridge_from_config(transformers.GptOssForCausalLM, config)
-    with pytest.raises(CoverageError, match="blocks.0.*sinks"):
+    config = transformers.MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = bridge_from_config(transformers.MambaForCausalLM, config)
+    with pytest.raises(CoverageError, match="blocks.0.*MambaLRP"):
         propagate(model, inputs_and_reference()[0], TARGET, "attnlrp")
     found = coverage(model, ["attnlrp"])
-    assert not found.rulesets["works"].any() and {"blocks.0.attn", "blocks.0.mlp"} <= set(found.uncovered)
+    assert not found.rulesets["works"].any() and "blocks.0.mixer" in found.uncovered
+
+
+@pytest.mark.parametrize(
+    "family, overrides, reason",
+    [
+        ("deepseek_v3", {"norm_topk_prob": False}, "blocks.1.mlp: router weights that do not sum to one"),
+        ("olmoe", {}, "blocks.0.mlp: how OlmoeSparseMoeBlock routes to its experts is not known"),
+    ],
+)
+def test_a_mixture_that_is_not_known_is_refused_by_name(family: str, overrides: dict[str, object], reason: str) -> None:
+    with pytest.raises(CoverageError, match=reason):
+        propagate(build_wider(family, torch.float32, **overrides), inputs_and_reference()[0], TARGET, "attnlrp")
