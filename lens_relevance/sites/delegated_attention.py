@@ -7,6 +7,7 @@ that is called with the mask, and how it scales and rotates.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +63,25 @@ def _relative_bias(module: Any, call: Call, scores: Tensor) -> Tensor | None:
     return functional.embedding(buckets, module.relative_attention_bias.weight).movedim(-1, 0)
 
 
+def _causal(module: Any, call: Call, scores: Tensor) -> Tensor:
+    """GPT-Neo: a causal (on every other layer also local) mask of the module's own."""
+    queries, keys = scores.shape[-2:]
+    seen = module.bias[0, 0, keys - queries : keys, :keys]
+    return torch.zeros_like(seen, dtype=scores.dtype).masked_fill(~seen, float("-inf"))
+
+
+_PLAIN = _Family(scale=lambda m: float(m.scaling))
+_BERT = _Family(scale=lambda m: float(m.scaling), caller=lambda original: original.self, n_heads="num_attention_heads")
+_VISION = _Family(scale=lambda m: float(m.scaling), n_heads="num_attention_heads")
+_T5 = _Family(scale=lambda m: float(m.scaling), mask=("mask",), n_heads="n_heads", position_bias=_relative_bias)
 _FAMILIES: dict[str, _Family] = {
-    "OPTAttention": _Family(scale=lambda m: float(m.scaling)),
-    "BertAttention": _Family(scale=lambda m: float(m.scaling), caller=lambda original: original.self, n_heads="num_attention_heads"),
-    "BartAttention": _Family(scale=lambda m: float(m.scaling)),
-    "ViTAttention": _Family(scale=lambda m: float(m.scaling), n_heads="num_attention_heads"),
-    "T5Attention": _Family(scale=lambda m: float(m.scaling), mask=("mask",), n_heads="n_heads", position_bias=_relative_bias),
+    **dict.fromkeys(("OPTAttention", "XGLMAttention", "BartAttention", "MBartAttention"), _PLAIN),
+    **dict.fromkeys(("MarianAttention", "PegasusAttention", "M2M100Attention", "BlenderbotAttention"), _PLAIN),
+    **dict.fromkeys(("BertAttention", "RobertaAttention"), _BERT),
+    **dict.fromkeys(("ViTAttention", "DeiTAttention"), _VISION),
+    **dict.fromkeys(("T5Attention", "MT5Attention"), _T5),
     "GPTJAttention": _Family(scale=lambda m: 1.0 / float(m.scale_attn), rotate=_rotate_pairs, n_heads="num_attention_heads"),
+    "GPTNeoSelfAttention": _Family(scale=lambda m: 1.0, position_bias=_causal),
 }
 
 
@@ -83,9 +96,11 @@ def delegated_sites(name: str, component: Any) -> list[Site]:
         )
     module = family.caller(original)
     call: Call = {}
+    names = list(inspect.signature(module.forward).parameters)
 
     def on_call(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         call.clear()
+        call.update(zip(names, args, strict=False))  # ViT hands its mask over by position
         call.update(kwargs)
 
     def bias(scores: Tensor) -> Tensor | None:
