@@ -75,7 +75,7 @@ _BERT = _Family(scale=lambda m: float(m.scaling), caller=lambda original: origin
 _VISION = _Family(scale=lambda m: float(m.scaling), n_heads="num_attention_heads")
 _T5 = _Family(scale=lambda m: float(m.scaling), mask=("mask",), n_heads="n_heads", position_bias=_relative_bias)
 _FAMILIES: dict[str, _Family] = {
-    **dict.fromkeys(("OPTAttention", "XGLMAttention", "BartAttention", "MBartAttention"), _PLAIN),
+    **dict.fromkeys(("OPTAttention", "BartAttention", "MBartAttention"), _PLAIN),
     **dict.fromkeys(("MarianAttention", "PegasusAttention", "M2M100Attention", "BlenderbotAttention"), _PLAIN),
     **dict.fromkeys(("BertAttention", "RobertaAttention"), _BERT),
     **dict.fromkeys(("ViTAttention", "DeiTAttention"), _VISION),
