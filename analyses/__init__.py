@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from analyses.circuits import faithfulness_table
     from analyses.comparison import compare_with_patching
     from analyses.components import describe_head, describe_neuron
+    from analyses.encoders import bridge_encoder
     from analyses.estimators import Estimator, conductance, direct_logit_attribution, eap_ig
     from analyses.graph import flow_graph
     from analyses.loading import load_model
@@ -22,6 +23,7 @@ _HOME = {
     "PromptPairs": "tasks",
     "ablation": "patching",
     "activation_patching": "patching",
+    "bridge_encoder": "encoders",
     "compare_with_patching": "comparison",
     "conductance": "estimators",
     "describe_head": "components",
@@ -40,6 +42,7 @@ __all__ = [
     "PromptPairs",
     "ablation",
     "activation_patching",
+    "bridge_encoder",
     "compare_with_patching",
     "conductance",
     "describe_head",

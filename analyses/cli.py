@@ -33,7 +33,8 @@ Answer = Annotated[str | None, typer.Option(help="The token whose logit is expla
 Wrong = Annotated[str | None, typer.Option(help="The token it is weighed against.")]
 Against = Annotated[str | None, typer.Option(help="A counterpart of equally many tokens; random words if left out.")]
 Task = Annotated[
-    str | None, typer.Option(help="ioi, pronoun, induction, greater_than or agreement; by default the first of ioi and pronoun that fits.")
+    str | None,
+    typer.Option(help="ioi, pronoun, induction, greater_than, agreement or docstring; by default the first of ioi and pronoun that fits."),
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .jsonl with the columns clean, corrupt, answer, wrong.")]
 Number = Annotated[int, typer.Option("--n", min=1, help="How many pairs of the task.")]
@@ -133,15 +134,36 @@ def explain(
     pairs: Pairs = None,
     n: Number = 32,
     seed: Seed = 0,
+    method: Annotated[
+        str | None,
+        typer.Option(help="By attention instead: weighted_accumulation, chefer, rollout, ...; also on T5 and BART."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show words, heads and the account in the terminal."""
+    """Show words, heads and the account in the terminal; with --method, words and heads by a method of token relevance."""
     from analyses.loading import load_model
     from analyses.report import find
     from analyses.report.terminal import show
 
     loaded = load_model(model, trust_remote_code)
-    show(find(loaded, _question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules), Console())
+    if method is None:
+        show(find(loaded, _question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules), Console())
+        return
+    from analyses.token_explanation import explain_tokens, reads_two_sets, target_of
+    from lens_relevance import RelevanceError
+
+    if against is not None:
+        raise RelevanceError("--method explains one run; leave out --against, or leave out --method to compare two")
+    asked: Any = prompt
+    target: Any = None
+    if prompt is not None:
+        target = target_of(answer, wrong)
+    elif reads_two_sets(loaded):
+        raise RelevanceError("this model has an encoder and a decoder, which no task fits: give a --prompt")
+    else:
+        pair = _question(loaded, None, answer, wrong, None, task, pairs, n, seed).pairs[slice(0, 1)]
+        asked, target = pair.clean, pair.target
+    Console().print(explain_tokens(loaded, asked, target, method, rules or "gradient"))
 
 
 @app.command()
@@ -251,7 +273,7 @@ def coverage(
         console.print(f"no site: {part}: {reason}", markup=False, highlight=False)
     if sites:
         console.print(
-            frame_table(found.sites[["site", "operation", "live", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")
+            frame_table(found.sites[["site", "operation", "live", "off", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")
         )
     if out is not None:
         found.sites.to_csv(out, index=False)
@@ -269,7 +291,9 @@ def graph(
     task: Task = None,
     top: Annotated[int, typer.Option(min=1, help="How many edges to keep.")] = 300,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="Where to: a page (.html), a picture (.svg, .png), .json or .graphml.")] = Path("graph.html"),
+    out: Annotated[
+        Path, typer.Option(help="Where to: .html, .svg, .png, .json or .graphml; without an ending, .html, .json and .graphml.")
+    ] = Path("graph"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Draw the edges over which relevance flows through the model for one prompt, and list the strongest paths."""
@@ -279,22 +303,25 @@ def graph(
     from lens_relevance import RelevanceError, random_tokens
     from lens_relevance.rulesets import needs_reference, ruleset
 
-    if out.suffix not in (".html", ".svg", ".png", ".json", ".graphml"):
+    if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
         raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json or .graphml")
+    files = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
     loaded = load_model(model, trust_remote_code)
     question = _question(loaded, prompt, answer, wrong, against, task, None, 1, seed)
     pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
     counterpart = random_tokens(8) if question.baseline else pair.corrupt
     reference = counterpart if needs_reference(ruleset(chosen)) else None
     found = flow_graph(loaded, pair.clean, pair.target, chosen, reference=reference).prune(top=top)
-    if out.suffix == ".json":
-        found.to_json(out)
-    elif out.suffix == ".graphml":
-        found.to_graphml(out)
-    else:
-        found.show().save(out)
+    for file in files:
+        if file.suffix == ".json":
+            found.to_json(file)
+        elif file.suffix == ".graphml":
+            found.to_graphml(file)
+        else:
+            found.show().save(file)
     Console().print(frame_table(found.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
-    typer.echo(f"{out}: {len(found.edges)} edges, {len(found.nodes)} nodes, {question.target_in_words(loaded)}")
+    typer.echo("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(found.tokens)))
+    typer.echo(f"{', '.join(map(str, files))}: {len(found.edges)} edges, {len(found.nodes)} nodes, {question.target_in_words(loaded)}")
 
 
 @app.command()
@@ -310,7 +337,10 @@ def circuit(
     out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """How faithful the circuits are that each method finds: everything outside a circuit is set to the counterpart's value."""
+    """How faithful the circuits are that each method finds: everything outside a circuit is set to the counterpart's value.
+
+    Circuits are found on one half of the pairs and evaluated on the other.
+    """
     from analyses.circuits import faithfulness_table
     from analyses.circuits.faithfulness import METHODS
     from analyses.loading import load_model
@@ -322,7 +352,14 @@ def circuit(
     loaded = load_model(model, trust_remote_code)
     question = _question(loaded, None, None, None, None, task, pairs, n, seed)
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
-    table = faithfulness_table(loaded, question.pairs, chosen, level)  # type: ignore[arg-type]
+    half = len(question.pairs) // 2
+    if half == 0:
+        raise RelevanceError("circuits are found on one half of the pairs and evaluated on the other, so there must be two pairs or more")
+    found_on, held_out = question.pairs[slice(0, half)], question.pairs[slice(half, None)]
+    table = faithfulness_table(loaded, found_on, chosen, level, held_out=held_out)  # type: ignore[arg-type]
     if out is not None:
         table.to_csv(out, index=False)
-    Console().print(frame_table(table.round(4), f"Circuits of {level}s, {question.title}: CMD (0 is best) and CPR over every size"))
+    title = (
+        f"Circuits of {level}s, {question.title}: found on {half} pairs (selection_cmd), CMD (0 is best) and CPR on {len(held_out)} others"
+    )
+    Console().print(frame_table(table.round(4), title))

@@ -30,7 +30,7 @@ COLUMNS = (
     *("method", "component", "pearson", "spearman", "sign_agreement", "top_k_overlap", "magnitude_error", "completeness"),
     *("forwards", "backwards", "seconds", "pearson_low", "pearson_high", "spearman_low", "spearman_high"),
 )
-_PATCHED = {"resid": "resid_pre", "attn": "attn_out", "mlp": "mlp_out", "heads": "z"}
+_PATCHED = {"resid": "resid_pre", "attn": "attn_out", "mlp": "mlp_out", "heads": "z", "q": "q", "k": "k", "v": "v"}
 _TOKENS_PER_PASS = 2048
 # A pass of patching holds many patches anyway; with few pairs at a time the bar moves, and an interruption costs little.
 _PAIRS_PATCHED = 16
@@ -76,7 +76,7 @@ def compare_with_patching(
 
     Args:
         methods: names (`analyses.estimators`) or Estimators.
-        components: resid, attn and mlp by layer and position; heads by layer, summed over positions.
+        components: resid, attn and mlp by layer and position; heads (z), q, k and v by layer and head, all positions together.
         direction: the yardstick: denoising, noising, or the mean of both.
         run: where the estimates take their coefficients.
         top_k: size of the sets that top_k_overlap compares; a tenth of the components, 3 at least, by default.

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from analyses.encoders import load_encoder
 from lens_relevance import RelevanceError
 
 EMBEDDED = "embedded"
@@ -43,8 +44,8 @@ def load_model(name: str = EMBEDDED, trust_remote_code: bool = False) -> Transfo
         raise RelevanceError(f"{name} holds no *.safetensors; convert its weights first (model.save_pretrained writes safetensors)")
     with _quiet(), _safetensors_only():
         try:
-            AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            bridge = TransformerBridge.boot_transformers(source, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            bridge = load_encoder(source, config) or TransformerBridge.boot_transformers(source, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise RelevanceError(_explained(name, error)) from error
     return bridge.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from analyses.estimators import Component, Estimator, Run, estimator
 from analyses.streaming import Stream
 from analyses.tasks import PromptPairs
-from analyses.verification import ablate_top
+from analyses.verification import Kind, Replacement, ablate_top
 from lens_relevance import RelevanceError
 
 # About what a laptop takes in one pass; a pass keeps a few tensors of [tokens, d_mlp] per layer.
@@ -28,8 +28,9 @@ def rank_heads(
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
-    ablate: bool = False,
+    ablate: bool | Replacement = False,
     checkpoint: str | Path | None = None,
+    component: Literal["heads", "q", "k", "v"] = "heads",
 ) -> pd.DataFrame:
     """Attention heads by their part in what the target says of clean against corrupt, largest magnitude first.
 
@@ -38,9 +39,11 @@ def rank_heads(
         run: where coefficients are taken: "corrupt", "clean" or the mean of "both" (one and the same for `deeplift`).
         top_k: what counts as "in the top" for a single pair, by magnitude; a tenth of the heads, 3 at least, by default.
         batch_size: pairs per pass; None for about 2048 tokens.
-        ablate: verify the ranking by ablating its top k, and k random heads: the result's `attrs["ablation"]`, an
-            `analyses.verification.AblationCheck`.
+        ablate: verify the ranking by ablating its top k, and k random heads, to their values in the corrupt run ("corrupt", or True) or
+            to their mean over the clean prompts ("mean"): the result's `attrs["ablation"]`, an `analyses.verification.AblationCheck`.
         checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
+        component: what of a head is scored: what it gives (z, "heads"), or its queries, keys or values (under grouped-query attention there
+            is a row per key-value head). `method="atp_star"` recomputes the softmax for queries and keys.
 
     Returns a row per head: layer, head, score (mean over pairs, in the units of the target), standard_error, top_share (share of pairs in
     which the head is among the top k).
@@ -50,7 +53,7 @@ def rank_heads(
     n_heads = int(model.cfg.n_heads)
     top_k = top_k if top_k is not None else max(3, len(model.blocks) * n_heads // 10)
     size = batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1])
-    return _rank(model, pairs, estimator(method), run, "heads", top_k, size, ablate, checkpoint)
+    return _rank(model, pairs, estimator(method), run, component, top_k, size, ablate, checkpoint)
 
 
 def rank_neurons(
@@ -60,7 +63,7 @@ def rank_neurons(
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
-    ablate: bool = False,
+    ablate: bool | Replacement = False,
     checkpoint: str | Path | None = None,
 ) -> pd.DataFrame:
     """MLP neurons (after the activation), as `rank_heads` ranks heads: columns layer, neuron, score, standard_error, top_share.
@@ -81,22 +84,25 @@ def _rank(
     component: Component,
     top_k: int,
     size: int,
-    ablate: bool,
+    ablate: bool | Replacement,
     checkpoint: str | Path | None,
 ) -> pd.DataFrame:
     if top_k < 1:
         raise RelevanceError(f"top_k is a number of components, at least 1, not {top_k}")
+    if ablate not in (False, True, "corrupt", "mean"):
+        raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
     stream = Stream(model, pairs, size, checkpoint, analysis=f"rank {component}", method=method.name, run=run, top_k=top_k)
     totals = stream.fold(
         lambda: _Totals(top_k),
         lambda batch: method(model, batch, [component], run)[component],
         f"ranking {component} by {method.name}",
     )
-    name = component.removesuffix("s")
+    name, kind = ("neuron", "neuron") if component == "neurons" else ("head", "z" if component == "heads" else component)
     ranking = totals.frame(name)
     if ablate:
         ranked = list(zip(ranking["layer"].tolist(), ranking[name].tolist(), strict=True))
-        ranking.attrs["ablation"] = ablate_top(model, stream, "z" if component == "heads" else "neuron", ranked, top_k)
+        replacement: Replacement = "corrupt" if ablate is True else ablate
+        ranking.attrs["ablation"] = ablate_top(model, stream, cast(Kind, kind), ranked, top_k, replacement)
     return ranking
 
 

@@ -67,9 +67,12 @@ class Stream:
             run = fingerprint(model, pairs, **settings, batch_size=size, processes=self.processes.count)
             self.checkpoint = Checkpoint(checkpoint, run)
 
-    def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str) -> R:
-        """A `new()`, after it has taken in what `step` makes of every batch of every process; nothing is kept per pair."""
-        mine, name, done = new(), f"sums-{self.processes.index}", 0
+    def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str, name: str = "sums") -> R:
+        """A `new()`, after it has taken in what `step` makes of every batch of every process; nothing is kept per pair.
+
+        name: by which the checkpoint knows these sums; another one for each fold of a run.
+        """
+        mine, name, done = new(), f"{name}-{self.processes.index}", 0
         if (saved := self._load(name)) is not None:
             done = int(saved.pop(_DONE))
             mine.merge(saved)

@@ -1,13 +1,14 @@
 """Relevance at every HookPoint of a TransformerBridge: propagation rules (AttnLRP and its kin, exact pair rules) in one backward pass."""
 
 from lens_relevance._version import __version__
-from lens_relevance.attention_methods import TokenRelevance, head_flow, token_relevance
+from lens_relevance.attention_methods import TokenRelevance, TokenSetsRelevance, head_flow, token_relevance
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.coverage import Coverage, coverage
 from lens_relevance.engine import attach, propagate
 from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, RelevanceError
 from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.rulesets import register_ruleset, rulesets
+from lens_relevance.similarity import sentence_embeddings, similarity
 from lens_relevance.targets import Target, continuation, latent, log_prob, logit, logit_diff
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "head_flow",
     "token_relevance",
     "TokenRelevance",
+    "TokenSetsRelevance",
     "coverage",
     "latent",
     "log_prob",
@@ -34,5 +36,7 @@ __all__ = [
     "random_tokens",
     "register_ruleset",
     "rulesets",
+    "sentence_embeddings",
+    "similarity",
     "zero_embedding",
 ]

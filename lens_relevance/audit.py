@@ -74,7 +74,7 @@ def _relevance_at(
     if name not in coefficients:
         return zero
     a = activations[name] if references is None else activations[name].to(coefficients[name].dtype) - references[name]
-    return _rows(per_example(share(a, coefficients[name])), len(zero))
+    return _rows(per_example(share(a, coefficients[name])), len(zero)).to(zero.device)  # layers may be on several devices
 
 
 def account(
@@ -109,7 +109,7 @@ def account(
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
         column = _column(site, rule, references is None)
         key = (_row(site, rows), column)
-        sinks[key] = sinks.get(key, zero) + _rows(kept, len(zero)).to(zero.dtype)
+        sinks[key] = sinks.get(key, zero) + _rows(kept, len(zero)).to(zero)
     above = dict(zip(rows, [*(cuts[row] for row in rows[1:]), value], strict=True))
     frames = []
     for row in rows:

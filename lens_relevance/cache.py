@@ -32,6 +32,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     mask: 1 where real; masks: the same by stack; arguments: what the model was called with by keyword, if it was.
     stacks: names by stack and role (embeddings, residual, z, neurons). A decoder has one stack, `tokens`; an encoder-decoder has `encoder`,
     `decoder` and `cross`, and the methods below then ask for one: `cache.heads(stack="cross")`.
+    grid: rows and columns of an image's patches.
     info: model name, dtype, ruleset, target, reference and versions.
     """
 
@@ -51,6 +52,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     averaged: dict[str, Tensor] = field(default_factory=dict)  # relevance averaged over several references, where a product would be wrong
     absent: dict[str, str] = field(default_factory=dict)  # why a HookPoint that was asked for by a predicate is not here
     account: pd.DataFrame | None = None
+    grid: tuple[int, int] | None = None
 
     def canonical(self, name: str | tuple[Any, ...]) -> str:
         """The canonical name of something that was kept; raises NotKeptError and says what to ask for."""
@@ -112,11 +114,18 @@ class RelevanceCache(Mapping[str, Tensor]):
         """Relevance of each token (of an image: each patch, the class token first), at its embedding."""
         return self[self._named("embeddings", stack)[0]].sum(-1)
 
+    def patches(self) -> Float[Tensor, "batch rows columns"]:
+        """Relevance of each patch of an image, in its place; class and distillation tokens are left out (see `tokens`)."""
+        if self.grid is None:
+            raise NotKeptError("patches are those of an image classifier (ViT); this model reads tokens: use .tokens()")
+        rows, columns = self.grid
+        return self.tokens()[:, -rows * columns :].unflatten(1, (rows, columns))
+
     def positions(self, stack: str | None = None) -> Float[Tensor, "batch pos"]:
         """Relevance of each learned position embedding (token types, where there are any, included)."""
         names = self._named("embeddings", stack)
         if len(names) < 2:
-            raise NotKeptError("this model has no learned position embeddings")
+            raise NotKeptError("this model has no learned position embeddings of their own; those of an image are part of `tokens`")
         return torch.stack([self[name].sum(-1) for name in names[1:]]).sum(0)
 
     def residual(self, stack: str | None = None) -> Float[Tensor, "batch pos layers"]:
@@ -124,11 +133,11 @@ class RelevanceCache(Mapping[str, Tensor]):
 
         In an encoder-decoder a stack's residual is a part of a cut: see lens_relevance.sites.stacks.
         """
-        return torch.stack([self[name].sum(-1) for name in self._named("residual", stack)], -1)
+        return _stacked([self[name].sum(-1) for name in self._named("residual", stack)], -1)
 
     def heads(self, stack: str | None = None) -> Float[Tensor, "batch pos layer head"]:
         """Relevance of each head's output z."""
-        return torch.stack([self[name].sum(-1) for name in self._named("z", stack)], 2)
+        return _stacked([self[name].sum(-1) for name in self._named("z", stack)], 2)
 
     def neurons(self, layer: int, stack: str | None = None) -> Float[Tensor, "batch pos d_mlp"]:
         """Relevance of the MLP neurons (after the activation) of a layer."""
@@ -173,7 +182,7 @@ class RelevanceCache(Mapping[str, Tensor]):
             tensors["reference_value"] = self.reference_value
         for group in _GROUPS:
             tensors |= {f"{group}/{name}": tensor for name, tensor in getattr(self, group).items()}
-        meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent}
+        meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent, "grid": self.grid}
         account = "" if self.account is None else self.account.to_json(orient="split", double_precision=15)
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(contiguous, str(path), metadata={"lens_relevance": json.dumps(meta), "account": account})
@@ -194,7 +203,14 @@ class RelevanceCache(Mapping[str, Tensor]):
         if header.get("account"):
             split = json.loads(header["account"])
             account = pd.DataFrame(split["data"], columns=split["columns"])
-        return cls(**groups, **tensors, **json.loads(header["lens_relevance"]), account=account)  # type: ignore[arg-type]
+        meta = json.loads(header["lens_relevance"])
+        grid = tuple(meta.pop("grid", None) or ()) or None
+        return cls(**groups, **tensors, **meta, account=account, grid=grid)  # type: ignore[arg-type]
+
+
+def _stacked(parts: list[Tensor], dim: int) -> Tensor:
+    """Layers side by side, where the first one is: they may be on several devices."""
+    return torch.stack([part.to(parts[0].device) for part in parts], dim)
 
 
 _WITHOUT_POSITIONS = ("hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_rot_k")

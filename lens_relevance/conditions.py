@@ -28,12 +28,16 @@ class Condition:
     name: str
     point: HookPoint
     units: Mapping[str, Any]
+    conversion: Any = None  # to TransformerLens's layout and back
 
     def restrict(self, coefficient: Tensor) -> Tensor:
         """The raw coefficient with everything but these units set to zero."""
-        conversion = self.point.hook_conversion
+        conversion = self.conversion
         laid_out = coefficient if conversion is None else conversion.convert(coefficient)
-        axes = {"position": 1, "head": 2, "unit": -1} if laid_out.ndim == 4 else {"position": 1, "unit": -1}
+        axes = {"position": 1, "unit": -1}
+        if laid_out.ndim == 4:  # q_norm and the like have their heads before the positions, and so have patterns (of queries, then keys)
+            heads_first = conversion is None and (self.point.pos_dim == 2 or self.name.endswith(("hook_pattern", "hook_attn_scores")))
+            axes |= {"head": 1, "position": 2} if heads_first else {"head": 2}
         mask = torch.ones(laid_out.shape[1:], dtype=torch.bool, device=laid_out.device)
         for axis, indices in self.units.items():
             if axis not in axes:
@@ -61,7 +65,7 @@ def read_conditions(anatomy: Anatomy, through: Mapping[str, Any] | None) -> list
         if not isinstance(units, Mapping) or not units:
             raise RelevanceError(f"through[{name!r}] must name units by axis, as in {{'head': [0, 3]}}, got {units!r}")
         canonical = anatomy.canonical(name)
-        conditions.append(Condition(canonical, anatomy.points[canonical], units))
+        conditions.append(Condition(canonical, anatomy.points[canonical], units, anatomy.conversion(canonical)))
     return conditions
 
 

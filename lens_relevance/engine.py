@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -28,6 +28,8 @@ from lens_relevance.sites import LOGITS, Anatomy, anatomy
 from lens_relevance.taps import NamesFilter, Taps, average, collect, wanted
 from lens_relevance.targets import Target, as_target, describe, top_prediction
 
+_version = cache(version)  # which looks through the folder of every installed package
+
 
 def propagate(
     model: Any,
@@ -47,8 +49,9 @@ def propagate(
     model: a TransformerBridge in eval mode. inputs: a prompt, prompts, token ids [batch, pos], an image [batch, channel, height, width], or
         a dict of the model's own keyword arguments ({"input_ids": ..., "decoder_input_ids": ...}). Text given to an encoder-decoder is
         read by its encoder; its decoder holds the start token.
-    target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, or a function from logits [batch, pos, vocab] (of a classifier:
-        [batch, 1, class]) to a scalar or [batch]; None explains each row's top prediction against its runner-up.
+    target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, vocab] (of a
+        classifier: [batch, 1, class], and classes go by name or number; of an encoder without a head: its output) to a scalar or [batch];
+        None explains each row's top prediction against its runner-up.
     rules: a ruleset's name or table; None means `deeplift` where a reference is given and `attnlrp` where none is.
     names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings, every
         block's resid_pre, the final residual, z, and the MLP neurons after the activation.
@@ -63,9 +66,28 @@ def propagate(
     strict and the ruleset would hold only for part of the model. The model is left exactly as it was.
     """
     check_model(model)
+    return propagate_in(
+        anatomy(model), model, inputs, target, rules, names_filter, reference, attention_mask, device, audit, through, strict
+    )
+
+
+def propagate_in(
+    body: Anatomy,
+    model: Any,
+    inputs: Inputs,
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    rules: str | Table | None = None,
+    names_filter: NamesFilter = None,
+    reference: Any = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str | None = None,
+    audit: bool = False,
+    through: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> RelevanceCache:
+    """`propagate` where the anatomy of the model is known already."""
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
     table = _table(rules, reference)
-    body = anatomy(model)
     given = prompt = read_inputs(model, inputs, attention_mask)
     target = None if target is None else as_target(target)
     if target is not None:
@@ -112,6 +134,7 @@ def propagate(
         input_tokens=prompt.tokens,
         mask=prompt.mask,
         stacks=body.stacks.roles,
+        grid=body.stacks.grid,
         masks=prompt.masks,
         arguments=prompt.arguments,
         aliases=body.aliases,
@@ -169,7 +192,7 @@ def _extended(model: Any, target: Target, prompt: Prompt) -> Prompt:
 
 def _reference(model: Any, reference: Any, target: Target | None, given: Prompt, prompt: Prompt) -> ReferenceRun:
     """The reference runs. A target's continuation follows the reference as it follows the prompt."""
-    if is_inputs(reference):
+    if is_inputs(reference) or (isinstance(reference, Tensor) and not prompt.ids):
         other = reference_inputs(model, reference, given)
         return ReferenceRun(other if target is None else _extended(model, target, other))
     return reference_run(model, reference, prompt, tail=int(prompt.mask.sum() - given.mask.sum()) // len(given.mask))
@@ -293,6 +316,6 @@ def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits
         "target": describe(target, model),
         "reference": "none" if reference is None else ("given inputs" if isinstance(reference, Tensor | Mapping) else str(reference)),
         "lens_relevance": __version__,
-        "transformer_lens": version("transformer-lens"),
+        "transformer_lens": _version("transformer-lens"),
         "torch": str(torch.__version__),
     }

@@ -102,7 +102,7 @@ def read_inputs(model: Any, inputs: Inputs, attention_mask: Tensor | None = None
     if isinstance(inputs, Mapping):
         return _read_arguments(model, inputs, attention_mask)
     config = getattr(root(model), "config", None)
-    if isinstance(inputs, Tensor) and inputs.is_floating_point() and getattr(getattr(model, "cfg", None), "is_visual_model", False):
+    if _sees(model):
         return _read_arguments(model, {"pixel_values": inputs}, attention_mask)
     tokens, mask = tokenize(model, inputs, attention_mask)
     if not (is_bridge(model) and getattr(config, "is_encoder_decoder", False)):
@@ -126,6 +126,8 @@ def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tenso
             value, hidden = tokenize(model, value)
             if not bool((hidden == 1).all()):
                 arguments.setdefault(_MASKS[name], hidden)
+        if name == "pixel_values" and _sees(model):
+            value = _images(value)
         if not isinstance(value, Tensor):
             raise RelevanceError(f"inputs[{name!r}] must be a tensor, got {type(value).__name__}")
         arguments[name] = tokenize(model, value)[0] if name in _MASKS else value.to(device)
@@ -145,6 +147,19 @@ def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tenso
         nothing = torch.zeros(next(iter(batches.values())), 1, dtype=torch.long, device=device)
         return Prompt(nothing, torch.ones_like(nothing), arguments)
     return Prompt(arguments[name], arguments.get(_MASKS[name], torch.ones_like(arguments[name])).long(), arguments)
+
+
+def _sees(model: Any) -> bool:
+    """Whether this is a bridge over a model of images alone."""
+    return bool(getattr(getattr(model, "cfg", None), "is_visual_model", False))
+
+
+def _images(given: Any) -> Tensor:
+    """Images [batch, channel, height, width]; a single one [channel, height, width] is taken as one row."""
+    if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim not in (3, 4):
+        what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise RelevanceError(f"this model takes images [batch, channel, height, width] as floating-point pixel values, got {what}")
+    return given.unsqueeze(0) if given.ndim == 3 else given
 
 
 def _explained(arguments: Mapping[str, Any]) -> str:

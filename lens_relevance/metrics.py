@@ -48,10 +48,9 @@ class LogitCombination(Metric):
         self.at, self.answer, self.wrong = at, answer, wrong
 
     def __call__(self, logits: Tensor) -> Tensor:
-        at = self.at.to(logits.device)
-        last = _upcast(logits[torch.arange(at.shape[0], device=at.device), at])
-        value = last.gather(1, self.answer.to(at.device)).mean(1)
-        return value if self.wrong is None else value - last.gather(1, self.wrong.to(at.device)).mean(1)
+        last = _upcast(_read(logits, self.at.unsqueeze(1))[:, 0])
+        value = last.gather(1, self.answer.to(last.device)).mean(1)
+        return value if self.wrong is None else value - last.gather(1, self.wrong.to(last.device)).mean(1)
 
     def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
         return gradient_at(self, logits)
@@ -63,20 +62,23 @@ class LogProbs(Metric):
     def __init__(self, at: Int[Tensor, "batch n"], tokens: Int[Tensor, "batch n"]) -> None:
         self.at, self.tokens = at, tokens
 
-    def _at(self, logits: Tensor) -> Tensor:
-        rows = torch.arange(self.at.shape[0], device=logits.device).unsqueeze(1)
-        return _upcast(logits[rows, self.at.to(logits.device)])
-
     def __call__(self, logits: Tensor) -> Tensor:
-        return self._at(logits).log_softmax(-1).gather(2, self.tokens.to(logits.device).unsqueeze(2)).sum((1, 2))
+        return _upcast(_read(logits, self.at)).log_softmax(-1).gather(2, self.tokens.to(logits.device).unsqueeze(2)).sum((1, 2))
 
     def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
         """The softmax pair form, exact: d log p_t = ds_t - sum_j l_j ds_j / sum_k l_k (derived here)."""
-        weights = logarithmic_mean(self._at(logits), self._at(reference))
+        weights = logarithmic_mean(_upcast(_read(logits, self.at)), _upcast(_read(reference, self.at)))
         onehot = torch.nn.functional.one_hot(self.tokens.to(logits.device), logits.shape[-1])
         coefficients = (onehot - weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
         index = self.at.to(logits.device).unsqueeze(2).expand_as(coefficients)
         return torch.zeros_like(logits).scatter_add(1, index, coefficients)
+
+
+def _read(logits: Tensor, at: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
+    """The logits at these positions; those of a classifier, [batch, class] or [batch, 1, class], are at one position, whatever the text."""
+    logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
+    at = at.to(logits.device) if logits.shape[1] > 1 else torch.zeros_like(at, device=logits.device)
+    return logits[torch.arange(len(at), device=logits.device).unsqueeze(1), at]
 
 
 def _upcast(logits: Tensor) -> Tensor:

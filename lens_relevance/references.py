@@ -90,7 +90,7 @@ def is_inputs(reference: Any) -> bool:
 def reference_inputs(model: Any, reference: Any, prompt: Prompt) -> Prompt:
     """A reference given as other inputs for these prompts; raises RelevanceError where the two do not fit."""
     given = read_inputs(model, reference)
-    if given.tokens.shape != prompt.tokens.shape:
+    if prompt.ids and given.tokens.shape != prompt.tokens.shape:
         raise RelevanceError(
             f"the reference has shape {tuple(given.tokens.shape)}, the inputs {tuple(prompt.tokens.shape)}: pass a reference of the same "
             "number of rows and tokens, or mean_embedding() or random_tokens() where the prompt has no counterpart"
@@ -141,23 +141,34 @@ def embedding_table(model: Any, stack: str) -> Float[Tensor, "vocab d_model"]:
 
 
 def _replaced(model: Any, prompt: Prompt, tail: int) -> dict[str, Tensor]:
-    """True where a baseline takes the token's place, by stack: real tokens that do not begin the text, nor are among the last `tail`."""
-    begins = {getattr(getattr(model, "tokenizer", None), "bos_token_id", None)}
+    """True where a baseline takes the token's place, by stack: real tokens but those that begin or (BERT's [CLS], [SEP]) frame a text, and
+    not the last `tail`."""
+    tokenizer = getattr(model, "tokenizer", None)
+    begins = {getattr(tokenizer, "bos_token_id", None)}
+    frames = [i for i in (getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")) if i is not None]
+    frames += _image_token(model)
     if DECODER in prompt.ids:
         begins.add(getattr(getattr(root(model), "config", None), "decoder_start_token_id", None))
     found = {}
     for stack, ids in prompt.ids.items():
         mask = prompt.masks[stack]
         kept = (mask.cumsum(1) == 1) & (mask == 1) & torch.isin(ids, torch.tensor([b for b in begins if b is not None], device=ids.device))
+        kept = kept | torch.isin(ids, torch.tensor(frames, device=ids.device))
         last = tail if stack in (TOKENS, DECODER) else 0
         found[stack] = (mask == 1) & (mask.cumsum(1) <= mask.sum(1, keepdim=True) - last) & ~kept
     return found
 
 
+def _image_token(model: Any) -> list[int]:
+    """The id whose places an image's patches take, where a model reads images among its tokens."""
+    found = getattr(getattr(root(model), "config", None), "image_token_id", None)
+    return [] if found is None else [int(found)]
+
+
 def _ordinary_tokens(model: Any) -> Tensor:
     """Token ids that a random prompt may hold: the vocabulary without special tokens."""
     everything = torch.arange(int(model.cfg.d_vocab))
-    special = getattr(getattr(model, "tokenizer", None), "all_special_ids", []) or []
+    special = [*(getattr(getattr(model, "tokenizer", None), "all_special_ids", []) or []), *_image_token(model)]
     keep = torch.ones_like(everything, dtype=torch.bool)
     keep[[i for i in special if i < len(everything)]] = False
     return everything[keep]

@@ -30,6 +30,7 @@ from lens_relevance.rules import (
     Half,
     Identity,
     LNRule,
+    NormWeight,
     PairLN,
     PairNorm,
     PairProduct,
@@ -80,7 +81,8 @@ def rulesets() -> dict[str, Table]:
 def register_ruleset(name: str, table: Table) -> None:
     """Make a ruleset of your own available by name.
 
-    A ruleset in three lines:
+    A ruleset in three lines, for models with norms on queries and keys (Qwen3, OLMo 2, Gemma 3), on which AttnLRP gives the first token,
+    where attention rests, too much (python -m analyses.benchmarks.first_token shows by how much, and what this switch leaves of it):
 
         register_ruleset("attnlrp_plain_qk", {**rulesets()["attnlrp"], "norm@q_norm": Rule(), "norm@k_norm": Rule()})
 
@@ -136,6 +138,8 @@ def rule_for(table: Table, site: Site) -> Rule:
     cap = _entry(table, site, "soft_cap")
     if isinstance(operation, Scores) and operation.geometry.soft_cap is not None:
         return _capped(rule, cap)
+    if isinstance(operation, NormWeight):  # a part of its norm, whatever rule the linear layers have
+        return _ZERO
     return _ZERO if site.kind == "linear" and rule is PLAIN else rule
 
 

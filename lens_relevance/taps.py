@@ -115,8 +115,8 @@ def collect(
         kept = {"activations": taps[name].detach(), "coefficients": coefficients[name].detach()}
         if references is not None:
             kept["reference_activations"] = references[name]
-        kept = {group: convert(_batched(tensor, masks.get(stack))) for group, tensor in kept.items()}
-        if padded.get(stack):
+        kept = {group: convert(_batched(tensor, masks.get(stack), n)) for group, tensor in kept.items()}
+        if padded.get(stack) and kept["coefficients"].ndim > 2:  # what a classifier pools has no positions
             kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], masks[stack].repeat_interleave(n, 0), point.pos_dim)
         if n > 1:
             each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
@@ -126,9 +126,9 @@ def collect(
     return groups
 
 
-def _batched(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """[batch * pos, d] as [batch, pos, d]: OPT folds positions into the batch around its MLP."""
-    if mask is None or tensor.ndim != 2 or tensor.shape[0] % mask.numel():
+def _batched(tensor: Tensor, mask: Tensor | None, n: int) -> Tensor:
+    """[rows * pos, d] as [rows, pos, d], of n rows per example: OPT folds positions into the batch around its MLP."""
+    if mask is None or tensor.ndim != 2 or tensor.shape[0] != n * mask.numel():
         return tensor
     return tensor.unflatten(0, (-1, mask.shape[1]))
 

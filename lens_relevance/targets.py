@@ -1,13 +1,13 @@
 """What is explained: a scalar per example, from the logits or from a latent.
 
-Tokens are strings (each must be one token) or ids, one for all examples or one per example. Positions count each row's real tokens, so
-that -1 is the last real token whatever the padding.
+Tokens are strings (each must be one token) or ids, one for all examples or one per example; of a classifier they are the names or numbers
+of its classes. Positions count each row's real tokens, so that -1 is the last real token whatever the padding.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.metrics import LatentValue, LogitCombination, LogProbs, Metric
+from lens_relevance.outputs import class_names, class_number, is_headless
 
 Logits = Float[Tensor, "batch pos vocab"]
 Tokens = Any  # str | int | sequence of them | Int[Tensor, "batch"]; checked by token_ids with messages of its own
@@ -57,7 +58,10 @@ def token_ids(model: Any, tokens: Tokens, batch: int, what: str) -> Int[Tensor, 
 
 
 def single_token(model: Any, token: str | int | Tensor, what: str = "token") -> int:
-    """The id of one token; a string of several pieces is refused with the pieces shown."""
+    """The id of one token, or the number of a classifier's class; a string of several pieces is refused with the pieces shown."""
+    classes = class_names(model)
+    if classes is not None:
+        return class_number(classes, token, what)
     vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
     if isinstance(token, str):
         if getattr(model, "tokenizer", None) is None:
@@ -111,6 +115,11 @@ class TokenTarget(Target):
     position: int = -1
 
     def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        if is_headless(model):
+            raise RelevanceError(
+                "this model has no head: its output is the last hidden state, and no token or class has a logit there; "
+                "explain similarity(...), latent(...), or a function of the output"
+            )
         batch = tokens.shape[0]
         at = positions(self.position, tokens, attention_mask)
         answer = token_ids(model, self.answer, batch, "answer")
@@ -125,9 +134,9 @@ class TokenTarget(Target):
 
 
 def logit(token: Tokens, position: int = -1) -> TokenTarget:
-    """The logit of a token (the mean, where an example gives a tuple of several) at a position.
+    """The logit of a token, or of a classifier's class (the mean, where an example gives a tuple of several) at a position.
 
-    Units: logits. Raises RelevanceError for a string that is not one token.
+    Units: logits. Raises RelevanceError for a string that is not one token, or not one class.
     """
     return TokenTarget("logit", token, position=position)
 
@@ -166,6 +175,8 @@ class Continuation(Target):
     text: Any
 
     def _answers(self, model: Any, batch: int) -> list[Tensor]:
+        if class_names(model) is not None:
+            raise RelevanceError("continuation: nothing follows the inputs of a classifier; explain a class, as in logit('cat')")
         given = [self.text] * batch if isinstance(self.text, str) or _is_ids(self.text) else list(self.text)
         if len(given) != batch:
             raise RelevanceError(f"continuation: {len(given)} given for {batch} example(s); give one per example, or one for all")
@@ -231,10 +242,13 @@ def latent(
     return Latent(name, head, unit, direction, position)
 
 
-def top_prediction(logits: Logits, tokens: Tensor, mask: Tensor | None) -> TokenTarget:
-    """Each row's most likely next token against its runner-up."""
+def top_prediction(logits: Float[Tensor, "batch *pos vocab"], tokens: Tensor, mask: Tensor | None) -> TokenTarget:
+    """Each row's most likely next token (or class) against its runner-up, where there is one."""
     rows = torch.arange(tokens.shape[0], device=logits.device)
-    top = logits.detach()[rows, positions(-1, tokens, mask).to(logits.device)].topk(2, -1).indices
+    last = logits if logits.ndim == 2 else logits[rows, positions(-1, tokens, mask).to(logits.device)]
+    if last.shape[-1] == 1:
+        return logit(0)
+    top = last.detach().topk(2, -1).indices
     return logit_diff(top[:, 0], top[:, 1])
 
 
@@ -261,12 +275,18 @@ def describe(target: Target | Callable[[Tensor], Tensor] | None, model: Any | No
         return type(target).__name__ if isinstance(target, Target) else getattr(target, "__name__", "top prediction")
 
     def words(tokens: Tokens) -> str:
-        listed: Sequence[Any] = [tokens] if isinstance(tokens, str | int) else list(tokens)
-        texts = [
-            t if isinstance(t, str) or getattr(model, "tokenizer", None) is None or model is None else model.tokenizer.decode([int(t)])
-            for t in listed[:1]
-        ]
-        return repr(texts[0]) + (" ..." if len(listed) > 1 else "")
+        first, several = tokens, False
+        while not isinstance(first, str | int) and getattr(first, "ndim", 1) > 0:
+            first, several = first[0], several or len(first) > 1
+        return repr(word(first)) + (" ..." if several else "")
+
+    def word(token: Any) -> Any:
+        classes = None if model is None else class_names(model)
+        if isinstance(token, str):
+            return token
+        if classes is not None:
+            return classes.get(int(token), int(token))
+        return int(token) if getattr(model, "tokenizer", None) is None else model.tokenizer.decode([int(token)])  # type: ignore[union-attr]
 
     if target.wrong is not None:
         return f"logit({words(target.answer)}) - logit({words(target.wrong)})"

@@ -13,6 +13,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+import analyses.views
 from analyses.views import View
 from lens_relevance import rulesets
 from lens_relevance.attention_methods import METHODS
@@ -88,6 +89,13 @@ def test_a_notebook_can_be_shown_by_a_code_host(path: Path) -> None:
 def test_one_line_switches_to_gpt2(path: Path) -> None:
     first = code_cells(path)[0].source
     assert first.count('load_model("embedded")') == 1 and first.count('# model = load_model("gpt2")') == 1
+
+
+def test_every_view_is_shown_somewhere() -> None:
+    code = "".join(cell.source for path in NOTEBOOKS for cell in code_cells(path))
+    views = [name for name in analyses.views.__all__ if name.endswith("_view") and name != "flow_view"]
+    assert len(views) >= 10 and not [name for name in views if f"{name}(" not in code]
+    assert ".show()" in code  # a flow graph's flow view
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

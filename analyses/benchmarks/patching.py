@@ -52,13 +52,14 @@ def by_transformer_lens(model: Any, pairs: PromptPairs, component: str, sweep: C
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    started = time.perf_counter()
+    """What a run gives, and the processor seconds it took, in which other users of the machine do not count."""
+    started = time.process_time()
     result = run()
-    return result, time.perf_counter() - started
+    return result, time.process_time() - started
 
 
 def measure(model: Any, pairs: PromptPairs, name: str, rounds: int) -> dict[str, Any]:
-    """Seconds of both and the ratio, medians over rounds, with the largest difference of their numbers."""
+    """Processor seconds of both and the ratio, medians over rounds, with the largest difference of their numbers."""
     component, sweep = SWEEPS[name]
     times, differences = [], []
     for _ in range(rounds):

@@ -18,12 +18,11 @@ from analyses.circuits.node_ablation import NodeHooks
 from analyses.circuits.runs import forward
 from analyses.edges.wiring import wiring
 from analyses.tasks.pairs import PromptPairs
-from lens_relevance.errors import RelevanceError
+from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.guest import check_model
-from lens_relevance.targets import as_target
 
 Replacement = Literal["corrupt", "mean"]
-BYTES_AT_ONCE = 2**28
+BYTES_AT_ONCE = 2**26  # more is slower: the pages are fresh each time
 _TOLERANCE = 1e-2
 
 
@@ -59,6 +58,11 @@ class Ablation:
             raise RelevanceError("clean and corrupt prompts differ in their padding, so positions do not correspond")
         check_model(model)
         self.model, self.pairs, self.wiring = model, pairs, wiring(model)
+        if level == "edge" and any(layer.attn_after is not None for layer in self.wiring.layers):
+            raise CoverageError(
+                "this model normalizes the residual stream itself after every sublayer, so a reader's input is not the sum of what was "
+                "written and cannot be rebuilt edge by edge; use level='node'"
+            )
         pos = pairs.clean.shape[1]
         if mean_tokens is not None and mean_tokens.shape[1] != pos:
             raise RelevanceError(
@@ -66,22 +70,25 @@ class Ablation:
             )
         self.mean_tokens, self.bytes_at_once = mean_tokens, bytes_at_once
         self.items: Items = list_items(self.wiring, level, pos if by_position else None)
+        hooks = NodeHooks if level == "node" else EdgeHooks
+        with torch.no_grad():
+            self._runs = [hooks(model, self.wiring, self.items, batch, mean_tokens) for batch in self._batches()]
         ends = self(torch.tensor([[True], [False]]).expand(2, len(self.items)))
         self.full, self.empty = ends[0], ends[1]
-        self._check_full()
+        self._check("every", self.full, pairs.clean, pairs.clean_mask)
+        if mean_tokens is None:
+            self._check("no", self.empty, pairs.corrupt, pairs.corrupt_mask)
 
     def __call__(self, kept: Bool[Tensor, "circuit item"]) -> Float[Tensor, "circuit example"]:
         """The metric of each circuit on each pair, in the target's units."""
         if kept.ndim != 2 or kept.shape[1] != len(self.items):
             raise RelevanceError(f"masks must have shape [circuit, {len(self.items)}], got {tuple(kept.shape)}")
         columns = []
-        hooks = NodeHooks if self.items.level == "node" else EdgeHooks
         with torch.no_grad():
-            for pairs in self._batches():
-                metric = as_target(pairs.target).metric(self.model, pairs.clean, pairs.clean_mask)
-                run = hooks(self.model, self.wiring, self.items, pairs, self.mean_tokens)
-                step = max(1, self.bytes_at_once // (run.bytes_per_row * len(pairs)))
-                rows = [self._metrics(run, kept[i : i + step], metric, len(pairs)) for i in range(0, len(kept), step)]
+            for run in self._runs:
+                metric = run.pairs.metric(self.model)
+                step = max(1, self.bytes_at_once // (run.bytes_per_row * len(run.pairs)))
+                rows = [self._metrics(run, kept[i : i + step], metric, len(run.pairs)) for i in range(0, len(kept), step)]
                 columns.append(torch.cat(rows))
         return torch.cat(columns, 1)
 
@@ -95,16 +102,16 @@ class Ablation:
             logits = run.logits(len(kept))
         return torch.stack([metric(logits[i * n : (i + 1) * n]).expand(n) for i in range(len(kept))])
 
-    def _check_full(self) -> None:
-        """With everything kept, the rebuilt model must be the model."""
+    def _check(self, how_many: str, found: Float[Tensor, " example"], tokens: Tensor, mask: Tensor) -> None:
+        """With everything kept the rebuilt model must be the model on the clean prompts, with nothing kept on the corrupt ones."""
+        parts, start = [], 0
         with torch.no_grad():
-            parts = []
-            for pairs in self._batches():
-                metric = as_target(pairs.target).metric(self.model, pairs.clean, pairs.clean_mask)
-                parts.append(metric(forward(self.model, pairs.clean, pairs.clean_mask)).expand(len(pairs)))
-            true = torch.cat(parts)
-        gap = float((self.full - true).abs().max())
+            for run in self._runs:
+                rows = slice(start, start := start + len(run.pairs))
+                parts.append(run.pairs.metric(self.model)(forward(self.model, tokens[rows], mask[rows])).expand(len(run.pairs)))
+        true = torch.cat(parts)
+        gap = float((found - true).abs().max())
         if not gap <= _TOLERANCE * max(1.0, float(true.abs().max())):
             raise RelevanceError(
-                f"with every item kept the metric is {gap:.1e} off the model's, so its inputs cannot be rebuilt from its parts"
+                f"with {how_many} item kept the metric is {gap:.1e} off the model's, so its inputs cannot be rebuilt from its parts"
             )

@@ -5,18 +5,15 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
 from analyses.circuits.items import Items
-from analyses.circuits.scores import ItemScores
+from analyses.circuits.scores import ItemScores, Order
 from analyses.graph.names import TARGET, owner
 from lens_relevance.errors import RelevanceError
-
-Order = Literal["signed", "absolute"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +33,7 @@ class Circuit:
 
 def ranking(scores: ItemScores, order: Order) -> np.ndarray:
     """Indices of items, best first; ties stay in the order of the items."""
-    if order not in ("signed", "absolute"):
-        raise RelevanceError(f"order is 'signed' or 'absolute', got {order!r}")
-    return np.argsort(-(scores.signed if order == "signed" else np.abs(scores.signed)), kind="stable")
+    return np.argsort(-scores.values(order), kind="stable")
 
 
 def top(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
@@ -52,7 +47,7 @@ def top(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
 
 def above(scores: ItemScores, threshold: float, order: Order = "absolute") -> Circuit:
     """Items of at least this score (`signed`) or |score| (`absolute`); raises RelevanceError where there are none."""
-    values = scores.signed if order == "signed" else np.abs(scores.signed)
+    values = scores.values(order)
     kept = values >= threshold
     if not kept.any():
         raise RelevanceError(f"threshold {threshold:g} leaves an empty circuit; the best score is {values.max():.3g}")
@@ -70,7 +65,7 @@ def greedy(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
     entering: defaultdict[str, list[int]] = defaultdict(list)
     for index, reader in enumerate(items.frame["target"]):
         entering[owner(reader)].append(index)
-    values = scores.signed if order == "signed" else np.abs(scores.signed)
+    values = scores.values(order)
     kept, reached = np.zeros(len(items), dtype=bool), {TARGET}
     heap = [(-values[i], i) for i in entering[TARGET]]
     heapq.heapify(heap)

@@ -42,11 +42,7 @@ class EdgeHooks:
         names = ["blocks.0.hook_in"]
         for layer in wiring.layers:
             names += [layer.z.output_name] + ([layer.mlp_write] if layer.has_mlp else [])
-        other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names, mean_tokens)
-        self.other = {"embed": other["blocks.0.hook_in"]}
-        for layer in wiring.layers:
-            self.other |= {f"{layer.path}.heads": _written(layer, other[layer.z.output_name])}
-            self.other |= {layer.mlp_writer[0]: other[layer.mlp_write]} if layer.has_mlp else {}
+        self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names, mean_tokens)
         pos, d_model = pairs.clean.shape[1], int(model.cfg.d_model)
         readers = max(len(layer.attn_readers) for layer in wiring.layers)
         per_position = d_model * (len(items.writers) + 3 * readers) + self.copies * int(model.cfg.d_vocab)
@@ -101,7 +97,7 @@ class _Rebuild:
         first = self._apart(x)
         shape = (self.circuits, first.shape[1], len(self.run.place), *first.shape[2:])
         self.changes = working(first).new_zeros(shape)
-        self._wrote("embed", first.unsqueeze(2), self.run.other["embed"].unsqueeze(2))
+        self._wrote("embed", first.unsqueeze(2), self.run.other["blocks.0.hook_in"].unsqueeze(2))
         return x
 
     def _attention_writes(self, z: Tensor, layer: Layer) -> Tensor:
@@ -113,20 +109,18 @@ class _Rebuild:
             z = own.repeat(self.copies, 1, 1, 1)
         live = _written(layer, z[: self.circuits * self.n])
         live = live.unflatten(0, (self.circuits, self.n)).movedim(1, 3)  # [circuit, pos, head, example, d_model]
-        self._wrote(layer.heads[0], live, self.run.other[f"{layer.path}.heads"].permute(1, 2, 0, 3).unsqueeze(0), as_is=True)
+        self._wrote(layer.heads[0], live, _written(layer, self.run.other[layer.z.output_name]))
         return z
 
     def _mlp_writes(self, x: Tensor, layer: Layer) -> Tensor:
-        name = layer.mlp_writer[0]
-        self._wrote(name, self._apart(x).unsqueeze(2), self.run.other[name].unsqueeze(2))
+        self._wrote(layer.mlp_writer[0], self._apart(x).unsqueeze(2), self.run.other[layer.mlp_write].unsqueeze(2))
         return x
 
-    def _wrote(self, first: str, live: Tensor, other: Tensor, as_is: bool = False) -> None:
-        """Note what writers from `first` on write now, less their replacement [example, pos, writer, d_model]."""
+    def _wrote(self, first: str, live: Tensor, other: Float[Tensor, "example pos writer d_model"]) -> None:
+        """Note what writers from `first` on write now, less their replacement. live: [circuit, pos, writer, example, d_model]."""
         assert self.changes is not None
-        other = other if as_is else other.permute(1, 2, 0, 3).unsqueeze(0)
         at = self.run.place[first]
-        self.changes[:, :, at : at + live.shape[2]] = live - other
+        self.changes[:, :, at : at + live.shape[2]] = live - other.permute(1, 2, 0, 3).unsqueeze(0)
 
     # ---- readers
 

@@ -16,15 +16,16 @@ import torch
 from jaxtyping import Float
 
 from analyses.circuits.ablation import Ablation
-from analyses.circuits.choose import Circuit, Order, ranking
+from analyses.circuits.choose import Circuit, ranking
 from analyses.circuits.items import Level
-from analyses.circuits.scores import EAP_IG, PATCHING, RANDOM, ItemScores, score_items
+from analyses.circuits.scores import EAP_IG, PATCHING, RANDOM, ItemScores, Order, score_items
+from analyses.progress import progress_bar
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 EVERY_K_BELOW = 1_000
-METHODS = ("deeplift", "relp", "attnlrp", "gim", "gradient", EAP_IG, PATCHING, RANDOM)
+METHODS = ("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", EAP_IG, PATCHING, RANDOM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,23 +78,38 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
 
 
 def faithfulness_table(
-    model: Any, pairs: PromptPairs, methods: Sequence[str] = METHODS, level: Level = "edge", ig_steps: int = 20, seed: int = 0
+    model: Any,
+    pairs: PromptPairs,
+    methods: Sequence[str] = METHODS,
+    level: Level = "edge",
+    ig_steps: int = 20,
+    seed: int = 0,
+    held_out: PromptPairs | None = None,
 ) -> pd.DataFrame:
     """CMD and CPR of each method: columns method, order, cmd, cpr, best CMD first. `patching` is left out at edge level.
 
-    `random` is the mean over five seeds.
+    held_out: pairs that circuits are evaluated on, found on `pairs`. cmd and cpr are then those on held-out pairs, and a further column,
+    `selection_cmd`, is the CMD on `pairs`, by which rows are ordered: the first row is the method that one would have chosen, and its cmd
+    what it is worth. `random` is the mean over five seeds.
     """
-    ablation = Ablation(model, pairs, level)
+    found_on = Ablation(model, pairs, level)
+    evaluated_on = found_on if held_out is None else Ablation(model, held_out, level)
     rows = []
-    for method in methods:
-        if method == PATCHING and level == "edge":
-            continue
-        scored = [score_items(ablation, method, ig_steps=ig_steps, seed=seed + i) for i in range(5 if method == RANDOM else 1)]
-        for order in ("absolute", "signed"):
-            curves = [faithfulness_curve(ablation, scores, order) for scores in scored]
-            cmd, cpr = (float(np.mean([getattr(c, name) for c in curves])) for name in ("cmd", "cpr"))
-            rows.append({"method": method, "order": order, "cmd": cmd, "cpr": cpr})
-    return pd.DataFrame(rows, columns=["method", "order", "cmd", "cpr"]).sort_values("cmd", kind="stable", ignore_index=True)
+    with progress_bar() as bar:
+        for method in bar.track([m for m in methods if (m, level) != (PATCHING, "edge")], description="circuits"):
+            scored = [score_items(found_on, method, ig_steps=ig_steps, seed=seed + i) for i in range(5 if method == RANDOM else 1)]
+            for order in ("absolute", "signed"):
+                row = {"method": method, "order": order} | _mean_areas(evaluated_on, scored, order)
+                if held_out is not None:
+                    row["selection_cmd"] = _mean_areas(found_on, scored, order)["cmd"]
+                rows.append(row)
+    columns = ["method", "order", "cmd", "cpr"] + ([] if held_out is None else ["selection_cmd"])
+    return pd.DataFrame(rows, columns=columns).sort_values(columns[-1] if held_out is not None else "cmd", kind="stable", ignore_index=True)
+
+
+def _mean_areas(ablation: Ablation, scored: Sequence[ItemScores], order: Order) -> dict[str, Any]:
+    curves = [faithfulness_curve(ablation, scores, order) for scores in scored]
+    return {name: float(np.mean([getattr(curve, name) for curve in curves])) for name in ("cmd", "cpr")}
 
 
 def _recovered(ablation: Ablation, metric: np.ndarray) -> np.ndarray:

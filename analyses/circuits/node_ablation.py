@@ -25,7 +25,7 @@ class NodeHooks:
         self.model, self.wiring, self.pairs = model, wiring, pairs
         self.place = {name: i for i, name in enumerate(items.writers)}
         heads = [layer.z.output_name for layer in wiring.layers]
-        mlps = [f"{layer.path}.mlp.hook_out" for layer in wiring.layers if layer.has_mlp]
+        mlps = [layer.mlp_output for layer in wiring.layers if layer.has_mlp]
         self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, ["blocks.0.hook_in", *heads, *mlps], mean_tokens)
         widest = max(int(model.cfg.d_vocab), 8 * int(model.cfg.d_model))
         self.bytes_per_row = pairs.clean.shape[1] * widest * 8
@@ -53,6 +53,6 @@ class NodeHooks:
             first = self.place[layer.heads[0]]
             hooks.append(setter(layer.z.output_name, rows[:, :, first : first + len(layer.heads)].unsqueeze(-1)))
             if layer.has_mlp:
-                hooks.append(setter(f"{layer.path}.mlp.hook_out", rows[:, :, self.place[layer.mlp_writer[0]]].unsqueeze(-1)))
+                hooks.append(setter(layer.mlp_output, rows[:, :, self.place[layer.mlp_writer[0]]].unsqueeze(-1)))
         with self.model.hooks(fwd_hooks=hooks):
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.rulesets import Table, ruleset_name
 
 Run = Literal["corrupt", "clean", "mean"]
+Order = Literal["signed", "absolute"]
 EAP_IG, RANDOM, PATCHING = "eap_ig", "random", "patching"
 _BATCH = 8
 
@@ -27,12 +28,14 @@ class ItemScores:
     """One score per item, in the order of `items.frame`.
 
     signed: mean over examples of the estimate of what the item adds to the target. strength: mean over examples of its absolute value.
+    downwards: whether the full circuit's metric is lower than the empty one's, so that a negative score carries it towards the full one.
     """
 
     items: Items
     method: str
     signed: np.ndarray
     strength: np.ndarray
+    downwards: bool = False
 
     def __post_init__(self) -> None:
         for scores in (self.signed, self.strength):
@@ -44,6 +47,12 @@ class ItemScores:
                     f"the scores of {self.method} hold {int((~np.isfinite(scores)).sum())} NaN or infinite values, the first at "
                     f"{self.items.frame.iloc[bad].to_dict()}; circuits cannot be ordered by them"
                 )
+
+    def values(self, order: Order) -> np.ndarray:
+        """What items are ordered by: `signed`, the score towards the full circuit's metric; `absolute`, |score|."""
+        if order not in ("signed", "absolute"):
+            raise RelevanceError(f"order is 'signed' or 'absolute', got {order!r}")
+        return np.abs(self.signed) if order == "absolute" else -self.signed if self.downwards else self.signed
 
     def to_frame(self) -> pd.DataFrame:
         """The items with columns score and strength, strongest first."""
@@ -58,12 +67,13 @@ def score_items(
 
     method: a ruleset (`gradient` is attribution patching, EAP at edge level), estimate (u_clean - u_corrupt) . g_v; `eap_ig`: the same with
         g averaged over `ig_steps` midpoints of the line between corrupt and clean embeddings (Hanna et al. 2024, EAP-IG-inputs);
-        `patching` (nodes only): the mean of what setting the node alone to its clean value adds to the empty circuit (denoising) and what
-        removing it alone takes from the full one (noising); `random`: normal numbers from `seed`.
+        `patching` (nodes only): activation patching, the mean of what setting the node alone to its clean value adds to the corrupt run
+        (denoising) and what setting it alone to its replacement takes from the clean run (noising; the only one where means replace);
+        `random`: normal numbers from `seed`.
     run: where g is taken: on the corrupt run (as TransformerLens does), on the clean one, or the mean of both. Only local rules tell the
         two apart; `deeplift`, which is symmetric, does not.
     """
-    items = ablation.items
+    items, downwards = ablation.items, bool(ablation.full.mean() < ablation.empty.mean())
     if method == RANDOM:
         drawn = np.random.default_rng(seed).standard_normal(len(items))
         return ItemScores(items, RANDOM, drawn, np.abs(drawn))
@@ -73,7 +83,7 @@ def score_items(
         per_example = torch.cat([_estimate(ablation, edges) for edges in _attributions(ablation, method, run, ig_steps)])
     values = per_example.double().cpu().numpy()
     name = method if isinstance(method, str) else ruleset_name(method)
-    return ItemScores(items, name, values.mean(0), np.abs(values).mean(0))
+    return ItemScores(items, name, values.mean(0), np.abs(values).mean(0), downwards)
 
 
 def _attributions(ablation: Ablation, method: str | Table, run: Run, ig_steps: int) -> Any:
@@ -110,5 +120,12 @@ def _patching(ablation: Ablation) -> Tensor:
     """[example, item]: the mean of denoising and noising, each item on its own."""
     if ablation.items.level != "node":
         raise RelevanceError("patching every edge on its own takes a forward per edge; score edges by a ruleset or eap_ig")
-    one = torch.eye(len(ablation.items), dtype=torch.bool)
-    return ((ablation(one) - ablation.empty) + (ablation.full - ablation(~one))).T / 2
+    alone = ~torch.eye(len(ablation.items), dtype=torch.bool)
+    noising = ablation.full - ablation(alone)
+    if ablation.mean_tokens is not None:  # there is no run that nodes could be denoised in
+        return noising.T
+    pairs = ablation.pairs
+    swapped = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean, clean_mask=pairs.corrupt_mask, corrupt_mask=pairs.clean_mask)
+    corrupt = Ablation(ablation.model, swapped, "node", ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
+    denoising = corrupt(alone) - corrupt.full
+    return (denoising + noising).T / 2

@@ -17,13 +17,14 @@ from analyses.edges.readers import attention_readers, mlp_reader
 from analyses.edges.stream import Stream
 from analyses.edges.wiring import Wiring, points, wiring
 from analyses.edges.writers import sources, writes
-from lens_relevance import propagate
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.engine import propagate_in
 from lens_relevance.errors import CoverageError
-from lens_relevance.inputs import Inputs, tokenize
+from lens_relevance.guest import check_model
+from lens_relevance.inputs import Inputs, Prompt, tokenize
 from lens_relevance.references import reference_run
 from lens_relevance.rules.base import working
-from lens_relevance.rulesets import Table, ruleset
+from lens_relevance.rulesets import Table, rule_for, ruleset
 from lens_relevance.targets import Target
 
 
@@ -90,7 +91,8 @@ def attribute_edges(
     `attribution_patch(granularity="edge")` gives is that of `attribute_edges(corrupt, reference=clean)` with the sign turned. A reference
     of several runs (`random_tokens(8)`) is averaged, one backward pass each.
 
-    With a post-norm (Gemma2, OLMo2) a contribution is the writer's part of the norm's output under the norm's rule.
+    With a post-norm (Gemma2, OLMo2) a contribution is the writer's part of the norm's output under the norm's rule; where the stream itself
+    passes norms (BERT), every contribution in it does.
 
     Raises RelevanceError for bad input, CoverageError for a model whose residual stream is not the sum of what is known to be written.
     """
@@ -114,15 +116,16 @@ def passes(
     flows: bool = False,
 ) -> Iterator[tuple[RelevanceCache, Constants]]:
     """One backward pass per reference run, with everything kept that edges need; `flows`: also what flows inside heads and MLPs need."""
+    check_model(model)
     wanted = set(points(found, flows))
     tokens, mask = tokenize(model, inputs, attention_mask)
     references = [reference]
     if getattr(reference, "n", 1) > 1:
-        runs = reference_run(model, reference, tokens, mask)
-        references = [runs.tokens[i :: runs.n] for i in range(runs.n)]
+        runs = reference_run(model, reference, Prompt(tokens, mask))
+        references = [runs.prompt.tokens[i :: runs.n] for i in range(runs.n)]
     for each in references:
         with rotary_constants(found) as constants:
-            cache = propagate(model, tokens, target, rules, lambda name: name in wanted, each, attention_mask=mask)
+            cache = propagate_in(found.body, model, tokens, target, rules, lambda name: name in wanted, each, attention_mask=mask)
         missing = sorted(wanted - set(cache.coefficients))
         if missing:
             raise CoverageError(f"edges need {', '.join(missing[:3])}, but {cache.absent.get(missing[0], 'it was not kept')}")
@@ -139,16 +142,18 @@ def edges_of(
     inside, values = [], cache if values is None else values
     with torch.no_grad():
         stream = Stream(found, cache, values)
-        stream.write(*sources(found, values))
+        stream.write(sources(found, values, cache, table))
         for layer in found.layers:
             heads = head_coefficients(layer, cache, table, constants, flows)
             inside.append(heads)
             stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads), layer.attn_input)
             if layer.has_mlp and layer.parallel:  # reads what attention reads
                 stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
-            for number, written in enumerate(writes(layer, values, table)):
-                stream.write(*written)
-                if number == 0 and layer.has_mlp and not layer.parallel:
+            for written, norm in zip(writes(layer, values, cache, table), (layer.attn_after, layer.mlp_after), strict=False):
+                stream.write(written)
+                if norm is not None:
+                    stream.normalize(norm, rule_for(table, norm))
+                if written.names == layer.heads and layer.has_mlp and not layer.parallel:
                     stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
         stream.read(["logits"], working(cache.coefficients[found.final]).unsqueeze(0), found.final)
     available = found.available()

@@ -28,7 +28,8 @@ class Flows:
 
     edges: by (kind, sources, targets): `residual` [pos, writer, reader]; `within` a position [name, pos]; `between` positions
         [name, destination, source], where sources and targets are given name by name.
-    nodes: by names, [name, pos]. sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation.
+    nodes: by names, [name, pos]. sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation (of a mixture of
+        experts: all that stays inside it).
     neurons: by MLP, [pos, neuron]. value: the target, less that of the reference run.
     """
 
@@ -87,17 +88,14 @@ def _mlp(flows: Flows, layer: Layer, cache: RelevanceCache, edges: EdgeAttributi
     """From the MLP's reader to the MLP. entering: [1, pos]."""
     name, into = tuple(layer.mlp_writer), tuple(layer.mlp_reader)
     score = edges.writer_scores[0, :, edges.writers.index(name[0])].unsqueeze(0)
-    site = layer.mlp
-    if site is None:  # a component without sites inside
-        flows.edges["within", into, name] = entering
-        flows.sinks["activation", name] = score - entering
-        return
-    neurons = cache[site.output_name]
-    inputs = [str(p.name) for p in site.inputs]
-    leaving = torch.stack([cache[point].sum(-1) for point in inputs]).sum(0)
+    inputs = [] if layer.mlp is None else [str(p.name) for p in layer.mlp.inputs]
     linears = [s for s in (layer.mlp_gate, layer.mlp_in) if s is not None and s.output_name in inputs]
-    bias = torch.stack([_bias(s, cache) for s in linears]).sum(0)
-    flows.neurons[name[0]] = neurons[0]
+    bias = torch.stack([_bias(s, cache) for s in linears]).sum(0) if linears else torch.zeros_like(entering)
+    if not linears:  # a mixture of experts, one step as a whole
+        inputs = [f"{layer.path}.mlp.hook_in"]
+    elif layer.mlp is not None:
+        flows.neurons[name[0]] = cache[layer.mlp.output_name][0]
+    leaving = torch.stack([cache[point].sum(-1) for point in inputs]).sum(0)
     flows.edges["within", into, name] = leaving
     flows.sinks["activation", name] = score - leaving
     flows.sinks["bias", into] = bias

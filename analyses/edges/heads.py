@@ -192,6 +192,8 @@ def _check_group(layer: Layer, name: str, wide: Heads, narrow: Float[Tensor, "ba
 def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The transpose of Llama's rotation, for [batch, head, pos, d_head] and cos, sin [batch, pos, rotary]."""
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    if not torch.equal(*cos.chunk(2, -1)):  # GPT-OSS keeps the angles of one half, which are those of the other
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = (turned * sin).chunk(2, -1)
     return torch.cat([turned * cos + torch.cat([second, -first], -1), rest], -1)

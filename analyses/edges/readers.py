@@ -31,7 +31,7 @@ def attention_readers(layer: Layer, cache: RelevanceCache, table: Table, heads: 
         weight = linear(site).weight.to(coefficient.dtype).unflatten(0, (-1, coefficient.shape[-1]))
         if weight.shape[0] != coefficient.shape[2]:  # query heads of a group share a key-value head
             weight = weight.repeat_interleave(coefficient.shape[2] // weight.shape[0], 0)
-        at_norm.append(torch.einsum("bphe,hed->hbpd", coefficient, weight))
+        at_norm.append((coefficient.movedim(2, 0).flatten(1, 2) @ weight).unflatten(1, coefficient.shape[:2]))
     return _through(layer.attn_norm, layer.attn_input, cache, table, torch.cat(at_norm))
 
 

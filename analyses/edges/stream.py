@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.edges.transport import push
 from analyses.edges.wiring import Wiring
-from analyses.edges.writers import change
+from analyses.edges.writers import Written, change
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError
-from lens_relevance.rules.base import share, working
+from lens_relevance.rules import Rule
+from lens_relevance.rules.base import working
+from lens_relevance.sites import Site
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # fp64 models may compute their norms in fp32
 _HALF_PRECISION_TOLERANCE = 5e-2
@@ -21,55 +24,83 @@ class Stream:
 
     values: the pass whose activations (less its reference's) are what is written; cache: the pass whose coefficients they meet.
 
-    Contributions are kept as [batch * pos, writer, d_model]: one matrix product per position then gives a reader all its edges.
+    Contributions are kept as [batch * pos, 1 + writer, d_model], the first row being the stream itself where it is read: one matrix product
+    per position then gives a reader all its edges and the relevance that enters it.
     """
 
     def __init__(self, wiring: Wiring, cache: RelevanceCache, values: RelevanceCache) -> None:
-        self.cache, self.values = cache, values
-        self.writers, self.readers = wiring.writers, wiring.readers
-        self._writer = {name: i for i, name in enumerate(self.writers)}
-        self._reader = {name: i for i, name in enumerate(self.readers)}
-        self.mask = cache.mask
-        batch, pos = self.mask.shape
-        entering = change(values, "blocks.0.hook_in")
-        self.contributions = entering.new_zeros(batch * pos, len(self.writers), entering.shape[-1])
-        self.scores = entering.new_zeros(batch, pos, len(self.writers), len(self.readers))
-        self.writer_scores = entering.new_zeros(batch, pos, len(self.writers))
-        self.reader_scores = entering.new_zeros(batch, pos, len(self.readers))
-        self.count = len(wiring.sources)
+        self.cache, self.values, self.mask = cache, values, cache.mask
+        self._padded = not bool(self.mask.all())
+        self._row = {name: 1 + i for i, name in enumerate(wiring.writers)}
+        self._column = {name: i for i, name in enumerate(wiring.readers)}
+        entering = change(values, "blocks.0.hook_in").flatten(0, 1)
+        rows = 1 + len(self._row)
+        self._contributions = entering.new_zeros(len(entering), rows, entering.shape[-1])
+        self._total = torch.zeros_like(entering)
+        self._scores = entering.new_zeros(len(entering), rows, len(self._column))
+        self._writer_scores = entering.new_zeros(len(entering), rows)
+        self._filled = 1 + len(wiring.sources)
 
-    def write(self, names: list[str], parts: Float[Tensor, "writer batch pos d_model"], point: str) -> None:
-        """Add contributions, written at HookPoint `point`; `bias` collects every bias written so far."""
-        parts, coefficient = self._real(parts), working(self.cache.coefficients[point])
-        first, n = self._writer[names[0]], len(names) - ("bias" in names)
-        self.contributions[:, first : first + n] += parts[:n].flatten(1, 2).transpose(0, 1)
-        self.writer_scores[:, :, first : first + n] += share(parts[:n], coefficient).sum(-1).movedim(0, 2)
-        self.count = max(self.count, first + n)
-        if names[-1] == "bias":
-            self.contributions[:, self._writer["bias"]] += parts[-1].flatten(0, 1)
-            self.writer_scores[:, :, self._writer["bias"]] += share(parts[-1], coefficient).sum(-1)
+    @property
+    def scores(self) -> Float[Tensor, "batch pos writer reader"]:
+        return self._scores[:, 1:].unflatten(0, self.mask.shape)
+
+    @property
+    def writer_scores(self) -> Float[Tensor, "batch pos writer"]:
+        return self._writer_scores[:, 1:].unflatten(0, self.mask.shape)
+
+    @property
+    def reader_scores(self) -> Float[Tensor, "batch pos reader"]:
+        return self._scores[:, 0].unflatten(0, self.mask.shape)
+
+    def write(self, written: Written) -> None:
+        """Add contributions; the rest adds to what `bias` has written so far."""
+        coefficient = working(self.cache.coefficients[written.point]).flatten(0, 1)
+        first = self._row[written.names[0]]
+        rows = slice(first, first + len(written.names))
+        parts = self._contributions[:, rows]
+        parts.copy_(self._real(written.parts).flatten(1, 2).transpose(0, 1))
+        self._total += parts.sum(1)
+        self._writer_scores[:, rows] = (parts @ coefficient.unsqueeze(-1)).squeeze(-1)
+        self._filled = max(self._filled, rows.stop)
+        if written.rest is not None:
+            self._add_to_bias(self._real(written.rest).flatten(0, 1), coefficient)
+
+    def normalize(self, norm: Site, rule: Rule) -> None:
+        """The stream passes a norm, and each contribution with it as the norm's rule has it; what the rule gives nobody goes to `bias`."""
+        name, out = str(norm.inputs[0].name), norm.output_name
+        contributions = self._contributions[:, 1 : self._filled]
+        parts = contributions.transpose(0, 1).unflatten(1, self.mask.shape)
+        parts = push(norm, rule, self.cache.activations[name], self.cache.reference_activations.get(name), parts)
+        contributions.copy_(self._real(parts).flatten(1, 2).transpose(0, 1))
+        self._total = contributions.sum(1)
+        rest = self._real(change(self.values, out)).flatten(0, 1) - self._total
+        self._add_to_bias(rest, working(self.cache.coefficients[out]).flatten(0, 1))
 
     def read(self, names: list[str], coefficients: Float[Tensor, "reader batch pos d_model"], point: str) -> None:
         """Edges from everything written so far into these readers, whose stream is the activation at `point`."""
-        coefficients = self._real(coefficients)
-        written = self.contributions[:, : self.count]
-        entering = self._real(change(self.values, point))
-        self._check_sum(written, entering, point)
-        first = self._reader[names[0]]
-        where = slice(first, first + len(names))
-        edges = written @ coefficients.flatten(1, 2).permute(1, 2, 0)
-        self.scores[:, :, : self.count, where] = edges.unflatten(0, self.mask.shape)
-        self.reader_scores[:, :, where] = share(entering, coefficients).sum(-1).movedim(0, 2)
+        entering = self._real(change(self.values, point)).flatten(0, 1)
+        self._check_sum(entering, point)
+        self._contributions[:, 0] = entering
+        first = self._column[names[0]]
+        edges = self._contributions[:, : self._filled] @ self._real(coefficients).flatten(1, 2).permute(1, 2, 0)
+        self._scores[:, : self._filled, first : first + len(names)] = edges
+
+    def _add_to_bias(self, rest: Float[Tensor, "row d_model"], coefficient: Float[Tensor, "row d_model"]) -> None:
+        bias = self._row["bias"]
+        self._contributions[:, bias] += rest
+        self._total += rest
+        self._writer_scores[:, bias] += (rest * coefficient).sum(-1)
 
     def _real(self, x: Tensor) -> Tensor:
         """Zero at padding, whatever NaN a fully masked row may hold there."""
-        return x if bool(self.mask.all()) else torch.where(self.mask.bool().unsqueeze(-1), x, torch.zeros_like(x))
+        return torch.where(self.mask.bool().unsqueeze(-1), x, torch.zeros_like(x)) if self._padded else x
 
-    def _check_sum(self, written: Tensor, entering: Tensor, point: str) -> None:
+    def _check_sum(self, entering: Tensor, point: str) -> None:
         """The stream must be the sum of what was written, or edges would not add up to anything."""
         activation = self._real(self.values.activations[point])
         scale = float(activation.abs().max())
-        gap = float((written.sum(1) - entering.flatten(0, 1)).abs().max())
+        gap = float((self._total - entering).abs().max())
         if gap > _TOLERANCE.get(activation.dtype, _HALF_PRECISION_TOLERANCE) * scale:
             raise CoverageError(
                 f"{point}: the residual stream is not the sum of what embeddings, heads, MLPs and biases are known to write "

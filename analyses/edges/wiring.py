@@ -21,13 +21,19 @@ from lens_relevance.sites import Anatomy, Site, anatomy
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One block: its sites, None where it has no such part."""
+    """One block: its sites, None where it has no such part.
+
+    attn_norm, mlp_norm: what attention and MLP read through; attn_post, mlp_post: what their outputs pass before they are written;
+    attn_after, mlp_after: what the stream itself passes once they are (BERT).
+    """
 
     index: int
     attn_norm: Site | None
     attn_post: Site | None
     mlp_norm: Site | None
     mlp_post: Site | None
+    attn_after: Site | None
+    mlp_after: Site | None
     q: Site
     k: Site
     v: Site
@@ -87,8 +93,14 @@ class Layer:
         return self.o.output_name if self.attn_post is None else self.attn_post.output_name
 
     @property
+    def mlp_output(self) -> str:
+        """HookPoint of the MLP's own output. Bloom's `mlp.hook_out` holds the residual stream as well, that of its last layer does not."""
+        return f"{self.path}.mlp.hook_out" if self.mlp_out is None else self.mlp_out.output_name
+
+    @property
     def mlp_write(self) -> str:
-        return f"{self.path}.mlp.hook_out" if self.mlp_post is None else self.mlp_post.output_name
+        """HookPoint of what the MLP adds to the stream."""
+        return self.mlp_output if self.mlp_post is None else self.mlp_post.output_name
 
     @property
     def mlp_bias(self) -> Tensor | None:
@@ -102,6 +114,7 @@ class Wiring:
     body: Anatomy
     layers: list[Layer]
     positions: str | None
+    embed_norm: Site | None
     final: str
 
     @property
@@ -143,9 +156,9 @@ def wiring(model: Any) -> Wiring:
     if body.n_layers == 0:
         raise CoverageError("edges need a model with one stack of blocks (model.blocks)")
     sites = {site.name: site for site in body.sites}
-    positions = body.leaves[1] if len(body.leaves) > 1 else None
+    positions = next((leaf for leaf in body.leaves[1:] if leaf.startswith("pos")), None)
     layers = [_layer(i, block, sites) for i, block in enumerate(model.blocks)]
-    return Wiring(body, layers, positions, f"blocks.{body.n_layers - 1}.hook_out")
+    return Wiring(body, layers, positions, sites.get("embed_ln"), f"blocks.{body.n_layers - 1}.hook_out")
 
 
 def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
@@ -157,12 +170,17 @@ def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
     def need(name: str) -> Site:
         found = find(name)
         if found is None:
-            raise CoverageError(f"{path} has no site {name!r}, so its edges cannot be told apart")
+            kind = type(block.attn).__name__
+            raise CoverageError(
+                f"{path} has no site {name!r} (its attention is a {kind}), so the edges into single heads cannot be told apart"
+            )
         return found
 
     parallel = isinstance(block, ParallelBlockBridge)
-    attn_norm, mlp_post = find("ln1"), find("ln2_post")
-    mlp_norm = find("ln2")
+    attn_norm, mlp_norm, mlp_post = find("ln1"), find("ln2"), find("ln2_post")
+    after: tuple[Site | None, Site | None] = (None, None)
+    if _normalizes_the_sum(block.original_component):
+        after, attn_norm, mlp_norm = (attn_norm, mlp_norm), None, None
     if mlp_norm is None and parallel and mlp_post is None:  # GPT-J, Phi: one norm for both
         mlp_norm = attn_norm
     return Layer(
@@ -171,6 +189,8 @@ def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
         attn_post=find("ln1_post"),
         mlp_norm=mlp_norm,
         mlp_post=mlp_post,
+        attn_after=after[0],
+        mlp_after=after[1],
         q=need("attn.q"),
         k=need("attn.k"),
         v=need("attn.v"),
@@ -190,18 +210,26 @@ def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
     )
 
 
+def _normalizes_the_sum(original: Any) -> bool:
+    """Whether ln1 and ln2 come after attention and MLP have been added to the stream (BERT, OPT-350m), and not before they read it."""
+    return type(original).__name__ == "BertLayer" or not getattr(original, "do_layer_norm_before", True)
+
+
 def points(found: Wiring, flows: bool) -> list[str]:
     """HookPoints whose activations and coefficients edges need; `flows`: also those of the flows inside heads and MLPs."""
     names = ["blocks.0.hook_in", found.final]
     names += [] if found.positions is None else [found.positions]
+    names += _inputs(found.embed_norm)
     for layer in found.layers:
         names += [layer.attn_input, layer.attn_write, layer.q.output_name, layer.k.output_name, layer.v.output_name, layer.z.output_name]
         names += _inputs(layer.attn_post)
+        for norm in (layer.attn_after, layer.mlp_after):
+            names += [] if norm is None else [*_inputs(norm), norm.output_name]
         if flows or layer.geometry.group > 1:
             names += [layer.pattern.output_name, *_inputs(layer.scores), *_inputs(layer.pattern)]
             names += [*_inputs(layer.k_norm), *([] if layer.k_norm is None else [layer.k_norm.output_name])]
         if layer.has_mlp:
-            names += [layer.mlp_input, f"{layer.path}.mlp.hook_in", f"{layer.path}.mlp.hook_out", layer.mlp_write, *_inputs(layer.mlp_post)]
+            names += [layer.mlp_input, f"{layer.path}.mlp.hook_in", layer.mlp_output, layer.mlp_write, *_inputs(layer.mlp_post)]
             if flows and layer.mlp is not None:
                 names += [*_inputs(layer.mlp), layer.mlp.output_name]
     names += ["unembed.hook_out"] if flows else []

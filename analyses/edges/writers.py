@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,15 @@ from lens_relevance.rules.base import difference
 from lens_relevance.rulesets import Table, rule_for
 from lens_relevance.sites import Site
 
-Written = tuple[list[str], Float[Tensor, "writer batch pos d_model"], str]
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Contributions of writers at one HookPoint; rest: what else was written there, if anything (a bias, what a rule gives nobody)."""
+
+    names: list[str]
+    parts: Float[Tensor, "writer batch pos d_model"]
+    rest: Float[Tensor, "batch pos d_model"] | None
+    point: str
 
 
 def change(cache: RelevanceCache, name: str) -> Tensor:
@@ -23,43 +32,51 @@ def change(cache: RelevanceCache, name: str) -> Tensor:
     return difference(cache.activations[name], cache.reference_activations.get(name))
 
 
-def sources(wiring: Wiring, cache: RelevanceCache) -> Written:
+def sources(wiring: Wiring, values: RelevanceCache, cache: RelevanceCache, table: Table) -> Written:
     """Contributions of `embed` and `pos_embed`, and the HookPoint where they have entered the stream.
 
-    What enters the first block less the position embeddings: so it holds any scale or norm a model puts on its embeddings.
+    `embed` is what enters the first block less the position embeddings: so it holds any scale a model puts on its embeddings, and BERT's
+    token types. Where the embeddings pass a norm, both are parts of its output.
     """
-    point = "blocks.0.hook_in"
-    entering = change(cache, point)
-    if wiring.positions is None:
-        return ["embed"], entering.unsqueeze(0), point
-    positions = change(cache, wiring.positions).expand_as(entering)
-    return ["embed", "pos_embed"], torch.stack([entering - positions, positions]), point
+    point, norm = "blocks.0.hook_in", wiring.embed_norm
+    entering = change(values, point if norm is None else str(norm.inputs[0].name))
+    names, parts = ["embed"], entering.unsqueeze(0)
+    if wiring.positions is not None:
+        positions = change(values, wiring.positions).expand_as(entering)
+        names, parts = ["embed", "pos_embed"], torch.stack([entering - positions, positions])
+    return Written(names, *_past(norm, parts, point, values, cache, table), point)
 
 
-def writes(layer: Layer, cache: RelevanceCache, table: Table) -> Iterator[Written]:
-    """For attention, then for the MLP of a layer: writers with their contributions, the last of them `bias`, and their HookPoint."""
-    z, output = change(cache, layer.z.output_name), linear(layer.o)
+def writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, table: Table) -> Iterator[Written]:
+    """What attention, then the MLP of a layer writes. values: the pass that says what is written; cache: the pass whose rules hold."""
+    z, output = change(values, layer.z.output_name), linear(layer.o)
     weight = output.weight.to(z.dtype).unflatten(1, (-1, z.shape[-1]))
-    heads = torch.einsum("bphe,dhe->hbpd", z, weight)
-    yield [*layer.heads, "bias"], _with_bias(heads, layer.attn_post, layer.attn_write, output.bias, cache, table), layer.attn_write
-    if not layer.has_mlp:
-        return
-    written = change(cache, f"{layer.path}.mlp.hook_out")
-    bias = layer.mlp_bias
-    if bias is not None and not cache.reference_activations:
-        written = written - bias.to(written.dtype)
-    written = _with_bias(written.unsqueeze(0), layer.mlp_post, layer.mlp_write, bias, cache, table)
-    yield [*layer.mlp_writer, "bias"], written, layer.mlp_write
+    heads, point = torch.einsum("bphe,dhe->hbpd", z, weight), layer.attn_write
+    yield Written(layer.heads, *_with_rest(heads, layer.attn_post, output.bias, point, values, cache, table), point)
+    if layer.has_mlp:
+        written, bias, point = change(values, layer.mlp_output), layer.mlp_bias, layer.mlp_write
+        if bias is not None and not values.reference_activations:
+            written = written - bias.to(written.dtype)
+        yield Written(layer.mlp_writer, *_with_rest(written.unsqueeze(0), layer.mlp_post, bias, point, values, cache, table), point)
 
 
-def _with_bias(parts: Tensor, post: Site | None, write: str, bias: Tensor | None, cache: RelevanceCache, table: Table) -> Tensor:
-    """The parts, past a post-norm where there is one, and what else was written: the bias, and what a norm's rule gives nobody."""
+def _with_rest(
+    parts: Tensor, post: Site | None, bias: Tensor | None, point: str, values: RelevanceCache, cache: RelevanceCache, table: Table
+) -> tuple[Tensor, Tensor | None]:
+    """The parts, past a post-norm where there is one, and what else was written."""
     if post is not None:
-        name = str(post.inputs[0].name)
-        parts = push(post, rule_for(table, post), cache.activations[name], cache.reference_activations.get(name), parts)
-        rest = change(cache, write) - parts.sum(0)
-    elif bias is None or cache.reference_activations:  # the same in both runs
-        rest = torch.zeros_like(parts[0])
-    else:
-        rest = bias.to(parts.dtype).expand_as(parts[0])
-    return torch.cat([parts, rest.unsqueeze(0)])
+        return _past(post, parts, point, values, cache, table)
+    if bias is None or values.reference_activations:  # the same in both runs
+        return parts, None
+    return parts, bias.to(parts.dtype).expand_as(parts[0])
+
+
+def _past(
+    norm: Site | None, parts: Tensor, point: str, values: RelevanceCache, cache: RelevanceCache, table: Table
+) -> tuple[Tensor, Tensor | None]:
+    """Parts of a norm's output, which is at `point`, under the norm's rule; and what the rule gives none of them."""
+    if norm is None:
+        return parts, None
+    name = str(norm.inputs[0].name)
+    parts = push(norm, rule_for(table, norm), cache.activations[name], cache.reference_activations.get(name), parts)
+    return parts, change(values, point) - parts.sum(0)

@@ -108,12 +108,15 @@ class FlowGraph:
         return paths.bottlenecks(self, n)
 
     def open(self, node: str, position: int | None = None) -> pd.DataFrame:
-        """What is inside a node: the strongest neurons of an MLP; for a head the edges from its q, k, v and source tokens."""
+        """What is inside a node: the strongest neurons of an MLP; for a head the edges from its q, k, v and source tokens.
+
+        Of a node without an inside (a reader, a mixture of experts) the edges that enter it.
+        """
         if node not in set(self.nodes["node"]):
             raise RelevanceError(
                 f"there is no node {node!r} in this graph; its nodes are like {', '.join(self.nodes['node'].unique()[:5])}"
             )
-        mlp = parse(node).component == "mlp"
+        mlp = node in set(self.neurons["node"])
         inside = self.neurons[self.neurons["node"] == node] if mlp else self.edges[self.edges["target"] == node]
         inside = inside if position is None else inside[inside["position"] == position]
         if not mlp:
@@ -184,6 +187,7 @@ class FlowGraph:
             inside = self.neurons[(self.neurons["node"] == row.node) & (self.neurons["position"] == row.position)]
             return {"neurons": inside[["neuron", "score"]]} if len(inside) else None
         stays = self.sinks[(self.sinks["node"] == row.node) & (self.sinks["position"] == row.position)]
+        stays = stays[stays["score"].abs() > 1e-4 * abs(row.score)]  # less is rounding
         return {"stays": stays[["sink", "score"]]} if len(stays) else None
 
 

@@ -165,7 +165,7 @@ def _mean_values(model: TransformerBridge, pairs: Any, metric: Any, keys: list[t
         count = count + mask.sum(0)
         for (name, layer), value in record(model, piece.clean, piece.mask, keys).values.items():
             at = COMPONENTS[name].axes.index("pos")
-            kept = mask.reshape([len(mask)] + [mask.shape[1] if axis == at else 1 for axis in range(1, value.ndim)])
+            kept = mask.to(value.device).reshape([len(mask)] + [mask.shape[1] if axis == at else 1 for axis in range(1, value.ndim)])
             totals[name, layer] = totals.get((name, layer), 0.0) + value.where(kept, 0.0).sum(0, keepdim=True)
     assert isinstance(count, Tensor)
     means: Values = {}

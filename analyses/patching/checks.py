@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.patching.nodes import COMPONENTS
 from analyses.patching.plan import Patch, Values, edits_of, rows_of
+from analyses.patching.readout import Readout
 from analyses.patching.recording import Recording, forward
 from analyses.patching.sweep import Shortcut, run_rows, to_logits
 
@@ -80,13 +81,12 @@ def check_pattern_live(model: TransformerBridge, recording: Recording, layer: in
         )
 
 
-def find_shortcut(
-    model: TransformerBridge, recording: Recording, patches: Sequence[Patch], values: Values, columns: Int[Tensor, " column"]
-) -> Shortcut:
+def find_shortcut(model: TransformerBridge, recording: Recording, patches: Sequence[Patch], values: Values, readout: Readout) -> Shortcut:
     """The furthest shortcut that gives the logits of whole forward passes on some of the patches to be run.
 
     Families differ in what a block needs and in what happens between and after the blocks, so this is measured, not assumed. Hooks that
-    the user has on the model may count positions: then no positions are skipped.
+    the user has on the model may count positions: then no positions are skipped. Where only a few tokens' logits are read and the
+    unembedding is more than a matrix, `readout.tokens` becomes None.
     """
     if not recording.calls or not all(hasattr(model, name) for name in ("ln_final", "unembed")) or len(patches) <= SAMPLES:
         return "none"
@@ -104,15 +104,23 @@ def find_shortcut(
         base = torch.tensor([number % recording.n], device=recording.tokens.device)
         own = replace(patch, offset=patch.offset + number % recording.n)
         batches.append((rows_of([own], base), edits_of([own], values, 1)))
-        expected.append(run_rows(model, recording, *batches[-1], columns, "none"))
-    for shortcut in candidates:
+        expected.append(run_rows(model, recording, *batches[-1], readout.columns, "none"))
+
+    def right(shortcut: Shortcut) -> bool:
         try:
-            found = [
-                to_logits(model, recording, rows, run_rows(model, recording, rows, edits, columns, shortcut), columns, shortcut)
-                for rows, edits in batches
-            ]
+            for (rows, edits), one in zip(batches, expected, strict=True):
+                outcome = run_rows(model, recording, rows, edits, readout.columns, shortcut)
+                two = to_logits(model, recording, rows, outcome, readout, shortcut)
+                one = one if readout.tokens is None else one[:, :, readout.tokens]
+                if one.shape != two.shape or bool((one - two).abs().max() > rounding):
+                    return False
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-            continue  # the blocks of this family cannot be called on their own like this
-        if all(one.shape == two.shape and bool((one - two).abs().max() <= rounding) for one, two in zip(found, expected, strict=True)):
-            return shortcut
+            return False  # the blocks of this family cannot be called on their own like this
+        return True
+
+    for tokens in dict.fromkeys((readout.tokens, None)):
+        readout.tokens = tokens
+        for shortcut in candidates:
+            if right(shortcut):
+                return shortcut
     return "none"

@@ -61,17 +61,22 @@ class Patcher:
         """The shortcut for these and all later patches of this recording."""
         if self.shortcut is None:
             effective = [patch for patch in patches if patch.start >= self.first]
-            self.shortcut = find_shortcut(self.model, self.recording, effective, values, self.readout.columns)
+            self.shortcut = find_shortcut(self.model, self.recording, effective, values, self.readout)
         return self.shortcut
 
     def read(self, rows: Rows, outcome: Tensor) -> Float[Tensor, "patch n_or_1"]:
         """The metric of the outcome of a pass, patch by patch."""
         n, columns, read = self.recording.n, self.readout.columns, []
-        per_patch = n * len(columns) * self.recording.logits.shape[-1]
+        n_tokens = self.recording.logits.shape[-1] if self.readout.tokens is None else len(self.readout.tokens)
+        per_patch = n * len(columns) * n_tokens
         step = n * max(1, LOGITS_AT_ONCE // per_patch)
         assert self.shortcut is not None
         for start in range(0, len(rows.base), step):
             piece = slice(start, start + step)
-            logits = to_logits(self.model, self.recording, rows[piece], outcome[piece], columns, self.shortcut)
+            logits = to_logits(self.model, self.recording, rows[piece], outcome[piece], self.readout, self.shortcut)
             read += [self.readout(logits[row : row + n]) for row in range(0, len(logits), n)]
-        return torch.stack(read)
+        values = torch.stack(read)
+        if self.readout.tokens is not None and bool(values.isnan().any()):
+            self.readout.tokens = None  # which tokens the metric looks at depends on the logits
+            return self.read(rows, outcome)
+        return values

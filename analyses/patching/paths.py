@@ -18,7 +18,7 @@ from analyses.patching.patcher import Patcher
 from analyses.patching.pieces import bar_if, pieces_of
 from analyses.patching.plan import Patch, Values, edits_of, passes, rows_of
 from analyses.patching.readout import Readout, evaluate
-from analyses.patching.recording import record
+from analyses.patching.recording import record, take_rows
 from analyses.patching.results import PatchedRuns, join_runs
 from analyses.patching.sweep import Edits, Rows, run_rows
 
@@ -178,13 +178,17 @@ def _sending(
 
     def note(key: tuple[str, int]) -> Any:
         def edit(value: Tensor, start: int) -> None:
-            received[key] = base[key][rows.base]
-            received[key][: len(value), start:] = value
+            if key not in received:
+                received[key] = take_rows(base[key], rows.base)
+            received[key][: len(value), start : start + value.shape[1]] = value
 
         return COMPONENTS[key[0]].write, edit
 
     def hold(key: tuple[str, int]) -> Any:
-        return COMPONENTS[key[0]].write, lambda value, start: base[key][rows.base[: len(value)], start:].clone()
+        def edit(value: Tensor, start: int) -> Tensor:
+            return take_rows(base[key][:, start : start + value.shape[1]], rows.base[: len(value)])
+
+        return COMPONENTS[key[0]].write, edit
 
     for layer in range(group[0].node.layer, len(patcher.model.blocks)):
         noted = dict.fromkeys(receiver.component for receiver in receivers if receiver.layer == layer)

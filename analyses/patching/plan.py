@@ -71,23 +71,28 @@ def _edit(numbers: list[int], patches: list[Patch], values: Tensor, n: int) -> E
             chosen[axis] = column([index for index in indices if index is not None])
     positions = [node.position for node in nodes if node.position is not None]
 
-    def edit(value: Tensor, start: int) -> Tensor:
+    def edit(value: Tensor, start: int) -> Tensor | None:
         if value.ndim != len(axes):
             raise ValueError(f"{nodes[0]}: expected an activation [{', '.join(axes)}], the HookPoint shows {tuple(value.shape)}")
+        stop = start + value.shape[axes.index("pos")]
+        here = [i for i, position in enumerate(positions) if start <= position < stop] if positions else list(range(len(nodes)))
+        if not here:
+            return None
         target: list[Tensor | slice] = []
         source: list[Tensor | slice] = []
         for axis in axes:
             if axis == "batch":
-                target.append(to_rows)
-                source.append(from_rows)
+                target.append(to_rows[here])
+                source.append(from_rows[here])
             elif axis == "pos" and positions:
-                target.append(column(positions) - start)
-                source.append(column(positions))
+                at = column([positions[i] for i in here])
+                target.append(at - start)
+                source.append(at)
             elif axis == "pos":
                 target.append(slice(None))
-                source.append(slice(start, None))
+                source.append(slice(start, stop))
             else:
-                index = chosen.get(axis, slice(None))
+                index = chosen[axis][here] if axis in chosen else slice(None)
                 target.append(index)
                 source.append(index)
         value = value.clone()

@@ -1,4 +1,4 @@
-"""The number that a patched run is judged by, and the positions at which it looks at the logits."""
+"""The number that a patched run is judged by, and the logits at which it looks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -14,28 +14,38 @@ from lens_relevance.targets import Target
 
 Metric = Callable[[Tensor], Tensor]
 
+FEW = 8
+"""The unembedding is confined to the tokens that are read where they are at most one in so many."""
+
 
 class Readout:
-    """A metric with the positions that it reads, so that no other logits need to be computed.
+    """A metric with what it reads, so that no other logits need to be computed.
 
     Attributes:
         columns: positions [column] at which the metric reads the logits of some row.
+        tokens: tokens [token] whose logits it reads there, of some row; None for the whole vocabulary.
     """
 
     def __init__(self, metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> None:
         self.metric = metric
-        value = evaluate(metric, logits)
-        read = _positions_read(metric, logits)
-        self.columns: Int[Tensor, " column"] = read.nonzero().flatten()
+        value, read = evaluate(metric, logits), _read(metric, logits)
+        self.columns: Int[Tensor, " column"] = read.any(dim=1).nonzero().flatten()
+        tokens: Int[Tensor, " token"] = read.any(dim=0).nonzero().flatten()
+        self.tokens = tokens if len(tokens) * FEW <= logits.shape[-1] else None
         # Whatever is not read stays NaN: a metric that looks elsewhere after all returns NaN and is caught here.
         self._logits = torch.full_like(logits, torch.nan)
-        if not torch.equal(self(logits[:, self.columns]), value):
+        if self.tokens is not None and not torch.equal(self(logits[:, self.columns][:, :, self.tokens]), value):
+            self.tokens = None
+        if self.tokens is None and not torch.equal(self(logits[:, self.columns]), value):
             self.columns = torch.arange(logits.shape[1], device=logits.device)
 
-    def __call__(self, logits: Float[Tensor, "n column d_vocab"]) -> Float[Tensor, " n_or_1"]:
-        """The metric of one run from its logits at `columns`."""
-        self._logits[:, self.columns] = logits
-        return evaluate(self.metric, self._logits)
+    def __call__(self, logits: Float[Tensor, "n column token"]) -> Float[Tensor, " n_or_1"]:
+        """The metric of one run from its logits of `tokens` at `columns`."""
+        if self.tokens is None:
+            self._logits[:, self.columns] = logits
+        else:
+            self._logits[:, self.columns[:, None], self.tokens] = logits
+        return evaluate(self.metric, self._logits).clone()  # a metric may give a view of the logits, which the next run overwrites
 
 
 def evaluate(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n_or_1"]:
@@ -51,15 +61,15 @@ def evaluate(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Te
     return value if value.is_floating_point() else value.to(torch.float32)
 
 
-def _positions_read(metric: Metric, logits: Tensor) -> Tensor:
-    """Which positions [pos] the metric's gradient reaches; all if it has none (an accuracy, say)."""
+def _read(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Bool[Tensor, "pos d_vocab"]:
+    """Which logits of some row the metric's gradient reaches; all if it has none (an accuracy, say)."""
     with torch.enable_grad():
         leaf = logits.detach().clone().requires_grad_()
         value = metric(leaf)
         if not value.requires_grad:
-            return torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            return torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return (gradient != 0).any(dim=-1).any(dim=0)
+    return (gradient != 0).any(dim=0)
 
 
 def resolve_metric(target: Any, model: TransformerBridge, tokens: Int[Tensor, "n pos"], mask: Int[Tensor, "n pos"]) -> Metric:

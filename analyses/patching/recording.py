@@ -23,7 +23,7 @@ class Recording:
 
     Attributes:
         tokens, mask: what it ran on, [n, pos]; the mask is None where every token is real.
-        logits: [n, pos, d_vocab].
+        logits: [n, pos, d_vocab]; of a classifier [n, 1, class].
         values: activation of each (component, layer) asked for, as its HookPoint shows it.
         calls: (args, kwargs) with which each block was called; empty if not asked for. The first argument is the residual stream.
         cache: keys and values of every layer, where the model keeps them as Hugging Face models do.
@@ -31,7 +31,7 @@ class Recording:
 
     tokens: Int[Tensor, "n pos"]
     mask: Int[Tensor, "n pos"] | None
-    logits: Float[Tensor, "n pos d_vocab"]
+    logits: Float[Tensor, "n column d_vocab"]
     values: dict[tuple[str, int], Tensor]
     calls: list[Call]
     cache: DynamicCache | None
@@ -49,55 +49,58 @@ class Recording:
         args, kwargs = self.calls[layer]
         return args[0] if args else kwargs["hidden_states"]
 
-    def call(self, layer: int, rows: Int[Tensor, " rows"], start: int) -> Call:
-        """The rest of the arguments of block `layer` for a batch of these `rows`, from position `start` on.
+    def call(self, layer: int, rows: Int[Tensor, " rows"], positions: slice, cache: DynamicCache | None) -> Call:
+        """The rest of the arguments of block `layer` for a batch of these `rows` at these `positions`, with this cache of earlier ones.
 
         Returns (args after the residual stream, kwargs without it).
         """
         args, kwargs = self.calls[layer]
-        cache = self._prefix(layer, rows, start)
-        rest = tuple(self._fit(value, rows, start, cache) for value in args[1:])
-        return rest, {name: self._fit(value, rows, start, cache) for name, value in kwargs.items() if name != "hidden_states"}
+        rest = tuple(self._fit(value, rows, positions, cache) for value in args[1:])
+        return rest, {name: self._fit(value, rows, positions, cache) for name, value in kwargs.items() if name != "hidden_states"}
 
-    def _prefix(self, layer: int, rows: Tensor, start: int) -> DynamicCache | None:
-        """Keys and values before `start`, as a cache of its own: a block adds to the cache it is given."""
-        if start == 0:
-            return None
+    def prefix(self, layer: int, rows: Int[Tensor, " rows"], start: int, into: DynamicCache) -> DynamicCache:
+        """`into`, an empty cache, with the keys and values before `start`: a block adds to the cache it is given."""
         assert self.cache is not None, "a run can only go on from a position if its keys and values were kept"
-        prefix, kept = DynamicCache(), self.cache.layers[layer]
+        kept = self.cache.layers[layer]
         assert isinstance(kept, DynamicLayer) and kept.keys is not None and kept.values is not None
-        prefix.update(kept.keys[rows, :, :start], kept.values[rows, :, :start], layer)
-        return prefix
+        DynamicCache.update(into, take_rows(kept.keys, rows)[:, :, :start], take_rows(kept.values, rows)[:, :, :start], layer)
+        return into
 
-    def _fit(self, value: Any, rows: Tensor, start: int, cache: DynamicCache | None) -> Any:
-        """An argument of a block for other rows and later positions: masks, position ids, rotary tables, the cache."""
+    def _fit(self, value: Any, rows: Tensor, positions: slice, cache: DynamicCache | None) -> Any:
+        """An argument of a block for other rows and positions: masks, position ids, rotary tables, the cache."""
         if isinstance(value, tuple):
-            return tuple(self._fit(item, rows, start, cache) for item in value)
+            return tuple(self._fit(item, rows, positions, cache) for item in value)
         if value is not None and value is self.cache:
             return cache
         if not isinstance(value, Tensor):
             return value
         if value.ndim == 4 and value.shape[2] == self.n_pos:  # attention mask [n or 1, head or 1, query, key]: all keys stay
-            value = value[:, :, start:]
+            value = value[:, :, positions]
         elif value.ndim in (2, 3) and value.shape[1] == self.n_pos:  # position ids, rotary tables
-            value = value[:, start:]
+            value = value[:, positions]
         elif value.ndim == 1 and value.shape[0] == self.n_pos:
-            value = value[start:]
+            value = value[positions]
         if value.ndim >= 2 and value.shape[0] == self.n:
-            return value[rows]
+            return take_rows(value, rows)
         if value.ndim == 3 and value.shape[0] % self.n == 0:  # ALiBi slopes [n * head, 1, key]
-            return value.unflatten(0, (self.n, -1))[rows].flatten(0, 1)
+            return take_rows(value.unflatten(0, (self.n, -1)), rows).flatten(0, 1)
         return value
+
+
+def take_rows(value: Tensor, rows: Int[Tensor, " rows"]) -> Tensor:
+    """Rows of a tensor on whatever device its layer is on."""
+    return value[rows.to(value.device)]
 
 
 def forward(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None, **kwargs: Any
-) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits of the whole model."""
+) -> Float[Tensor, "batch column d_vocab"]:
+    """Logits of the whole model; those of a classifier, [batch, class], at one position."""
     if mask is not None:
         kwargs["attention_mask"] = mask
     kwargs.setdefault("use_cache", False)
-    return model(tokens, **kwargs)
+    logits = model(tokens, **kwargs)
+    return logits if logits.ndim > 2 else logits.unsqueeze(1)
 
 
 def record(

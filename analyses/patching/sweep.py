@@ -2,25 +2,32 @@
 
 A patched run equals the run without patches below the patched layer, and, with causal attention, before the patched position. So a batch
 of patched runs starts at its lowest layer and position, each row joins at the block that it patches, and keys and values of earlier
-positions come from the run without patches.
+positions come from the run without patches. Of the last block, positions before the first whose logits are read give keys and values only.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
 
-from analyses.patching.recording import Recording, forward
+from analyses.patching.readout import Readout
+from analyses.patching.recording import Recording, forward, take_rows
 
 Edit = Callable[[Tensor, int], Tensor | None]
-"""What happens at a HookPoint: (activation of the rows that have joined, first position) -> new activation, or None to leave it."""
+"""What happens at a HookPoint: (activation of the rows that have joined, first position) -> new activation, or None to leave it.
+
+The activation is of some consecutive positions, not always up to the last one.
+"""
 
 Edits = dict[int, list[tuple[str, Edit]]]
 """Layer -> (HookPoint within the block, edit)."""
@@ -52,44 +59,102 @@ def run_rows(
 
     That is the stream after the last block at those columns that the pass reached, or the logits themselves if nothing was skipped.
     """
-    start = rows.start if shortcut == "position" else 0
+    run = _Run(model, recording, rows.start if shortcut == "position" else 0)
 
     def hooked(layer: int, name: str, edit: Edit) -> tuple[str, Any]:
-        return f"blocks.{layer}.{name}", lambda value, hook: edit(value, start)
+        return f"blocks.{layer}.{name}", lambda value, hook: edit(value, run.start)
 
     with model.hooks(fwd_hooks=[hooked(layer, name, edit) for layer, here in edits.items() for name, edit in here]):
         if shortcut == "none":
             mask = None if recording.mask is None else recording.mask[rows.base]
             return forward(model, recording.tokens[rows.base], mask)[:, columns]
-        return _go_on(model, recording, rows, start)[:, columns[columns >= start] - start]
+        residual = run.up_to_last_block(rows)
+        first_read = int(columns[0]) if shortcut == "position" else 0
+        residual = run.last_block(residual, rows, first_read)
+        return residual[:, (columns[columns >= run.start] - run.start).to(residual.device)]
 
 
-def _go_on(model: TransformerBridge, recording: Recording, rows: Rows, start: int) -> Float[Tensor, "rows pos d_model"]:
-    """The residual stream after the last block."""
-    first = rows.layer[0]
-    residual = recording.resid_pre(first)[:0, start:]
-    for layer in range(first, len(model.blocks)):
-        joined = rows.joined(layer)
-        joining = rows.base[len(residual) : joined]
-        residual = torch.cat([residual, recording.resid_pre(layer)[joining, start:]])
-        args, kwargs = recording.call(layer, rows.base[:joined], start)
-        output = model.blocks[layer](residual, *args, **kwargs)
-        residual = output[0] if isinstance(output, tuple) else output
-    return residual
+class _Run:
+    """The blocks called one by one, from position `start` on; below it, keys and values are those of the recording."""
+
+    def __init__(self, model: TransformerBridge, recording: Recording, start: int) -> None:
+        self.blocks, self.recording, self.start = model.blocks, recording, start
+
+    def up_to_last_block(self, rows: Rows) -> Float[Tensor, "rows pos d_model"]:
+        """The residual stream with which the last block is to be called."""
+        first, last = rows.layer[0], len(self.blocks) - 1
+        residual = self.recording.resid_pre(first)[:0, self.start :]
+        for layer in range(first, last + 1):
+            joining = rows.base[len(residual) : rows.joined(layer)]
+            entering = take_rows(self.recording.resid_pre(layer)[:, self.start :], joining)
+            residual = torch.cat([residual.to(entering.device), entering])
+            if layer < last:
+                residual = self._block(layer, residual, rows, None)
+        return residual
+
+    def last_block(
+        self, residual: Float[Tensor, "rows pos d_model"], rows: Rows, first_read: int
+    ) -> Float[Tensor, "rows late_pos d_model"]:
+        """The residual stream after the last block, from `first_read` on, which becomes `start` if it lies later."""
+        last, skipped = len(self.blocks) - 1, first_read - self.start
+        if skipped <= 0:
+            return self._block(last, residual, rows, None)
+        cache = _KeysAndValuesOnly()
+        self.recording.prefix(last, rows.base, self.start, into=cache)
+        with suppress(_Stop):
+            self._block(last, residual[:, :skipped], rows, cache)
+            raise RuntimeError("the block did not add to the cache that it was given")
+        cache.full, self.start = True, first_read
+        return self._block(last, residual[:, skipped:], rows, cache)
+
+    def _block(self, layer: int, residual: Tensor, rows: Rows, cache: DynamicCache | None) -> Float[Tensor, "rows pos d_model"]:
+        base = rows.base[: rows.joined(layer)]
+        if cache is None and self.start > 0:
+            cache = self.recording.prefix(layer, base, self.start, into=DynamicCache())
+        args, kwargs = self.recording.call(layer, base, slice(self.start, self.start + residual.shape[1]), cache)
+        output = self.blocks[layer](residual, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Stop(Exception):
+    """Nothing more is wanted of this block."""
+
+
+class _KeysAndValuesOnly(DynamicCache):
+    """A cache that ends the block as soon as it has keys and values, until it is `full`."""
+
+    full = False
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        both = super().update(*args, **kwargs)
+        if not self.full:
+            raise _Stop
+        return both
 
 
 def to_logits(
-    model: TransformerBridge, recording: Recording, rows: Rows, outcome: Tensor, columns: Int[Tensor, " column"], shortcut: Shortcut
-) -> Float[Tensor, "rows column d_vocab"]:
-    """Logits at `columns` of the outcome of `run_rows`; before the first patched position they are those of the run without patches."""
+    model: TransformerBridge, recording: Recording, rows: Rows, outcome: Tensor, readout: Readout, shortcut: Shortcut
+) -> Float[Tensor, "rows column token"]:
+    """The logits that are read, of the outcome of `run_rows`; before the first patched position those of the run without patches."""
+    columns, tokens = readout.columns, slice(None) if readout.tokens is None else readout.tokens
     if shortcut == "none":
-        return outcome
-    logits = _as_final(model, model.unembed(model.ln_final(outcome)))
+        return outcome[:, :, tokens]
+    logits = _as_final(model, _unembed(model, model.ln_final(outcome), readout.tokens)).to(recording.logits.device)
     if logits.shape[1] == len(columns):
         return logits
-    whole = recording.logits[rows.base][:, columns]
+    whole = take_rows(recording.logits, rows.base)[:, columns][:, :, tokens]
     whole[:, columns >= rows.start] = logits
     return whole
+
+
+def _unembed(model: TransformerBridge, final: Float[Tensor, "rows column d_model"], tokens: Int[Tensor, " token"] | None) -> Tensor:
+    """Logits of `tokens`, or of the whole vocabulary, which alone can take as long as two blocks."""
+    if tokens is None:
+        return model.unembed(final)
+    module = model.unembed.original_component
+    weight, bias = module.weight, getattr(module, "bias", None)
+    here = tokens.to(weight.device)
+    return F.linear(final.to(weight.device), weight[here], None if bias is None else bias[here])
 
 
 def _as_final(model: TransformerBridge, logits: Tensor) -> Tensor:

@@ -1,20 +1,28 @@
 """Perturbation tests: remove tokens or patches in the order of an attribution and follow the target."""
 
 from analyses.perturbation.attributions import Attribution, against, attribution, by_attention, by_ruleset, occlusion, random_order
-from analyses.perturbation.curves import curves_view, perturbation_curves
+from analyses.perturbation.curves import curves_of, curves_view, perturbation_curves
+from analyses.perturbation.images import image_curves
+from analyses.perturbation.inputs import EMBEDDING_BASELINES, PATCH_BASELINES, EmbeddingRemoval, PatchRemoval
 from analyses.perturbation.removal import areas, removal_curves, summary
 from analyses.perturbation.text import BASELINES, TextRemoval
 
 __all__ = [
     "BASELINES",
+    "EMBEDDING_BASELINES",
+    "PATCH_BASELINES",
     "Attribution",
+    "EmbeddingRemoval",
+    "PatchRemoval",
     "TextRemoval",
     "against",
     "areas",
     "attribution",
     "by_attention",
     "by_ruleset",
+    "curves_of",
     "curves_view",
+    "image_curves",
     "occlusion",
     "perturbation_curves",
     "random_order",

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.perturbation.removal_runs import one_by_one
 from analyses.perturbation.text import TextRemoval
 from lens_relevance import RelevanceError, Target, mean_embedding, propagate
-from lens_relevance.attention_methods import METHODS, token_relevance
+from lens_relevance.attention_methods import METHODS, TokenRelevance, token_relevance
 from lens_relevance.attention_methods.methods import ALIASES
 from lens_relevance.rulesets import Table, needs_reference, ruleset, rulesets
 
@@ -60,21 +61,21 @@ def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
 
 def by_attention(method: str, importance: str = "relevance", rules: str | Table = "gradient") -> Attribution:
     """Scores of `token_relevance`."""
-    return lambda model, tokens, target, mask: token_relevance(model, tokens, target, method, importance, rules, mask).scores
+
+    def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
+        found = token_relevance(model, tokens, target, method, importance, rules, mask)
+        if not isinstance(found, TokenRelevance):
+            raise RelevanceError("this test removes the tokens of one set; for two, see analyses.perturbation.EmbeddingRemoval")
+        return found.scores
+
+    return scores
 
 
 def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
     """Fall of the target when one token alone is removed: one forward per token."""
 
     def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
-        evaluate = TextRemoval(model, tokens, mask, target, baseline, seed)
-        batch, pos = tokens.shape
-        whole = evaluate(torch.arange(batch), torch.zeros(batch, pos, dtype=torch.bool))[0]
-        example, position = mask.cpu().bool().nonzero(as_tuple=True)
-        without = evaluate(example, torch.nn.functional.one_hot(position, pos).bool())[0]
-        result = torch.zeros(batch, pos, dtype=torch.float64)
-        result[example, position] = whole[example] - without
-        return result
+        return one_by_one(TextRemoval(model, tokens, mask, target, baseline, seed), mask.bool())
 
     return scores
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from analyses.perturbation.attributions import Attribution, attribution
 from analyses.perturbation.removal import removal_curves
+from analyses.perturbation.removal_runs import Removal
 from analyses.perturbation.text import TextRemoval
 from analyses.progress import progress_bar
 from analyses.views.page import View
@@ -53,12 +55,23 @@ def perturbation_curves(
     else:
         resolved = as_target(target)
     removable = (mask.bool() & (mask.cumsum(1) > 1)).cpu()
-    frames = []
     with progress_bar() as bar:
         scores = {n: chosen[n](model, tokens, resolved, mask).detach().cpu() for n in bar.track(chosen, description="attributions")}
-        removals = [TextRemoval(model, tokens, mask, resolved, baseline, seed, batch_size) for baseline in baselines]
-        for name, removal in bar.track([(n, r) for n in scores for r in removals], description="removing tokens"):
-            frame = removal_curves(scores[name], removable, removal, steps)
+    removals = [TextRemoval(model, tokens, mask, resolved, baseline, seed, batch_size) for baseline in baselines]
+    return curves_of(scores, removable, removals, steps)
+
+
+def curves_of(
+    scores: Mapping[str, Tensor], removable: Bool[Tensor, "batch item"], removals: Sequence[Removal], steps: int | None = None
+) -> pd.DataFrame:
+    """MoRF and LeRF curves of scores [batch, item] by name, with every evaluator of removals: text tokens, image patches, embeddings.
+
+    Columns and `steps` as for `perturbation_curves`.
+    """
+    frames = []
+    with progress_bar() as bar:
+        for name, removal in bar.track([(n, r) for n in scores for r in removals], description="removing"):
+            frame = removal_curves(scores[name].detach().cpu(), removable.cpu(), removal, steps)
             frame.insert(0, "baseline", removal.baseline)
             frame.insert(0, "method", name)
             frames.append(frame)

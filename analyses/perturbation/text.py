@@ -8,15 +8,18 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
+from lens_relevance.inputs import Prompt
 from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.sites import anatomy
+from lens_relevance.sites.token_sets import TOKENS
 from lens_relevance.targets import TokenTarget, positions
 
 BASELINES = ("mean_embedding", "zero_embedding", "random_tokens", "pad_token", "delete")
 
 
-class TextRemoval:
+class TextRemoval(Removal):
     """Evaluates prompts without some of their tokens.
 
     baseline: what stands where a token was removed: the mean embedding of the vocabulary, a zero embedding, a random token (one draw per
@@ -41,36 +44,19 @@ class TextRemoval:
                 "the baseline 'delete' moves tokens, so the target must be a logit, logit_diff or log_prob at the last position (-1)"
             )
         self.model, self.tokens, self.mask, self.target = model, tokens, mask, target
-        self.baseline, self.batch_size = baseline, batch_size
+        super().__init__(baseline, batch_size)
         self._embedding = anatomy(model).points[anatomy(model).leaves[0]].name
         if baseline != "delete":
             self._filler = self._fillers(seed)
-        # methods often agree on what goes first and last, so that many removals recur
-        self._known: dict[tuple[int, bytes], tuple[float, int]] = {}
-        self._predicted = self._evaluate(torch.arange(len(tokens)), torch.zeros_like(mask).bool().cpu())[1]
 
-    def __call__(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> tuple[Tensor, Tensor]:
-        """(target [n], whether the most likely next token is still that of the whole prompt [n])."""
-        keys = [(row, gone.tobytes()) for row, gone in zip(rows.tolist(), removed.cpu().numpy(), strict=True)]
-        new = list({key: i for i, key in enumerate(keys) if key not in self._known}.values())
-        if new:
-            values, predictions = self._evaluate(rows[new], removed[new])
-            self._known |= zip([keys[i] for i in new], zip(values.tolist(), predictions.tolist(), strict=True), strict=True)
-        value = torch.tensor([self._known[key][0] for key in keys], dtype=torch.float64)
-        predicted = torch.tensor([self._known[key][1] for key in keys])
-        return value, predicted == self._predicted[rows]
+    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> tuple[Tensor, Tensor]:
+        gone = removed.to(self.tokens.device)
+        return self._closed_up(rows, gone) if self.baseline == "delete" else self._filled(rows, gone)
 
-    def _evaluate(self, rows: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-        value, predicted = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.long)
-        for part in self._parts(rows, removed):
-            chosen, gone = rows[part], removed[part].to(self.tokens.device)
-            value[part], predicted[part] = self._closed_up(chosen, gone) if self.baseline == "delete" else self._filled(chosen, gone)
-        return value, predicted
-
-    def _parts(self, rows: Tensor, removed: Tensor) -> list[Tensor]:
-        """Indices of rows to run together; rows that close up must be of one length."""
+    def parts(self, rows: Tensor, removed: Tensor) -> list[Tensor]:
+        """Rows that close up must be of one length."""
         if self.baseline != "delete":
-            return list(torch.arange(len(rows)).split(self.batch_size))
+            return super().parts(rows, removed)
         left = (self.mask.cpu()[rows].bool() & ~removed).sum(1)
         return [p for n in left.unique() for p in (left == n).nonzero().flatten().split(self.batch_size)]
 
@@ -88,13 +74,12 @@ class TextRemoval:
         tokens = self.tokens[rows][left].reshape(len(rows), -1)
         return self._forward(tokens, torch.ones_like(tokens), rows)
 
-    @torch.no_grad()
     def _forward(self, tokens: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         padded = {} if bool((mask == 1).all()) else {"attention_mask": mask}
         logits = self.model(tokens, return_type="logits", use_cache=False, **padded)
         value = self.target.select(rows).metric(self.model, tokens, mask)(logits)
         last = positions(getattr(self.target, "position", -1), tokens, mask)
-        return value.expand(len(rows)).double().cpu(), logits[torch.arange(len(rows)), last].argmax(-1).cpu()
+        return value.expand(len(rows)).double(), logits[torch.arange(len(rows)), last].argmax(-1)
 
     def _fillers(self, seed: int) -> Tensor:
         """Embeddings [batch, pos, d_model] that take the place of removed tokens."""
@@ -107,5 +92,8 @@ class TextRemoval:
                 raise RelevanceError("the tokenizer has neither a pad nor an unk token; choose another baseline, e.g. 'mean_embedding'")
             return table[token].expand(*self.tokens.shape, -1)
         reference = {"mean_embedding": mean_embedding(), "zero_embedding": zero_embedding()}.get(self.baseline, random_tokens(1, seed))
-        run = reference.run(self.model, self.tokens, self.mask)
-        return table[run.tokens] if run.embeddings is None else run.embeddings
+        run = reference.run(self.model, Prompt(self.tokens, self.mask))
+        if not run.embeddings:
+            return table[run.prompt.tokens]
+        where, baseline = run.embeddings[TOKENS]
+        return torch.where(where.unsqueeze(-1), baseline, table[self.tokens])

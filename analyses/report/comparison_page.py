@@ -10,40 +10,48 @@ from analyses.views.heads import head_heat_map
 from analyses.views.heatmap import heat_map_view, largest_limit
 
 _WORDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "heads": "heads"}
-_UNITS = {"resid": "layer and position", "attn": "layer and position", "mlp": "layer and position", "heads": "layer and head"}
+_WORDS |= {"q": "queries", "k": "keys", "v": "values"}
+_UNITS = {name: "layer and position" if name in ("resid", "attn", "mlp") else "layer and head" for name in _WORDS}
 _YARDSTICKS = {"mean": "mean of denoising and noising", "denoising": "denoising", "noising": "noising"}
 _SHOWN_MAPS = 6
 
 
 def correlation_table(table: pd.DataFrame, brief: bool = False) -> pd.DataFrame:
     """Pearson and cost per method: what people want to know first. `brief`: no intervals and short names, for a terminal."""
-    bounds = zip(table["pearson"], table["pearson_low"], table["pearson_high"], strict=True)
-    cells = table.assign(cell=[f"{r:.3f}" + ("" if brief else f" [{low:.3f}, {high:.3f}]") for r, low, high in bounds])
+    cells = table.assign(cell=[f"{r:.3f}" for r in table["pearson"]])
+    if not brief:
+        cells["cell"] += "\u00a0" + _intervals(table)
     wide = cells.pivot(index="method", columns="component", values="cell").reindex(list(dict.fromkeys(table["method"]))).fillna("–")
     wide = wide[[name for name in _WORDS if name in wide.columns]]
     cost = table.groupby("method", sort=False)[["completeness", "forwards", "backwards", "seconds"]].first()
-    if brief:
-        cost.insert(1, "passes", [f"{f} + {b}" for f, b in zip(cost.pop("forwards"), cost.pop("backwards"), strict=True)])
+    cost.insert(1, "passes", [f"{f}\u00a0+\u00a0{b}" for f, b in zip(cost.pop("forwards"), cost.pop("backwards"), strict=True)])
     return (wide if brief else wide.rename(columns=_WORDS)).join(cost).rename_axis("method").reset_index()
 
 
 def best_methods(table: pd.DataFrame) -> pd.DataFrame:
     """The best method of each component, by Pearson."""
-    best = table.loc[
-        table.groupby("component", sort=False)["pearson"].idxmax(), ["component", "method", "pearson", "pearson_low", "pearson_high"]
-    ]
-    return best.assign(component=best["component"].map(_WORDS)).reset_index(drop=True)
+    best = table.loc[table.groupby("component", sort=False)["pearson"].idxmax()]
+    named = best[["component", "method", "pearson"]].assign(component=best["component"].map(_WORDS))
+    return named.assign(**{"95 % interval": _intervals(best)}).reset_index(drop=True)
+
+
+def _intervals(table: pd.DataFrame) -> pd.Series:
+    """The bootstrap interval of each row, without zeros before the point and in one piece; nothing where none was drawn."""
+    bounds = zip(table["pearson_low"], table["pearson_high"], strict=True)
+    texts = ["" if low != low else f"[{low:.3f},\u00a0{high:.3f}]".replace("0.", ".") for low, high in bounds]
+    return pd.Series(texts, index=table.index)
 
 
 def comparison_page(found: Comparison, model: str, target: str, words: str, command: str) -> Page:
     """The page: the table, the heads side by side, and each component's best method against patching."""
-    page = Page("Which method can be trusted here", f"{model.rstrip('/').rsplit('/', 1)[-1]}: {words}")
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    page = Page("Which method can be trusted here?", f"{'The embedded model' if name == 'embedded' else name}: {words}.")
     page.heading("The answer")
     page.prose(
-        f"Activation patching measures what each component does to {target} by running the model again for each of them. The methods "
+        "Activation patching measures what each component does to the target by running the model again for each of them. The methods "
         "below estimate it from a few passes. The table shows how closely: Pearson's correlation with patching "
-        f"({_YARDSTICKS[found.direction]}, {found.n_pairs} pairs) and its 95 % bootstrap interval; how far the scores are from adding up "
-        "(completeness, 0 is best); and the cost, in forward and backward passes over each pair and in seconds for all. "
+        f"({_YARDSTICKS[found.direction]}, {found.n_pairs} pairs; 1 is perfect) and its 95 % bootstrap interval; how far the scores are "
+        "from adding up (completeness, 0 is best); and the cost, in forward + backward passes over each pair and in seconds for all. "
         f"Patching itself took {found.patching_seconds:.1f} seconds."
     )
     page.table(correlation_table(found.table), "Pearson's correlation with activation patching, best method first.")
@@ -59,7 +67,7 @@ def comparison_page(found: Comparison, model: str, target: str, words: str, comm
     page.heading("All figures")
     page.details("Every measure, method and component", found.table)
     page.details("Every score", found.scores)
-    page.facts({"Again": command})
+    page.facts({"Target": target, "To do it again": command})
     return page
 
 
@@ -74,8 +82,13 @@ def heads_view(found: Comparison) -> View:
 
 def _scatter(found: Comparison, component: str, method: str) -> View:
     rows = found.scores[found.scores["component"] == component]
-    mark = "H" if component == "heads" else " at "
+    mark = "H" if _UNITS[component] == "layer and head" else " at "
     named = rows.assign(name=[f"L{layer}{mark}{index}" for layer, index in zip(rows["layer"], rows["index"], strict=True)])
+    title = f"{_WORDS[component][0].upper()}{_WORDS[component][1:]}: {method} against patching"
     return scatter_view(
-        named[["name", "patching", method]], "patching", method, "name", f"{_WORDS[component].capitalize()}: {method} against patching"
+        named[["name", "patching", method]],
+        "patching",
+        method,
+        "name",
+        title,
     )

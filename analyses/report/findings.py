@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -15,14 +17,16 @@ from analyses.graph import FlowGraph, flow_graph
 from analyses.patching import activation_patching
 from analyses.progress import watched
 from analyses.ranking import rank_heads
-from analyses.report.question import N_REFERENCES, Question
+from analyses.report.circuit import CircuitCheck, check_circuits
+from analyses.report.question import N_REFERENCES, Question, answer_text, token_text
 from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
-from lens_relevance import CoverageError, RelevanceCache, RelevanceError, propagate, random_tokens
+from lens_relevance import RelevanceCache, RelevanceError, propagate, random_tokens
 from lens_relevance.attention_methods import head_flow
 from lens_relevance.rulesets import needs_reference, ruleset
 
 _EDGES_SHOWN = 150
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -30,23 +34,27 @@ class Findings:
     """What was found about a question.
 
     Attributes:
-        target: what is explained, in words. info: model, ruleset, dtype and versions.
+        target: what is explained, in words. asked: the example's answer, and what it is weighed against, where the target is such a
+            question. info: model, ruleset, dtype and versions.
         prompt, counterpart: the example as text, and what it is compared with. tokens: the example's tokens.
         predictions: its most likely next tokens and how likely they are.
         words: relevance of each token, [pos], by how it was looked at; in the units of the target.
         residual: relevance of the residual stream, [pos, layer + 1].
-        graph: the strongest edges over which relevance flows in the example; None where they cannot be told apart.
+        graph: the strongest edges over which relevance flows in the example. circuit: how many of the edges are enough. Both are None
+            where they were not asked for, or where `missing` says why there is none.
         flow: relevance that heads carry, [layer, head, query, key]; None where the model has no live pattern.
-        heads: one row per head: head, layer, index, relevance, standard_error, top_share, patching (mean of denoising and noising),
-            denoising, noising; largest relevance first. pearson, spearman: relevance against patching.
+        heads: one row per head: head, layer, index, relevance, standard_error, top_share (share of pairs in which it is among the
+            `top_k` strongest), patching (mean of denoising and noising), denoising, noising; largest relevance first.
+        pearson, spearman: relevance against patching.
         account: the conservation account of the example. value, reference_value: the target there, and on its counterpart.
         clean, corrupt: the target on both sides, one value per pair.
-        seconds: time taken by each part.
+        seconds: time taken by each part. missing: what could not be computed for this model, and why.
     """
 
     question: Question
     rules: str
     target: str
+    asked: list[str]
     info: dict[str, str]
     prompt: str
     counterpart: str
@@ -56,7 +64,9 @@ class Findings:
     residual: Float[Tensor, "pos layers"]
     flow: Float[Tensor, "layer head query key"] | None
     graph: FlowGraph | None
+    circuit: CircuitCheck | None
     heads: pd.DataFrame
+    top_k: int
     pearson: float
     spearman: float
     account: pd.DataFrame
@@ -65,6 +75,7 @@ class Findings:
     clean: Float[Tensor, " pair"]
     corrupt: Float[Tensor, " pair"]
     seconds: dict[str, float]
+    missing: dict[str, str]
 
     @property
     def n_pairs(self) -> int:
@@ -93,40 +104,47 @@ def find(model: Any, question: Question, rules: str | None = None, with_graph: b
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 
     rules: a ruleset by name; `deeplift` by default, since every question comes with something to compare with.
+    with_graph: also the flow graph and the circuits of its strongest edges, which take longest.
     """
     rules = rules or "deeplift"
-    pair_rules, seconds = needs_reference(ruleset(rules)), {}
+    pair_rules = needs_reference(ruleset(rules))
     example = question.pairs[question.example]
-    start = time.perf_counter()
-    cache = _propagate(model, question, rules, pair_rules)
-    seconds["tokens, layers and audit of the example"] = time.perf_counter() - start
-    words = _words(model, question, rules, pair_rules, cache)
-    flow = _flow(model, question, rules, pair_rules)
-    start = time.perf_counter()
-    graph = _graph(model, question, rules, pair_rules) if with_graph else None
-    seconds["flow graph of the example"] = time.perf_counter() - start
-    start = time.perf_counter()
-    ranking = rank_heads(model, question.pairs, rules)
-    seconds["ranking of the heads by relevance"] = time.perf_counter() - start
-    start = time.perf_counter()
-    patched = activation_patching(model, question.pairs, "z", direction="mean", progress=watched())
-    seconds["activation patching of the heads"] = time.perf_counter() - start
+    seconds: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    with _timed(seconds, "words, layers and account"):
+        cache = _propagate(model, question, rules, pair_rules)
+        words = _words(model, question, rules, pair_rules, cache)
+    flow = _or_reason(missing, "flow", lambda: _flow(model, question, rules, pair_rules))
+    graph, circuit = None, None
+    if with_graph:
+        with _timed(seconds, "flow graph"):
+            graph = _or_reason(missing, "graph", lambda: _graph(model, question, rules, pair_rules))
+        with _timed(seconds, "circuits"):
+            circuit = _or_reason(missing, "circuit", lambda: check_circuits(model, question.pairs, rules))
+    top_k = max(3, len(model.blocks) * int(model.cfg.n_heads) // 10)
+    with _timed(seconds, "ranking by relevance"):
+        ranking = rank_heads(model, question.pairs, rules, top_k=top_k)
+    with _timed(seconds, "activation patching"):
+        patched = activation_patching(model, question.pairs, "z", direction="mean", progress=watched())
     heads = _beside(ranking, patched.to_dataframe())
     pearson, spearman = correlations(heads["relevance"], heads["patching"])
     return Findings(
         question=question,
         rules=rules,
         target=question.target_in_words(model),
+        asked=question.asked(model),
         info=cache.info | {"device": str(cache.value.device), "pairs": str(len(question.pairs))},
         prompt=texts(model, example.clean[:1], example.clean_mask[:1])[0],
         counterpart=texts(model, example.corrupt[:1], example.corrupt_mask[:1])[0],
         tokens=_texts(model, example.clean[0]),
-        predictions=_predictions(model, cache.logits[0, -1]),
+        predictions=_predictions(model, cache.logits[0]),
         words=words,
         residual=cache.residual().mean(0),
         flow=None if flow is None else flow.mean(0),
         graph=graph,
+        circuit=circuit,
         heads=heads,
+        top_k=top_k,
         pearson=pearson,
         spearman=spearman,
         account=_averaged(cache.conservation()),
@@ -135,7 +153,24 @@ def find(model: Any, question: Question, rules: str | None = None, with_graph: b
         clean=patched.clean,
         corrupt=patched.corrupt if patched.corrupt is not None else torch.zeros(0),
         seconds=seconds,
+        missing=missing,
     )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
+
+
+def _or_reason(missing: dict[str, str], part: str, compute: Callable[[], _Part]) -> _Part | None:
+    """What a model may not allow: the report is made without it, and says why."""
+    try:
+        return compute()
+    except RelevanceError as error:
+        missing[part] = str(error)
+        return None
 
 
 def _propagate(model: Any, question: Question, rules: str, pair_rules: bool) -> RelevanceCache:
@@ -145,24 +180,18 @@ def _propagate(model: Any, question: Question, rules: str, pair_rules: bool) -> 
     return propagate(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask, audit=True)
 
 
-def _flow(model: Any, question: Question, rules: str, pair_rules: bool) -> Tensor | None:
-    """The heads' flow in the example; None where the model computes its attention out of reach."""
+def _flow(model: Any, question: Question, rules: str, pair_rules: bool) -> Tensor:
+    """The heads' flow in the example."""
     rows = question.pairs[question.example if pair_rules else slice(0, 1)]
     reference = rows.corrupt if pair_rules else None
-    try:
-        return head_flow(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask)
-    except CoverageError:
-        return None
+    return head_flow(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask)
 
 
-def _graph(model: Any, question: Question, rules: str, pair_rules: bool) -> FlowGraph | None:
+def _graph(model: Any, question: Question, rules: str, pair_rules: bool) -> FlowGraph:
     """The example's flow graph, cut down to what an eye can take in."""
     row = question.pairs[slice(0, 1)]
     reference = None if not pair_rules else random_tokens(N_REFERENCES) if question.baseline else row.corrupt
-    try:
-        return flow_graph(model, row.clean, row.target, rules, reference=reference).prune(top=_EDGES_SHOWN)
-    except RelevanceError:
-        return None  # edges cannot be told apart in every model, and the report says so
+    return flow_graph(model, row.clean, row.target, rules, reference=reference).prune(top=_EDGES_SHOWN)
 
 
 def _words(model: Any, question: Question, rules: str, pair_rules: bool, cache: RelevanceCache) -> dict[str, Tensor]:
@@ -190,20 +219,11 @@ def _averaged(account: pd.DataFrame) -> pd.DataFrame:
     return account.drop(columns="example").groupby("layer", sort=False).mean().reset_index()
 
 
-def _predictions(model: Any, logits: Float[Tensor, " vocab"], k: int = 5) -> list[tuple[str, float]]:
-    top = logits.float().softmax(-1).topk(min(k, logits.shape[-1]))
-    return [(_text(model, int(token)), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
+def _predictions(model: Any, logits: Float[Tensor, "*pos vocab"], k: int = 5) -> list[tuple[str, float]]:
+    last = logits if logits.ndim == 1 else logits[-1]
+    top = last.float().softmax(-1).topk(min(k, len(last)))
+    return [(answer_text(model, int(token)), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
 
 
 def _texts(model: Any, tokens: Tensor) -> list[str]:
-    return [_text(model, int(token)) for token in tokens]
-
-
-def _text(model: Any, token: int) -> str:
-    """A token as it stands in a sentence: with its leading space, which decoding one SentencePiece or word-level token loses."""
-    if model.tokenizer is None:
-        return f"<{token}>"
-    piece = model.tokenizer.convert_ids_to_tokens(token)
-    if isinstance(piece, str) and piece.startswith("▁"):
-        return " " + piece[1:]
-    return str(model.tokenizer.decode([token]))
+    return [token_text(model, int(token)) for token in tokens]

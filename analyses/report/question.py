@@ -10,8 +10,9 @@ import torch
 from analyses.tasks import TASKS, PromptPairs
 from analyses.tasks.prompts import check_rows
 from lens_relevance import RelevanceError, logit, logit_diff, random_tokens
-from lens_relevance.inputs import tokenize
-from lens_relevance.targets import Target, describe, top_prediction
+from lens_relevance.inputs import Prompt, tokenize
+from lens_relevance.outputs import class_names
+from lens_relevance.targets import Target, TokenTarget, describe, token_ids, top_prediction
 
 N_REFERENCES = 8
 
@@ -20,6 +21,7 @@ _TASK_WORDS = {
     "pronoun": "a story of a girl or a boy, and the model has to go on with the right pronoun",
     "induction": "a sequence that repeats itself, and the model has to say what came next the first time",
     "greater_than": "a span of years, and the model has to end it after it began",
+    "docstring": "a function whose arguments are documented in their order, and the model has to name the next one",
     "agreement": "a subject and a distractor, and the model has to choose the verb that agrees with the subject",
 }
 
@@ -33,7 +35,6 @@ class Question:
         pairs: the prompts that are explained (`clean`) and what each is compared with (`corrupt`).
         example: the rows that make up the one example that is shown token by token.
         baseline: whether the prompts are compared with random words for want of a counterpart.
-        repeat: arguments of the command that ask the same again.
     """
 
     title: str
@@ -41,12 +42,19 @@ class Question:
     pairs: PromptPairs
     example: slice
     baseline: bool
-    repeat: str
 
     def target_in_words(self, model: Any) -> str:
         """The target of the example."""
         pairs = self.pairs[self.example]
         return describe(pairs.target, model)
+
+    def asked(self, model: Any) -> list[str]:
+        """The example's answer and, if there is one, what it is weighed against; empty where the target is no such question."""
+        target = self.pairs[slice(0, 1)].target
+        if not isinstance(target, TokenTarget):
+            return []
+        rows = [token_ids(model, tokens, 1, "answer")[0] for tokens in (target.answer, target.wrong) if tokens is not None]
+        return [answer_text(model, int(row[0])) for row in rows] if all(len(row) == 1 for row in rows) else []
 
 
 def from_task(model: Any, task: str | None = None, n: int = 32, seed: int = 0) -> Question:
@@ -57,23 +65,23 @@ def from_task(model: Any, task: str | None = None, n: int = 32, seed: int = 0) -
     if task is not None:
         if task not in TASKS:
             raise RelevanceError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-        return _task_question(task, TASKS[task](model, n=n, seed=seed), f"--task {task} --n {n} --seed {seed}")
+        return _task_question(task, TASKS[task](model, n=n, seed=seed))
     reasons = []
     for name in ("ioi", "pronoun"):
         try:
-            return _task_question(name, TASKS[name](model, n=n, seed=seed), f"--task {name} --n {n} --seed {seed}")
+            return _task_question(name, TASKS[name](model, n=n, seed=seed))
         except RelevanceError as error:
             reasons.append(str(error))
     raise RelevanceError(f"no task fits this model: {'; '.join(reasons)}. Ask about a prompt of your own: --prompt, --answer and --wrong")
 
 
-def _task_question(name: str, pairs: PromptPairs, repeat: str) -> Question:
-    return Question(f"the {name} task", f"{len(pairs)} pairs of {_TASK_WORDS.get(name, name)}", pairs, slice(0, 1), False, repeat)
+def _task_question(name: str, pairs: PromptPairs) -> Question:
+    return Question(f"the {name} task", f"{len(pairs)} pairs of {_TASK_WORDS.get(name, name)}", pairs, slice(0, 1), False)
 
 
 def from_pairs(pairs: PromptPairs, source: str) -> Question:
     """The user's own pairs; the first row is the example."""
-    return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, slice(0, 1), False, f"--pairs {source}")
+    return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, slice(0, 1), False)
 
 
 def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str | None = None, against: str | None = None) -> Question:
@@ -85,11 +93,6 @@ def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str |
     """
     tokens, mask = tokenize(model, prompt)
     target = _target(model, prompt, tokens, mask, answer, wrong)
-    repeat = " ".join(
-        f"--{name} {_quoted(text)}"
-        for name, text in {"prompt": prompt, "answer": answer, "wrong": wrong, "against": against}.items()
-        if text is not None
-    )
     if against is not None:
         other, _ = tokenize(model, against)
         if other.shape != tokens.shape:
@@ -98,13 +101,13 @@ def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str |
                 f"the prompt has {tokens.shape[1]} tokens and the one it is held against {other.shape[1]}; a position must mean the same "
                 f"in both: {pieces[0]} and {pieces[1]}"
             )
-        return Question("one prompt", "one prompt, held against another", PromptPairs(tokens, other, target), slice(0, 1), False, repeat)
+        return Question("one prompt", "one prompt, held against another", PromptPairs(tokens, other, target), slice(0, 1), False)
     if tokens.shape[1] < 2:
         raise RelevanceError("the prompt holds nothing but one token, so there is nothing that it could be held against")
-    references = random_tokens(N_REFERENCES).run(model, tokens, mask).tokens
+    references = random_tokens(N_REFERENCES).run(model, Prompt(tokens, mask)).prompt.tokens
     pairs = PromptPairs(tokens.repeat(N_REFERENCES, 1), references, target)
     words = f"one prompt, held against {N_REFERENCES} rows of random words (the mean over them)"
-    return Question("one prompt", words, pairs, slice(0, N_REFERENCES), True, repeat)
+    return Question("one prompt", words, pairs, slice(0, N_REFERENCES), True)
 
 
 def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, answer: str | None, wrong: str | None) -> Target:
@@ -120,5 +123,17 @@ def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, a
     return logit(answers[0]) if wrong is None else logit_diff(answers[0], wrongs[0])
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
+def answer_text(model: Any, answer: int) -> str:
+    """What the model says with an output: a token, or the name of a classifier's class."""
+    classes = class_names(model)
+    return token_text(model, answer) if classes is None else classes[answer]
+
+
+def token_text(model: Any, token: int) -> str:
+    """A token as it stands in a sentence: with its leading space, which decoding one SentencePiece or word-level token loses."""
+    if model.tokenizer is None:
+        return f"<{token}>"
+    piece = model.tokenizer.convert_ids_to_tokens(token)
+    if isinstance(piece, str) and piece.startswith("▁"):
+        return " " + piece[1:]
+    return str(model.tokenizer.decode([token]))

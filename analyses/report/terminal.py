@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from analyses.report.findings import Findings
-from analyses.report.page import account_sinks, head_table, number, predictions_in_words, unexplained
+from analyses.report.page import account_sinks, head_table
+from analyses.report.summary import number, predictions_in_words, unexplained
 from analyses.views.palette import NEGATIVE, POSITIVE
 
 

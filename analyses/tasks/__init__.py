@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from analyses.tasks.agreement import agreement
+from analyses.tasks.docstring import docstring
 from analyses.tasks.greater_than import greater_than
 from analyses.tasks.induction import induction
 from analyses.tasks.ioi import ioi
@@ -15,7 +16,8 @@ TASKS: dict[str, Callable[..., PromptPairs]] = {
     "greater_than": greater_than,
     "agreement": agreement,
     "pronoun": pronoun,
+    "docstring": docstring,
 }
 """Every task by name; all take (model, n, seed)."""
 
-__all__ = ["TASKS", "PromptPairs", "agreement", "greater_than", "induction", "ioi", "pronoun"]
+__all__ = ["TASKS", "PromptPairs", "agreement", "docstring", "greater_than", "induction", "ioi", "pronoun"]

@@ -6,6 +6,7 @@
   const FILLS = { "lr-pos": "#2166ac", "lr-neg": "#b2182b" };
   const MAX_PIXELS = 16e6; // phones refuse larger canvases
   const LISTED = 40; // edges of each direction in an opened node
+  const DRAFT = 1200; // edges drawn while the slider moves; the weaker ones, all faint, follow when it rests
 
   const element = (tag, props = {}, ...children) => {
     const made = Object.assign(document.createElement(tag), props);
@@ -25,8 +26,8 @@
     if (value === 0) return "0";
     const size = Math.abs(value);
     const decimals = Math.min(Math.max(3 - Math.ceil(Math.log10(size) + 1e-12), 0), 8);
-    const text = size < 1e-4 ? size.toExponential(1) : size.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
-    return (value < 0 ? "-" : signed ? "+" : "") + text;
+    const text = size < 1e-4 ? size.toExponential(1).replace("-", "−") : size.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+    return (value < 0 ? "−" : signed ? "+" : "") + text;
   }
 
   lensRelevance.define("Flow", (body, data) => {
@@ -78,12 +79,14 @@
     const panel = element("aside", { className: "lr-flow-panel", hidden: true });
     panel.setAttribute("aria-label", "the opened node");
     const legend = element("p", { className: "lr-flow-legend" });
-    for (const [sign, text] of [["lr-pos", `for ${data.target}`], ["lr-neg", `against ${data.target}`]])
+    for (const [sign, text] of [["lr-pos", `for ${data.target}`], ["lr-neg", "against it"]])
       legend.append(element("span", {}, element("i", { className: sign }), text));
-    legend.append(element("span", { textContent: "◆ embeddings  ● head  ■ MLP  ▲ logits; area: |relevance|" }));
+    const reading = nodes.some((node) => node.score === null && node.kind === "head") ? "  ○ head, where it reads" : "";
+    legend.append(element("span", { textContent: `◆ embedding  ● head${reading}  ■ MLP  ▲ logits; the larger, the more relevance` }));
     if (data.dropped) legend.append(element("span", { textContent: `${data.dropped.toLocaleString("en")} weaker edges are not in this page` }));
     const root = element("div", { className: "lr-flow" }, bar, element("div", { className: "lr-flow-main" }, scroll, panel), legend);
-    body.replaceChildren(root);
+    lensRelevance.keepForPaper(body);
+    body.prepend(root);
 
     data.columns.forEach((x, i) => {
       picture.append(svgElement("line", { class: "lr-column", x1: x, x2: x, y1: 22, y2: data.height - 22 }));
@@ -92,14 +95,12 @@
     const tokenLabels = data.columns.map((x, i) => {
       const label = element("span", { textContent: short(data.labels[i]), title: data.tokens[i] });
       tokens.append(label);
-      picture.append(svgElement("text", { class: "lr-token lr-print", x, y: data.height - 6 }, short(data.labels[i])));
       return [label, x];
     });
     const bandLabels = data.bands.map(([name, y]) => {
       picture.append(svgElement("line", { class: "lr-band", x1: 66, x2: data.width - 8, y1: y, y2: y }));
       const label = element("span", { textContent: name });
       layers.append(label);
-      picture.append(svgElement("text", { class: "lr-name lr-print", x: 6, y: y + 4 }, name));
       return [label, y];
     });
     const marks = nodes.map((node, i) => {
@@ -147,16 +148,16 @@
       strokes(context, list, solid);
     }
     const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-    function visible() {
+    function visible(limit = shown) {
       const list = [];
-      for (let i = shown - 1; i >= 0; i -= 1) if (!found || found.has(edges[i][0]) || found.has(edges[i][1])) list.push(i);
+      for (let i = Math.min(shown, limit) - 1; i >= 0; i -= 1) if (!found || found.has(edges[i][0]) || found.has(edges[i][1])) list.push(i);
       return list; // strongest last: they are drawn on top
     }
-    function drawAll() {
-      const started = performance.now();
-      paint(base, visible(), false);
+    function drawAll(limit) {
+      const list = visible(limit);
+      paint(base, list, false);
       drawAttention(null);
-      root.dataset.drawMs = (performance.now() - started).toFixed(2);
+      root.dataset.drawn = list.length;
     }
     function drawAttention(node) {
       const looked = node ?? opened;
@@ -167,11 +168,16 @@
       base.style.opacity = list.length ? 0.25 : 1;
       root.dataset.highlighted = list.length;
     }
-    let asked = false;
+    let asked = false, rest = 0;
     function redrawSoon() {
       if (asked) return;
       asked = true;
-      requestAnimationFrame(() => { asked = false; drawAll(); });
+      requestAnimationFrame(() => {
+        asked = false;
+        drawAll(DRAFT);
+        clearTimeout(rest);
+        if (shown > DRAFT) rest = setTimeout(drawAll, 150);
+      });
     }
 
     // ---- attention: hover and focus
@@ -338,7 +344,6 @@
       scale = Math.min(Math.max(wanted, 0.2), 4);
       stage.style.width = `${data.width * scale}px`;
       stage.style.height = `${data.height * scale}px`;
-      stage.style.setProperty("--lr-aspect", `${data.width} / ${data.height}`); // paper has its own width
       tokens.style.fontSize = layers.style.fontSize = `${Math.min(Math.max(12 * scale, 8.5), 12)}px`;
       bandLabels.forEach(([label, y]) => (label.style.top = `${y * scale}px`));
       tokenLabels.forEach(([label, x]) => (label.style.left = `${x * scale}px`));
@@ -397,8 +402,7 @@
       width = scroll.clientWidth;
       fit();
     }).observe(scroll);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-    window.addEventListener("beforeprint", drawAll);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
   });
 
   // As analyses.views.flow_layout.curve.

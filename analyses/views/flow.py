@@ -13,15 +13,18 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path as Curve
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from analyses.views.flow_layout import Layout, curve, lay_out
 from analyses.views.markup import round_significant, short, show_token
-from analyses.views.page import View
+from analyses.views.page import Page, View
 from analyses.views.palette import INK, LINE, MUTED, NEGATIVE, POSITIVE, new_figure
 from analyses.views.scripts import FLOW
 
 _MARKERS = {"head": "o", "mlp": "s", "embed": "D", "logits": "^"}
+_KINDS = {"head": "head", "mlp": "MLP", "embed": "embedding", "logits": "logits"}
+_LEGEND_WIDTH = 600.0
 _POINTS_PER_PIXEL = 0.75
 _STATIC_EDGES = 500  # what nobody can prune should not be a tangle
 
@@ -31,6 +34,10 @@ class FlowView(View):
 
     def __init__(self, layout: Layout, title: str, target: str, target_value: float | None, shown: int) -> None:
         self.layout = layout
+        self._subtitle = (
+            f"How relevance reaches {target}: tokens along the page, layers upwards, the answer on top. Point at a part or an edge to read "
+            "it, click a part to open it, move the slider to leave the strongest edges."
+        )
         super().__init__(
             title,
             lambda: _figure(layout, min(shown, _STATIC_EDGES)),
@@ -38,6 +45,10 @@ class FlowView(View):
             props=_props(layout, title, target, target_value, shown),
             script=FLOW,
         )
+
+    def to_html(self) -> str:
+        """A self-contained page with this picture alone, and how to read it."""
+        return Page(self.title, self._subtitle).view(self).to_html()
 
 
 def flow_view(
@@ -150,18 +161,22 @@ def _cell(value: Any) -> str | float | int | None:
 
 
 def _figure(layout: Layout, shown: int) -> Figure:
-    figure = new_figure(layout.width * _POINTS_PER_PIXEL / 72, (layout.height + 26) * _POINTS_PER_PIXEL / 72)
+    width = max(layout.width, _LEGEND_WIDTH)
+    figure = new_figure(width * _POINTS_PER_PIXEL / 72, (layout.height + 26) * _POINTS_PER_PIXEL / 72)
     figure.set_layout_engine("none")  # the axes are the whole figure
     axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axis.set(xlim=(0, layout.width), ylim=(layout.height + 26, 0))
+    axis.set(xlim=(0, width), ylim=(layout.height + 26, 0))
     axis.set_axis_off()
     _draw_ground(axis, layout)
     _draw_edges(axis, layout, shown)
     _draw_marks(axis, layout)
     signs = {"for the target": POSITIVE, "against it": NEGATIVE}
     colours = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in signs.items()]
-    shapes = [Line2D([], [], color=MUTED, marker=marker, linestyle="", markersize=4.5, label=kind) for kind, marker in _MARKERS.items()]
-    axis.legend(handles=[*colours, *shapes], loc="lower center", ncols=6, frameon=False, fontsize=7, handletextpad=0.4, columnspacing=1.2)
+    plain: dict[str, Any] = {"color": MUTED, "linestyle": "", "markersize": 4.5}
+    shapes = [Line2D([], [], marker=marker, label=_KINDS[kind], **plain) for kind, marker in _MARKERS.items()]
+    if any(mark.score is None and mark.kind == "head" for mark in layout.marks):
+        shapes.append(Line2D([], [], marker="o", markerfacecolor="white", label="head, where it reads", **plain))
+    axis.legend(handles=[*colours, *shapes], loc="lower center", ncols=7, frameon=False, fontsize=7, handletextpad=0.4, columnspacing=1.2)
     return figure
 
 
@@ -204,4 +219,5 @@ def _draw_marks(axis: Axes, layout: Layout) -> None:
     for mark in layout.marks:
         if mark.labelled:
             above = mark.y - mark.r - 2
-            axis.text(mark.x, above, mark.name, ha="center", va="bottom", fontsize=6.5, fontweight="bold", color=INK, zorder=3)
+            name = axis.text(mark.x, above, mark.name, ha="center", va="bottom", fontsize=6.5, fontweight="bold", color=INK, zorder=3)
+            name.set_path_effects([withStroke(linewidth=2, foreground="white")])

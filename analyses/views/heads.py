@@ -36,7 +36,7 @@ def head_flow_view(
             `[head, query, key]` with `names`. A head's relevance is the sum of its flow.
         names: names of the heads of a three-dimensional `flow`; `L{layer}H{head}` by default for a four-dimensional one.
         top: how many heads are shown, those with the largest |relevance| first.
-        causal: whether a query cannot see later keys; they are then greyed out.
+        causal: whether a query cannot see later keys; flow from there is then an error.
 
     Raises:
         ValueError: shapes that do not fit together, or a value that is not finite.
@@ -51,7 +51,7 @@ def head_flow_view(
     if names is None or len(names) != len(values):
         raise ValueError(f"flow holds {len(values)} heads: give one name for each (names)")
     if causal and np.abs(np.triu(values, k=1)).max(initial=0.0) > 0:
-        raise ValueError("flow has relevance from later keys to earlier queries, which causal=True would hide: pass causal=False")
+        raise ValueError("flow has relevance from later keys to earlier queries, which a causal model cannot have: pass causal=False")
     scores = values.sum(axis=(1, 2))
     order = np.argsort(-np.abs(scores), kind="stable")[:top]
     labels = [f"{names[i]} {format_number(scores[i], digits=2)}" for i in order]
@@ -64,7 +64,7 @@ def head_flow_view(
         "maxValue": round_significant(limit),
         "negativeColor": NEGATIVE,
         "positiveColor": POSITIVE,
-        "maskUpperTri": causal,
+        "maskUpperTri": False,  # grey triangles would be all that one sees
     }
     return View(title, lambda: _figure(tokens, ranked, labels, limit), component="AttentionHeads", props=props, script=CIRCUITSVIS)
 
@@ -104,7 +104,9 @@ def _figure(tokens: list[str], flow: np.ndarray, labels: list[str], limit: float
         axis.set_xticks(ticks, [short(show_token(tokens[i])) for i in ticks], rotation=90, fontsize=6)
         axis.set_yticks(ticks, [short(show_token(tokens[i])) for i in ticks], fontsize=6)
         axis.tick_params(length=0)
-    figure.supxlabel("key", fontsize=9)
-    figure.supylabel("query", fontsize=9)
-    add_scale(figure, list(axes), limit)
+    for axis in axes[max(shown - columns, 0) : shown]:
+        axis.set_xlabel("from (key)", fontsize=8)
+    for axis in axes[:shown:columns]:
+        axis.set_ylabel("to (query)", fontsize=8)
+    add_scale(figure, limit)
     return figure

@@ -1,18 +1,18 @@
-"""Heat maps of signed numbers: an HTML table with the numbers in it, and the same in matplotlib."""
+"""Heat maps of signed numbers: a table in the browser, and the same in matplotlib, each with the numbers in its cells."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analyses.views.markup import escape, format_number, short
+from analyses.views.markup import decimals_of, format_number, round_significant, rounded, short
 from analyses.views.page import View
-from analyses.views.palette import SIGNED, add_scale, limit_of, new_figure
+from analyses.views.palette import INK, LINE, SIGNED, add_scale, limit_of, new_figure
 
 # Beyond this many columns side by side the cells are too narrow to carry their number; hovering still shows it.
 _NUMBERED_COLUMNS = 24
@@ -40,73 +40,73 @@ class HeatMap:
             return self.names[row][column]
         return f"{self.row_name} {self.rows[row]}, {self.column_name} {self.columns[column]}"
 
+    def number(self, row: int, column: int) -> str:
+        """A cell's number, with as many decimals as the largest needs; nothing where it rounds to zero, so that the others are seen."""
+        text = f"{self.values[row, column]:+.{decimals_of(self.limit)}f}"
+        return text.replace("-", "−") if text.strip("+-0.") else ""
+
+    @property
+    def steep(self) -> bool:
+        """Whether the columns' labels are too long to stand side by side."""
+        return max(map(len, self.columns), default=0) > 3
+
 
 def heat_map_view(title: str, maps: Sequence[HeatMap]) -> View:
     """Heat maps side by side as one picture; on a narrow screen one below the other."""
     numbered = sum(len(heat_map.columns) for heat_map in maps) <= _NUMBERED_COLUMNS
-    body = f'<div class="lr-heats">{"".join(_table(heat_map, numbered, len(maps) > 1) for heat_map in maps)}</div>'
-    return View(title, lambda: _figure(maps), body=body, component="HeatMap")
+    props = {"maps": [_props(heat_map, numbered, len(maps) > 1) for heat_map in maps]}
+    return View(title, lambda: _figure(maps, numbered), component="HeatMap", props=props)
 
 
-def _table(heat_map: HeatMap, numbered: bool, titled: bool) -> str:
-    long_labels = max((len(label) for label in heat_map.columns), default=0) > 3
-    heads = "".join(f'<th scope="col"><span>{escape(label)}</span></th>' for label in heat_map.columns)
-    rows = []
-    for i, label in enumerate(heat_map.rows):
-        cells = "".join(_cell(heat_map, i, j, numbered) for j in range(len(heat_map.columns)))
-        rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
-    caption = f"<caption>{escape(heat_map.title)}</caption>" if titled else ""
-    classes = "lr-heat" + (" lr-steep" if long_labels else "") + (" lr-numbered" if numbered else "")
-    corner = f'<th class="lr-corner">{escape(heat_map.column_name)} →<br>{escape(heat_map.row_name)} ↓</th>'
-    return (
-        f'<div class="lr-scroll"><table class="{classes}" aria-label="{escape(heat_map.title)}">{caption}'
-        f"<thead><tr>{corner}{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def _props(heat_map: HeatMap, numbered: bool, titled: bool) -> dict[str, Any]:
+    """What `views.js` makes a table of."""
+    cells = [[(i, j) for j in range(len(heat_map.columns))] for i in range(len(heat_map.rows))]
+    return {
+        "title": heat_map.title,
+        "titled": titled,
+        "steep": heat_map.steep,
+        "rows": list(heat_map.rows),
+        "columns": list(heat_map.columns),
+        "rowName": heat_map.row_name,
+        "columnName": heat_map.column_name,
+        "limit": round_significant(heat_map.limit),
+        "values": rounded(heat_map.values),
+        "numbers": [[heat_map.number(i, j) for i, j in row] for row in cells] if numbered else None,
+        "tips": [[f"{heat_map.name(i, j)}\n{format_number(heat_map.values[i, j], digits=4)}" for i, j in row] for row in cells],
+    }
 
 
-def _cell(heat_map: HeatMap, row: int, column: int, numbered: bool) -> str:
-    value = float(heat_map.values[row, column])
-    strength = min(abs(value) / heat_map.limit, 1.0)
-    classes = ("lr-neg" if value < 0 else "lr-pos") + (" lr-strong" if strength > 0.6 else "")
-    tip = f"{heat_map.name(row, column)}\n{format_number(value, digits=4)}"
-    number = f"<span>{value:+.{_decimals(heat_map.limit)}f}</span>" if numbered else ""
-    return f'<td class="{classes}" style="--v:{strength:.3f}" data-value="{value:.6g}" title="{escape(tip)}">{number}</td>'
-
-
-def _decimals(limit: float) -> int:
-    """Decimals that leave two or three digits of the largest number, the same in every cell."""
-    magnitude = math.floor(math.log10(limit))
-    return min(max(1 - magnitude, 0), 8) if magnitude < -1 or magnitude > 0 else 2
-
-
-def _figure(maps: Sequence[HeatMap]) -> Figure:
-    widths = [max(len(heat_map.columns) * 0.28 + 1.1, 2.4) for heat_map in maps]
-    height = max(max(len(heat_map.rows) for heat_map in maps) * 0.26 + 1.1, 2.2)
+def _figure(maps: Sequence[HeatMap], numbered: bool) -> Figure:
+    cell = 0.4 if numbered else 0.28
+    widths = [max(len(heat_map.columns) * cell + 1.1, 2.0) for heat_map in maps]
+    height = max(max(len(heat_map.rows) for heat_map in maps) * 0.26 + 1.0, 1.6)
     figure = new_figure(min(sum(widths) + 0.6, 16.0), min(height, 14.0))
     axes = figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
     for axis, heat_map in zip(axes, maps, strict=True):
-        _draw(figure, axis, heat_map)
+        _draw(axis, heat_map, numbered)
+        if len(maps) > 1:
+            axis.set_title(heat_map.title, fontsize=9, fontweight="bold", loc="left")
+    add_scale(figure, largest_limit([np.array([heat_map.limit]) for heat_map in maps]))
     return figure
 
 
-def _draw(figure: Figure, axis: Axes, heat_map: HeatMap) -> None:
-    axis.imshow(heat_map.values, cmap=SIGNED, vmin=-heat_map.limit, vmax=heat_map.limit, aspect="auto", interpolation="nearest")
-    axis.set_title(heat_map.title)
-    axis.set_xlabel(heat_map.column_name)
-    axis.set_ylabel(heat_map.row_name)
-    steep = max((len(label) for label in heat_map.columns), default=0) > 3
-    axis.set_xticks(
-        range(len(heat_map.columns)),
-        [short(label, 16) for label in heat_map.columns],
-        rotation=60 if steep else 0,
-        ha="right" if steep else "center",
-    )
-    if steep:
-        for label in axis.get_xticklabels():
-            label.set_rotation_mode("anchor")
-    axis.set_yticks(range(len(heat_map.rows)), [short(label, 24) for label in heat_map.rows])
+def _draw(axis: Axes, heat_map: HeatMap, numbered: bool) -> None:
+    rows, columns = heat_map.values.shape
+    # Pale lines around every cell: a row of zeros is seen as one.
+    axis.pcolormesh(heat_map.values, cmap=SIGNED, vmin=-heat_map.limit, vmax=heat_map.limit, edgecolors=LINE, linewidth=0.5)
+    axis.set(xlim=(-0.02, columns + 0.02), ylim=(rows + 0.02, -0.02))
+    axis.set_xlabel(heat_map.column_name, fontsize=8)
+    axis.set_ylabel(heat_map.row_name, fontsize=8)
+    turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if heat_map.steep else {}
+    axis.set_xticks(np.arange(columns) + 0.5, [short(label, 16) for label in heat_map.columns], fontsize=8, **turned)
+    axis.set_yticks(np.arange(rows) + 0.5, [short(label, 24) for label in heat_map.rows], fontsize=8)
     axis.tick_params(length=0)
-    add_scale(figure, axis, heat_map.limit)
+    axis.spines[:].set_visible(False)
+    if not numbered:
+        return
+    for (i, j), value in np.ndenumerate(heat_map.values):
+        ink = "white" if abs(value) > 0.6 * heat_map.limit else INK
+        axis.text(j + 0.5, i + 0.5, heat_map.number(i, j), ha="center", va="center", fontsize=6.5, color=ink)
 
 
 def largest_limit(maps: Sequence[np.ndarray]) -> float:

@@ -87,7 +87,7 @@ def _rounded(values: Any) -> Any:
 
 
 def format_number(value: float, signed: bool = True, digits: int = 3) -> str:
-    """A number for people: so many significant digits, an exponent only where it must be."""
+    """A number for people: so many significant digits, an exponent only where it must be, a real minus sign."""
     value = float(value)
     if not math.isfinite(value):
         return "–"
@@ -95,9 +95,19 @@ def format_number(value: float, signed: bool = True, digits: int = 3) -> str:
         return "0"
     sign = "+" if signed else ""
     if abs(value) < 1e-4:
-        return f"{value:{sign}.{digits - 1}e}"
-    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
-    return f"{value:{sign},.{decimals}f}"
+        return f"{value:{sign}.{digits - 1}e}".replace("-", "−")
+    return _fixed(value, max(digits - 1 - math.floor(math.log10(abs(value))), 0), signed)
+
+
+def decimals_of(largest: float) -> int:
+    """Decimals that give numbers up to `largest` three digits, the same for all of them, so that they line up."""
+    return min(max(3 - math.ceil(math.log10(largest)), 0), 8) if largest > 0 else 0
+
+
+def _fixed(value: float, decimals: int, signed: bool) -> str:
+    """So many decimals; what rounds to zero has no sign."""
+    text = f"{value:{'+' if signed else ''},.{decimals}f}"
+    return text.lstrip("+-") if not text.strip("+-0.,") else text.replace("-", "−")
 
 
 def inline_markup(text: str) -> str:
@@ -118,9 +128,8 @@ def table_html(frame: pd.DataFrame, caption: str = "", bars: Sequence[str] = ())
         raise ValueError(f"the table has no column {missing[0]!r} to draw bars in; it has {list(map(str, frame.columns))}")
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index()
-    limits = {name: _largest(frame[name]) for name in bars}
     head = "".join(f'<th scope="col"{_align(frame.iloc[:, i])}>{escape(name)}</th>' for i, name in enumerate(frame.columns))
-    cell_of: list[Callable[[Any], str]] = [_cell_maker(limits.get(name)) for name in frame.columns]
+    cell_of = [_cell_maker(frame.iloc[:, i], name in bars) for i, name in enumerate(frame.columns)]
     rows = (
         "<tr>" + "".join(make(value) for make, value in zip(cell_of, row, strict=True)) + "</tr>" for row in frame.itertuples(index=False)
     )
@@ -143,10 +152,18 @@ def _align(column: pd.Series) -> str:
 
 
 def _largest(column: pd.Series) -> float:
-    return float(column.abs().max()) or 1.0
+    """The largest finite magnitude of a column of numbers, 0 where there is none."""
+    numbers = pd.to_numeric(column, errors="coerce").abs()
+    return float(numbers[np.isfinite(numbers)].max()) if np.isfinite(numbers).any() else 0.0
 
 
-def _cell_maker(bar_limit: float | None) -> Callable[[Any], str]:
+def _cell_maker(column: pd.Series, bars: bool) -> Callable[[Any], str]:
+    """How the cells of a column are written: its real numbers all with as many decimals as the largest needs."""
+    largest = _largest(column)
+
+    def written(number: float) -> str:
+        return format_number(number, bars) if largest < 1e-3 else _fixed(number, decimals_of(largest), bars)
+
     def cell(value: Any) -> str:
         if isinstance(value, bool | np.bool_):
             return f"<td>{'yes' if value else 'no'}</td>"
@@ -157,11 +174,11 @@ def _cell_maker(bar_limit: float | None) -> Callable[[Any], str]:
         if not isinstance(value, Real):
             return f"<td>{escape(value)}</td>"
         number = float(value)
-        shown = format_number(number, signed=bar_limit is not None, digits=4)
-        if bar_limit is None:
-            return f'<td class="num" data-value="{number!r}">{shown}</td>'
-        share = min(abs(number) / bar_limit, 1.0)
+        if not bars:
+            return f'<td class="num" data-value="{number!r}">{written(number)}</td>'
+        share = abs(number) / (largest or 1.0)
         sign = "lr-neg" if number < 0 else "lr-pos"
-        return f'<td class="num lr-bar" data-value="{number!r}"><i class="{sign}" style="--v:{share:.4f}"></i><span>{shown}</span></td>'
+        bar = f'<i class="{sign}" style="--v:{share:.4f}"></i>'
+        return f'<td class="num lr-bar" data-value="{number!r}">{bar}<span>{written(number)}</span></td>'
 
     return cell

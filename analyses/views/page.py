@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ class View:
     """One picture: interactive HTML where scripts run, and a static twin of it (PNG, SVG) everywhere else.
 
     Args:
-        title: one line of plain text; also the static picture's alternative text.
+        title: one line of plain text, above the picture; also the static picture's alternative text.
         draw: makes the static picture.
-        body: HTML that shows the picture without a script; by default the static picture itself.
         note: HTML under the picture: the numbers it was drawn from.
         component: what `views.js` mounts in the body's place, with `props` (JSON).
         script: the script that brings the component (`scripts.CIRCUITSVIS`, `scripts.FLOW`), if it is not `views.js` itself.
@@ -38,7 +38,6 @@ class View:
         title: str,
         draw: Callable[[], Figure],
         *,
-        body: str | None = None,
         note: str = "",
         component: str | None = None,
         props: Mapping[str, Any] | None = None,
@@ -47,7 +46,6 @@ class View:
         self.title = title
         self.scripts = (script,) if script else ()
         self._draw = draw
-        self._body = body
         self._note = note
         self._component = component
         self._props = script_json(dict(props or {}))
@@ -55,25 +53,27 @@ class View:
     @cached_property
     def html(self) -> str:
         """The picture as an HTML fragment for a page that has the scripts (`Page`, `to_html`); the static picture where it has not."""
-        body = self._body if self._body is not None else self._image()
+        body = self._image()
         name = hashlib.sha256(f"{self._component}{self._props}{body}{self._note}".encode()).hexdigest()[:12]
-        label = escape(self.title)
+        title = escape(self.title)
         figure = (
-            f'<figure class="lr-view" data-lr-view="{name}" aria-label="{label}"><div class="lr-body">{body}</div>{self._note}</figure>'
+            f'<figure class="lr-view" data-lr-view="{name}" aria-label="{title}">{_caption(self.title)}'
+            f'<div class="lr-body">{body}</div>{self._note}</figure>'
         )
         if self._component is None:
             return figure
         return f'{figure}<script>lensRelevance.show("{name}","{self._component}",{self._props})</script>'
 
     def _image(self) -> str:
-        width = round(96 * self._figure.get_figwidth())  # a CSS pixel is 1/96 inch
-        return f'<img class="lr-static" width="{width}" alt="{escape(self.title)}" src="data:image/png;base64,{self._small_png}">'
+        return f'<img class="lr-static" width="{self._width}" alt="{escape(self.title)}" src="data:image/png;base64,{self._embedded_png}">'
+
+    @property
+    def _width(self) -> int:
+        return round(96 * self._figure.get_figwidth())  # a CSS pixel is 1/96 inch
 
     @cached_property
-    def _small_png(self) -> str:
-        # What a script replaces may be coarser than what stays.
-        dpi = 160 if self._component is None else 110
-        return base64.b64encode(small_png(self._figure, dpi)).decode("ascii")
+    def _embedded_png(self) -> str:
+        return base64.b64encode(small_png(self._figure)).decode("ascii")
 
     @cached_property
     def _figure(self) -> Figure:
@@ -109,16 +109,25 @@ class View:
     def _repr_html_(self) -> str:
         return scripts.notebook_scripts(self.scripts) + self.html
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        """Both forms: a notebook shows the interactive one, a code host that takes no scripts the PNG."""
-        return {
-            "text/html": self._repr_html_(),
-            "image/png": self._small_png,
-            "text/plain": repr(self),
-        }
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+        """Both forms and their metadata: a notebook shows the interactive one, a code host that takes no scripts the PNG."""
+        forms = {"text/html": self._repr_html_(), "image/png": self._embedded_png, "text/plain": repr(self)}
+        return forms, {"image/png": {"width": self._width}}
 
     def __repr__(self) -> str:
         return f"View({self.title!r})"
+
+
+def _caption(title: str) -> str:
+    return f'<figcaption class="lr-title">{escape(title)}</figcaption>'
+
+
+def _marked(text: str, against: str) -> str:
+    """Escaped text in which words that `against` does not have at their place are marked."""
+    words, others = (re.split(r"(\s+)", one) for one in (text, against))
+    same = [block for block in SequenceMatcher(None, others, words, autojunk=False).get_matching_blocks() if block.size]
+    kept = {block.b + i for block in same for i in range(block.size)}
+    return "".join(escape(word) if i in kept or word.isspace() else f"<mark>{escape(word)}</mark>" for i, word in enumerate(words) if word)
 
 
 class Page:
@@ -152,10 +161,20 @@ class Page:
         self._parts += [f"<p>{inline_markup(paragraph.strip())}</p>" for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
         return self
 
-    def quote(self, text: str, label: str = "") -> Page:
-        """A prompt or other text shown exactly as it is, line breaks too."""
+    def quote(self, text: str, label: str = "", against: str = "") -> Page:
+        """A prompt or other text shown exactly as it is, line breaks too; words in which it differs from `against` are marked."""
         name = f"<figcaption>{escape(label)}</figcaption>" if label else ""
-        self._parts.append(f'<figure class="lr-quote">{name}<blockquote>{escape(text)}</blockquote></figure>')
+        shown = _marked(text, against) if against else escape(text)
+        self._parts.append(f'<figure class="lr-quote">{name}<blockquote>{shown}</blockquote></figure>')
+        return self
+
+    def tiles(self, tiles: Mapping[str, tuple[str, str]]) -> Page:
+        """The main results, to be taken in at a glance: name -> (result, a line that explains it)."""
+        cells = "".join(
+            f'<div class="lr-tile"><dt>{escape(name)}</dt><dd><strong>{escape(result)}</strong><span>{escape(line)}</span></dd></div>'
+            for name, (result, line) in tiles.items()
+        )
+        self._parts.append(f'<dl class="lr-tiles">{cells}</dl>')
         return self
 
     def facts(self, facts: Mapping[str, object]) -> Page:
@@ -169,10 +188,10 @@ class Page:
         return self
 
     def view(self, view: View, caption: str = "") -> Page:
-        """A picture under its title, with a caption."""
+        """A picture under its title (unless the page has the same one), with a caption."""
         note = f'<p class="lr-caption">{inline_markup(caption)}</p>' if caption else ""
-        title = f"<h4>{escape(view.title)}</h4>" if view.title != self.title else ""
-        self._parts.append(f'<section class="lr-block">{title}{view.html}{note}</section>')
+        html = view.html.replace(_caption(view.title), "", 1) if view.title == self.title else view.html
+        self._parts.append(f'<section class="lr-block">{html}{note}</section>')
         self._scripts += view.scripts
         return self
 

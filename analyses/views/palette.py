@@ -14,12 +14,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import Image
+
+from analyses.views.markup import format_number
 
 POSITIVE = "#2166ac"
 NEGATIVE = "#b2182b"
@@ -31,6 +32,9 @@ LINE = "#d8dee4"
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
 
 SIGNED = LinearSegmentedColormap.from_list("signed_relevance", [NEGATIVE, ZERO, POSITIVE])
+
+_WIDEST = 2000  # pixels
+_SCALE_WIDTH, _SCALE_HEIGHT = 3.0, 0.32  # inches
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -66,11 +70,17 @@ def figure_bytes(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def small_png(figure: Figure, dpi: int) -> bytes:
-    """The figure as a PNG of at most 128 colours, a third of the size: for pages and notebooks, which carry many."""
+def small_png(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, a third of the size: for pages and notebooks, which carry many.
+
+    Sharp on a screen of double density, unless it is wider than any page. "Maximum coverage" keeps colours that are rare, such as the one
+    red edge of a blue graph.
+    """
+    dpi = min(144, round(_WIDEST / figure.get_figwidth()))
     with Image.open(io.BytesIO(figure_bytes(figure, "png", dpi))) as image:
         buffer = io.BytesIO()
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        colours = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        colours.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -87,9 +97,17 @@ def limit_of(values: Sequence[float] | np.ndarray) -> float:
     return largest if largest > 0 else 1.0
 
 
-def add_scale(figure: Figure, axis: Axes | list[Axes], limit: float) -> None:
-    """The colour scale beside one axis or several, from `-limit` to `limit`."""
-    scale = figure.colorbar(ScalarMappable(Normalize(-limit, limit), SIGNED), ax=axis, fraction=0.04, pad=0.02, aspect=14, shrink=0.8)
-    scale.outline.set_visible(False)
-    scale.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:+.2g}"])
-    scale.ax.tick_params(labelsize=7, length=0)
+def add_scale(figure: Figure, limit: float) -> None:
+    """What the colours mean, from `-limit` to `limit`, in a line of its own below the picture (which must use the layout engine)."""
+    width, height = (float(size) for size in figure.get_size_inches())
+    width, taller = max(width, _SCALE_WIDTH), height + _SCALE_HEIGHT
+    figure.set_size_inches(width, taller)
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(rect=(0.0, _SCALE_HEIGHT / taller, 1.0, height / taller))
+    axis = figure.add_axes((1.05 / width, 0.1 / taller, 0.9 / width, 0.08 / taller))
+    axis.imshow(np.linspace(-1, 1, 256)[None], cmap=SIGNED, aspect="auto")
+    axis.set_axis_off()
+    names = (f"{format_number(-limit)} against", -0.06, "right"), (f"for {format_number(limit)}", 1.06, "left")
+    for text, x, side in names:
+        axis.text(x, 0.5, text, transform=axis.transAxes, ha=side, va="center", fontsize=7, color=MUTED)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from analyses.views.heads import head_heat_map
 from analyses.views.heatmap import heat_map_view, largest_limit
-from analyses.views.markup import as_array, escape, format_number, table_html
+from analyses.views.markup import as_array, format_number, table_html
 from analyses.views.page import View
 from analyses.views.palette import CATEGORIES, INK, LINE, MUTED, POSITIVE, new_figure
 
 _LABELLED_POINTS = 8
+_MARKED_POINTS = 40  # more would be a caterpillar
 
 
 def head_comparison_view(
@@ -58,28 +59,32 @@ def scatter_view(frame: pd.DataFrame, x: str, y: str, label: str | None = None, 
         raise ValueError(f"a correlation needs at least 2 rows with both {x!r} and {y!r}; there are {len(shown)}")
     pearson, spearman = correlations(shown[x], shown[y])
     title = title or f"{y} against {x}"
-    note = (
+    statistics = (
         f'<p class="lr-numbers">Pearson <b data-value="{pearson:.6g}">{format_number(pearson, False)}</b>, '
         f'Spearman <b data-value="{spearman:.6g}">{format_number(spearman, False)}</b>, '
         f'n = <b data-value="{len(shown)}">{len(shown)}</b></p>'
-    ) + _numbers(shown[[*([label] if label else []), x, y]])
-    return View(title, lambda: _scatter_figure(shown, x, y, label, f"Pearson {pearson:.3f}   Spearman {spearman:.3f}"), note=note)
+    )
+    note = _numbers(shown[[*([label] if label else []), x, y]], statistics)
+    line = f"Pearson {pearson:.3f}   Spearman {spearman:.3f}   n = {len(shown)}".replace("-", "−")
+    return View(title, lambda: _scatter_figure(shown, x, y, label, line), note=note)
 
 
 def curve_view(
-    curves: Mapping[str, pd.Series], x_name: str, y_name: str, title: str, log_x: bool = False, baseline: float | None = None
+    curves: Mapping[str, pd.Series], x_name: str, y_name: str, title: str, log_x: bool = False, baseline: float | int | None = None
 ) -> View:
     """Curves over one axis: perturbation (target against tokens removed), faithfulness (f against share of edges kept).
 
     Args:
-        curves: name -> Series whose index is x and whose values are y.
-        log_x: logarithmic x axis, for shares from 0.1 % to 100 %.
+        curves: name -> Series whose index is x and whose values are y. Names that share what stands before a comma (`relp, MoRF` and
+            `relp, LeRF`) share a colour.
+        log_x: logarithmic x axis, for shares from 0.1 % to 100 %; what is at 0 is then only in the table.
         baseline: y at which a dashed line is drawn, e.g. 1 for the whole model.
     """
     if not curves:
         raise ValueError("there are no curves to draw: give at least one named Series")
     table = pd.DataFrame({name: series for name, series in curves.items()}).rename_axis(x_name)
-    return View(title, lambda: _curve_figure(curves, x_name, y_name, log_x, baseline), note=_numbers(table))
+    line = None if baseline is None else float(baseline)
+    return View(title, lambda: _curve_figure(curves, x_name, y_name, log_x, line), note=_numbers(table))
 
 
 def conservation_view(account: pd.DataFrame, title: str = "Conservation by layer") -> View:
@@ -110,8 +115,8 @@ def _need_columns(frame: pd.DataFrame, names: Sequence[str]) -> None:
             raise ValueError(f"the table has no column {name!r}; it has {list(map(str, frame.columns))}")
 
 
-def _numbers(frame: pd.DataFrame) -> str:
-    return f"<details><summary>{escape('The numbers')}</summary>{table_html(frame)}</details>"
+def _numbers(frame: pd.DataFrame, before: str = "") -> str:
+    return f"<details><summary>The numbers</summary>{before}{table_html(frame)}</details>"
 
 
 def _scatter_figure(frame: pd.DataFrame, x: str, y: str, label: str | None, statistics: str) -> Figure:
@@ -134,7 +139,10 @@ def _name_points(axis: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> 
     """Names beside the points farthest from the origin, on the side where there is room; none where a stronger one's name stands."""
     width, height = (np.ptp(x) or 1.0) * 0.13, (np.ptp(y) or 1.0) * 0.05
     placed: list[tuple[float, float]] = []
-    for i in np.argsort(-np.hypot(x, y), kind="stable")[:_LABELLED_POINTS]:
+    far = np.hypot(x / (np.abs(x).max() or 1.0), y / (np.abs(y).max() or 1.0))
+    for i in np.argsort(-far, kind="stable")[:_LABELLED_POINTS]:
+        if far[i] < 0.05:
+            break  # the crowd around zero
         for side, alignment in ((1, "left"), (-1, "right")):
             middle = (x[i] + side * width / 2, y[i])
             if all(abs(middle[0] - a) > width or abs(middle[1] - b) > height for a, b in placed):
@@ -146,26 +154,41 @@ def _name_points(axis: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> 
 
 
 def _curve_figure(curves: Mapping[str, pd.Series], x_name: str, y_name: str, log_x: bool, baseline: float | None) -> Figure:
-    figure = new_figure(6.4, 3.8)
+    figure = new_figure(6.0, 3.9)
     axis = figure.add_subplot()
     if baseline is not None:
         axis.axhline(baseline, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    families = list(dict.fromkeys(name.partition(", ")[0] for name in curves))
     # Dashes as well as colours: curves stay apart in a black-and-white print.
     dashes = ["-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2))]
-    for i, (name, series) in enumerate(curves.items()):
-        colour = CATEGORIES[i % len(CATEGORIES)]
+    members = dict.fromkeys(families, 0)
+    for name, series in curves.items():
+        family = name.partition(", ")[0]
+        place = families.index(family)
+        dash = dashes[(place if len(families) == len(curves) else members[family]) % 4]
+        members[family] += 1
+        if log_x:
+            series = series[series.index > 0]
         x, y = series.index.to_numpy(float), series.to_numpy(float)
-        axis.plot(x, y, label=name, color=colour, linestyle=dashes[i % 4], marker="o", markersize=2.8)
+        marker = "o" if len(x) <= _MARKED_POINTS else ""
+        axis.plot(x, y, label=name, color=CATEGORIES[place % len(CATEGORIES)], linestyle=dash, marker=marker, markersize=2.8)
     if log_x:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(color=LINE, linewidth=0.6, alpha=0.7)
     axis.set(xlabel=x_name, ylabel=y_name)
-    axis.legend(frameon=False, fontsize=8)
+    _add_legend(figure)
     return figure
 
 
+def _add_legend(figure: Figure) -> None:
+    """Above the picture, where it hides nothing and takes no width."""
+    entries = sum(len(axis.get_legend_handles_labels()[0]) for axis in figure.axes)
+    figure.legend(loc="outside upper left", ncols=entries if entries <= 3 else 2, frameon=False, fontsize=8, handlelength=2.6)
+
+
 def _conservation_figure(numbers: pd.DataFrame, sinks: list[str]) -> Figure:
-    figure = new_figure(max(5.0, 0.36 * len(numbers) + 2.8), 3.8)
+    figure = new_figure(max(5.4, 0.36 * len(numbers) + 0.8), 3.9)
     axis = figure.add_subplot()
     places = np.arange(len(numbers))
     for i, sink in enumerate(sinks):
@@ -173,16 +196,18 @@ def _conservation_figure(numbers: pd.DataFrame, sinks: list[str]) -> Figure:
         earlier = numbers[sinks[:i]].to_numpy(float)
         # Positive amounts pile up from zero, negative ones hang from it.
         same_sign = np.where(np.sign(earlier) == np.sign(values)[:, None], earlier, 0.0).sum(axis=1)
-        axis.bar(places, values, bottom=same_sign, width=0.7, color=CATEGORIES[i % len(CATEGORIES)], label=sink, alpha=0.85)
-    axis.plot(places, numbers["relevance"], color=INK, marker="o", markersize=3.5, linewidth=1.3, label="relevance below")
+        axis.bar(
+            places, values, bottom=same_sign, width=0.7, color=CATEGORIES[i % len(CATEGORIES)], label=sink.replace("_", " "), alpha=0.85
+        )
+    axis.plot(places, numbers["relevance"], color=INK, marker="o", markersize=3.5, linewidth=1.3, label="goes on below")
     axis.axhline(0, color=MUTED, linewidth=0.8)
     axis.axhline(float(numbers["value"].iloc[0]), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="target")
     _name_ticks(axis, [str(name) for name in numbers.index])
     axis.set(xlabel="layer", ylabel="relevance")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    _add_legend(figure)
     return figure
 
 
 def _name_ticks(axis: Axes, names: list[str]) -> None:
-    steep = max(map(len, names), default=0) > 3
+    steep = len(names) > 8 and max(map(len, names)) > 3
     axis.set_xticks(range(len(names)), names, rotation=60 if steep else 0, ha="right" if steep else "center")

@@ -14,12 +14,13 @@ from torch import Tensor
 from analyses.views.heatmap import HeatMap, heat_map_view
 from analyses.views.markup import as_array, check_tokens, round_significant, rounded, show_token
 from analyses.views.page import View
-from analyses.views.palette import NEGATIVE, POSITIVE, SIGNED, add_scale, limit_of, new_figure
+from analyses.views.palette import INK, LINE, NEGATIVE, POSITIVE, SIGNED, add_scale, limit_of, new_figure
 from analyses.views.scripts import CIRCUITSVIS
 
 # CircuitsVis shows several values with 6 decimals; smaller numbers are shown in a smaller unit.
 _SMALLEST_LIMIT = 1e-3
-_CHARACTERS_PER_LINE = 88
+_CHARACTERS_PER_LINE = 100
+_PADDING = 0.9  # around a token, in characters: tokenizers differ in whether a token carries its space
 
 
 def token_view(tokens: Sequence[str], relevance: Float[Tensor | np.ndarray, " pos"], title: str = "Relevance of each token") -> View:
@@ -101,29 +102,28 @@ def inert(token: str) -> str:
 
 def _text_figure(tokens: Sequence[str], values: np.ndarray, limit: float) -> Figure:
     """The tokens as running text in a monospaced font, each on its colour."""
-    cells: list[tuple[int, int, str, float]] = []  # line, column, text, value
-    line = column = 0
+    cells: list[tuple[int, float, float, str, float]] = []  # line, left, width, text, value
+    line, left = 0, 0.0
     for token, value in zip(tokens, values, strict=True):
-        text = token.replace("\n", "↵").replace("\t", "⇥") or "␣"
-        if column and column + len(text) > _CHARACTERS_PER_LINE:
-            line, column = line + 1, 0
-        cells.append((line, column, text, float(value)))
-        column += len(text)
+        text = token.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "␣"
+        wide = len(text) + _PADDING
+        if left and left + wide > _CHARACTERS_PER_LINE:
+            line, left = line + 1, 0.0
+        cells.append((line, left, wide, text, float(value)))
+        left += wide
         if "\n" in token:
-            line, column = line + 1, 0
+            line, left = line + 1, 0.0
     lines = cells[-1][0] + 1 if cells else 1
-    width = min(_CHARACTERS_PER_LINE, max((start + len(text) for _, start, text, _ in cells), default=1))
-    figure = new_figure(width * 0.081 + 0.9, max(lines * 0.26 + 0.1, 0.55))
+    width = max((left + wide for _, left, wide, _, _ in cells), default=1.0)
+    figure = new_figure(width * 0.079 + 0.1, lines * 0.27 + 0.08)
     axis = figure.add_subplot()
     axis.set(xlim=(0, width), ylim=(lines, 0))
     axis.set_axis_off()
-    for row, start, text, value in cells:
+    for row, left, wide, text, value in cells:
         red, green, blue, _ = colour = SIGNED((value / limit + 1) / 2)
-        box = Rectangle((start + 0.04, row + 0.08), len(text) - 0.08, 0.84, facecolor=colour, edgecolor="#dddddd", linewidth=0.4)
-        axis.add_patch(box)
-        ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "black"
-        axis.text(
-            start + len(text) / 2, row + 0.5, text, family="monospace", fontsize=9, color=ink, ha="center", va="center", parse_math=False
-        )
-    add_scale(figure, axis, limit)
+        axis.add_patch(Rectangle((left + 0.06, row + 0.06), wide - 0.12, 0.88, facecolor=colour, edgecolor=LINE, linewidth=0.5))
+        ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK
+        middle = left + wide / 2
+        axis.text(middle, row + 0.5, text, family="monospace", fontsize=9, color=ink, ha="center", va="center", parse_math=False)
+    add_scale(figure, limit)
     return figure

@@ -8,6 +8,10 @@
   let circuitsVisAsked = false;
   let mounts = 0;
 
+  function element(tag, className = "", text = "") {
+    return Object.assign(document.createElement(tag), { className, textContent: text });
+  }
+
   function define(name, component) {
     components[name] = component;
     (waiting[name] || []).splice(0).forEach((run) => run());
@@ -27,6 +31,9 @@
     });
   }
 
+  // The static picture stays for paper, where canvases cannot be laid out anew.
+  const keepForPaper = (body) => body.querySelector(".lr-static").classList.add("lr-on-paper");
+
   // CircuitsVis's script comes gzipped in base64. Where the browser cannot inflate it, the static pictures stay.
   async function installCircuitsVis(base64) {
     if (circuitsVisAsked || typeof DecompressionStream === "undefined") return;
@@ -38,10 +45,10 @@
     document.head.append(script);
     for (const name of ["ColoredTokens", "ColoredTokensMulti", "AttentionHeads"]) {
       define(name, (body, props) => {
-        const mount = document.createElement("div");
+        const mount = element("div", "lr-circuitsvis");
         mount.id = `lr-circuitsvis-${(mounts += 1)}`;
-        mount.className = "lr-circuitsvis";
-        body.replaceChildren(mount);
+        keepForPaper(body);
+        body.prepend(mount, scale(props.maxValue ?? props.positiveBounds[0]));
         window.CircuitsVis.render(mount.id, window.CircuitsVis[name], props);
       });
     }
@@ -51,14 +58,11 @@
   let tip = null;
   function showTip(lines, x, y) {
     if (!tip) {
-      tip = document.createElement("div");
-      tip.className = "lr-tip";
+      tip = element("div", "lr-tip");
       tip.setAttribute("role", "tooltip");
       document.body.append(tip);
     }
-    tip.replaceChildren(
-      ...lines.map((line, i) => Object.assign(document.createElement(i ? "div" : "strong"), { textContent: line })),
-    );
+    tip.replaceChildren(...lines.map((line, i) => element(i ? "div" : "strong", "", line)));
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
     const right = document.documentElement.clientWidth - box.width - 6;
@@ -67,15 +71,53 @@
   }
   const hideTip = () => tip && (tip.hidden = true);
 
-  // Heat maps are plain tables; the script adds a tooltip (hover, tap, focus) and arrow keys.
-  define("HeatMap", (body) => {
-    const rows = [...body.querySelectorAll("tbody tr")].map((row) => [...row.querySelectorAll("td")]);
-    rows.flat().forEach((cell) => {
-      cell.setAttribute("aria-label", cell.title);
-      cell.dataset.tip = cell.title; // the browser's own tooltip would lie over ours
-      cell.removeAttribute("title");
-      cell.tabIndex = -1;
+  // What the colours mean, from -limit to limit.
+  function scale(limit) {
+    const text = Number(limit).toPrecision(3).replace(/\.?0+(?=e|$)/, "");
+    const bar = element("p", "lr-scale");
+    bar.append(element("span", "", `−${text} against`), element("i"), element("span", "", `for +${text}`));
+    return bar;
+  }
+
+  // A heat map is a table with a tooltip (hover, tap, focus) and arrow keys.
+  function heatTable(map, numbered) {
+    const table = element("table", `lr-heat${map.steep ? " lr-steep" : ""}${numbered ? " lr-numbered" : ""}`);
+    table.setAttribute("aria-label", map.title);
+    if (map.titled) table.append(element("caption", "", map.title));
+    const heading = (scope, text) => Object.assign(element("th", "", text), { scope });
+    const head = element("tr");
+    const corner = element("th", "lr-corner");
+    corner.append(`${map.columnName} →`, element("br"), `${map.rowName} ↓`);
+    head.append(corner, ...map.columns.map((text) => {
+      const made = heading("col");
+      made.append(element("span", "", text));
+      return made;
+    }));
+    table.createTHead().append(head);
+    const rows = map.rows.map((text, i) => {
+      const row = element("tr");
+      row.append(heading("row", text), ...map.values[i].map((value, j) => {
+        const strength = Math.min(Math.abs(value) / map.limit, 1);
+        const cell = element("td", `${value < 0 ? "lr-neg" : "lr-pos"}${strength > 0.6 ? " lr-strong" : ""}`);
+        cell.style.setProperty("--v", strength.toFixed(3));
+        Object.assign(cell.dataset, { value, tip: map.tips[i][j] });
+        cell.setAttribute("aria-label", map.tips[i][j]);
+        cell.tabIndex = -1;
+        if (numbered) cell.append(element("span", "", map.numbers[i][j]));
+        return cell;
+      }));
+      return row;
     });
+    table.createTBody().append(...rows);
+    const scroll = element("div", "lr-scroll");
+    scroll.append(table);
+    return scroll;
+  }
+  define("HeatMap", (body, { maps }) => {
+    const heats = element("div", "lr-heats");
+    heats.append(...maps.map((map) => heatTable(map, Boolean(map.numbers))));
+    body.replaceChildren(heats, scale(maps[0].limit));
+    const rows = [...body.querySelectorAll("tbody tr")].map((row) => [...row.querySelectorAll("td")]);
     if (rows[0]?.[0]) rows[0][0].tabIndex = 0;
     const cellOf = (event) => event.target.closest?.("td[data-tip]");
     const read = (cell, x, y) => showTip(cell.dataset.tip.split("\n"), x, y);
@@ -107,5 +149,5 @@
     });
   });
 
-  window.lensRelevance = { define, show, installCircuitsVis, showTip, hideTip };
+  window.lensRelevance = { define, show, keepForPaper, installCircuitsVis, showTip, hideTip };
 })();

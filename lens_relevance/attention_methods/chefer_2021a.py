@@ -13,7 +13,7 @@ def accumulate(run: AttentionRun) -> Accumulation:
     """R = product of (I + A-bar), A-bar the mean over heads of (dA * R_A)^+.
 
     dA is the plain gradient and R_A the pattern's relevance under the ruleset (the paper has an LRP of its own there), so any ruleset but
-    `gradient` takes a second forward and backward.
+    `gradient` takes a second forward and backward. With two token sets the product is over the tokens of both (derived here).
     """
     ones, chained = torch.ones_like(run.start), []
     for layer in range(run.n_layers):

@@ -33,7 +33,7 @@ def points(body: Anatomy, importance: str) -> list[str]:
 
 def _step(run: AttentionRun, layer: int) -> Step:
     """Squared norms from Gram matrices over heads, so that no [token, source, d_model] tensor is ever built."""
-    pattern, brought, x = run.pattern(layer), _head_outputs(run, layer), run.activation(layer, "hook_in")
+    pattern, brought, x = run.pattern(layer), _head_outputs(run, layer), run.activation(f"blocks.{layer}.hook_in")
     post, after = _post_norm(run.body, layer), _next_norm(run.body, layer)
     if post is not None:
         brought = _centred(run, post, brought)
@@ -54,7 +54,7 @@ def _step(run: AttentionRun, layer: int) -> Step:
 
 def _head_outputs(run: AttentionRun, layer: int) -> Float[Tensor, "batch source head d_model"]:
     """f_h(x_j): the head's value at j through its slice of W_O (the output bias belongs to no source)."""
-    values, heads = run.activation(layer, "attn.v.hook_out"), run.pattern(layer).shape[1]
+    values, heads = run.activation(f"blocks.{layer}.attn.v.hook_out"), run.pattern(layer).shape[1]
     output = next(site.operation for site in run.body.sites if site.name == f"blocks.{layer}.attn.o")
     assert isinstance(output, Linear)
     weight = output.weight.to(values.dtype).unflatten(1, (heads, -1))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.attention_methods.key_flow import key_flow, key_points, rotary_constants
-from lens_relevance.attention_methods.run import check_patterns
+from lens_relevance.attention_methods.run import check_patterns, token_sets
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
@@ -46,6 +46,8 @@ def head_flow(
     """
     body = anatomy(model)
     check_patterns(body, model)
+    if len(token_sets(body)) > 1:
+        raise RelevanceError(f"head_flow knows models with one token set; this one has {' and '.join(token_sets(body))}")
     chosen = list(range(body.n_layers)) if layers is None else list(layers)
     for layer in chosen:
         if not 0 <= layer < body.n_layers:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.rules import (
+    AttentionGeometry,
     PairProduct,
     Reference,
     Rule,
@@ -61,8 +62,7 @@ def key_flow(
     geometry, rule = scores.geometry, rule_for(ruleset(rules), site)
 
     def inputs(activations: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        q, k = (activations[str(point.name)] for point in site.inputs[:2])
-        raw = (x.transpose(1, 2) if geometry.queries_are_split else x.flatten(-2) for x in (q, k))
+        raw = (_raw(body, geometry, str(point.name), activations) for point in site.inputs[:2])
         return (*raw, *(constants[str(point.name)] for point in site.inputs[2:]))
 
     own = inputs(cache.activations)
@@ -81,6 +81,14 @@ def key_flow(
     keys = torch.where(real[:, None, :, None], keys, torch.zeros_like(keys))
     products = kept[0] @ geometry.expand(keys).mT * (geometry.scale * uniform.part)
     return share(torch.where(real[:, None, :, None], products, torch.zeros_like(products)), upstream)
+
+
+def _raw(body: Anatomy, geometry: AttentionGeometry, name: str, activations: dict[str, Tensor]) -> Tensor:
+    """Queries or keys as the operation takes them, from TransformerLens's layout."""
+    x = activations[name]
+    if not geometry.queries_are_split:
+        return x.flatten(-2)
+    return x if body.conversion(name) is None else x.transpose(1, 2)
 
 
 def _uniform(rule: Rule) -> UniformScores:

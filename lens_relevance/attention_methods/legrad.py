@@ -18,4 +18,5 @@ def accumulate(run: AttentionRun) -> Accumulation:
     for layer in range(run.n_layers):
         gradient, pattern = run.gradient(layer), run.pattern(layer)
         maps.append(torch.where(pattern == 0, torch.zeros_like(gradient), gradient.clamp(min=0)) / gradient.shape[1])
-    return Total(maps, run.mask.to(run.start.dtype) / run.mask.sum(1, keepdim=True))
+    per_set = [mask.to(run.start.dtype) / mask.sum(1, keepdim=True) for mask in run.masks.values()]
+    return Total(maps, torch.cat(per_set, 1))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lens_relevance.attention_methods import (
@@ -20,8 +21,9 @@ from lens_relevance.attention_methods import (
     weighted_accumulation,
 )
 from lens_relevance.attention_methods.accumulation import Accumulation
-from lens_relevance.attention_methods.result import TokenRelevance
-from lens_relevance.attention_methods.run import AttentionRun, check_patterns, run_points
+from lens_relevance.attention_methods.result import TokenRelevance, TokenSetsRelevance
+from lens_relevance.attention_methods.run import AttentionRun, check_patterns, read_masks, run_points, token_sets
+from lens_relevance.attention_methods.two_sets import check_groups
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.guest import check_model
@@ -37,11 +39,15 @@ def _nothing_more(body: Anatomy, importance: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Method:
-    """accumulate: from a run to relevance. points: HookPoints it needs besides the patterns. two_gradients: it wants the plain one too."""
+    """accumulate: from a run to relevance. points: HookPoints it needs besides the patterns. two_gradients: it wants the plain one too.
+
+    one_set: why it is not defined for two token sets, where it is not.
+    """
 
     accumulate: Callable[[AttentionRun], Accumulation]
     points: Callable[[Anatomy, str], list[str]] = _nothing_more
     two_gradients: bool = False
+    one_set: str = ""
 
 
 METHODS: dict[str, Method] = {
@@ -50,7 +56,7 @@ METHODS: dict[str, Method] = {
     "chefer_2021a": Method(chefer_2021a.accumulate, two_gradients=True),
     "rollout": Method(rollout.accumulate),
     "attention_flow": Method(attention_flow.accumulate),
-    "globenc": Method(globenc.accumulate, globenc.points),
+    "globenc": Method(globenc.accumulate, globenc.points, one_set="its decomposition is that of one residual stream"),
     "legrad": Method(legrad.accumulate),
     "gradient_attention": Method(gradient_attention.accumulate),
     "raw_attention": Method(raw_attention.accumulate),
@@ -60,17 +66,19 @@ ALIASES = {"chefer": "chefer_2021b"}
 
 def token_relevance(
     model: Any,
-    inputs: Inputs | Mapping[str, Inputs],
+    inputs: Inputs | Mapping[str, Any],
     target: Target | Callable[[Tensor], Tensor] | None = None,
     method: str = "weighted_accumulation",
     importance: str = "relevance",
     rules: str | Table = "gradient",
-    attention_mask: Tensor | None = None,
-) -> TokenRelevance:
+    attention_mask: Tensor | Mapping[str, Tensor] | None = None,
+) -> TokenRelevance | TokenSetsRelevance:
     """Relevance of tokens for tokens from attention patterns and their gradients, in one forward and one backward pass.
 
-    model: a TransformerBridge in eval mode with live patterns. inputs, target, attention_mask: as for `propagate`; the row that is
-        explained is that of the position the target reads.
+    model: a TransformerBridge in eval mode with live patterns, or a model whose sites and attentions are declared. inputs, target,
+        attention_mask: as for `propagate`; the row that is explained is that of the position the target reads. A model with two token
+        sets (encoder and decoder, or declared ones) takes a dict of its keyword arguments and gives a TokenSetsRelevance; its masks are
+        named by token set, {"encoder": [batch, token]}.
     method: `weighted_accumulation` (our reading of Huang et al. 2023: only the paper's abstract was at hand, and its own weights could not
         be checked), `chefer_2021b` (or `chefer`), `chefer_2021a`, `rollout`, `attention_flow`, `globenc`, `legrad`, `gradient_attention`,
         `raw_attention`. Sources are named in each one's module.
@@ -94,27 +102,31 @@ def token_relevance(
             f"ruleset {ruleset_name(rules)!r} compares two runs and token relevance explains one; choose a ruleset for single runs, such "
             "as 'gradient' or 'attnlrp', or propagate(..., reference=...).tokens()"
         )
-    if isinstance(inputs, Mapping):
-        raise RelevanceError(
-            f"inputs name two token sets ({', '.join(map(str, inputs))}), but this model has one and no cross-attention; give one prompt"
-        )
     check_model(model)
     body = anatomy(model)
     check_patterns(body, model)
+    check_groups(body.attentions)
+    sets = token_sets(body)
+    if len(sets) == 1 and isinstance(inputs, Mapping) and len(inputs) > 1:
+        raise RelevanceError(
+            f"inputs name two token sets ({', '.join(map(str, inputs))}), but this model has one and no cross-attention; give one prompt"
+        )
+    if len(sets) == 2 and chosen.one_set:
+        raise RelevanceError(f"{method!r} is not defined for two token sets ({' and '.join(sets)}): {chosen.one_set}")
     names = list(dict.fromkeys([*run_points(body), *chosen.points(body, importance)]))
-    cache = propagate(model, inputs, target, rules, names, attention_mask=attention_mask)
+    mask = None if isinstance(attention_mask, Mapping) else attention_mask
+    device = next(model.parameters()).device  # a model spread over several leaves its layers' tensors on each
+    cache = propagate(model, inputs, target, rules, names, attention_mask=mask, device=device)
     plain = cache
     if chosen.two_gradients and ruleset_name(rules) != "gradient":
-        plain = propagate(model, inputs, target, "gradient", run_points(body), attention_mask=attention_mask)
-    run = AttentionRun(body, cache, importance, plain)
-    accumulation = chosen.accumulate(run)
-    return TokenRelevance(
-        ALIASES.get(method, method),
-        importance,
-        ruleset_name(rules),
-        cache.value,
-        run.start,
-        cache.input_tokens,
-        run.mask,
-        accumulation,
-    )
+        plain = propagate(model, inputs, target, "gradient", run_points(body), attention_mask=mask, device=device)
+    known = dict(zip(sets, cache.masks.values(), strict=False)) if len(sets) == 1 else cache.masks  # none for an image
+    masks = read_masks(body, cache, {**known, **(attention_mask if isinstance(attention_mask, Mapping) else {})})
+    run = AttentionRun(body, cache, importance, plain, masks)
+    common = (ALIASES.get(method, method), importance, ruleset_name(rules), cache.value)
+    if len(sets) == 1:
+        # an image has no ids: its tokens are counted
+        ids = cache.input_tokens if cache.masks else torch.arange(run.mask.shape[1]).expand_as(run.mask)
+        return TokenRelevance(*common, run.start, ids, run.mask, chosen.accumulate(run))
+    explained = {name: run.start[:, run.span(name)] for name in sets}
+    return TokenSetsRelevance(*common, explained, masks, tuple(one.pattern for one in body.attentions), chosen.accumulate(run))

@@ -1,7 +1,8 @@
-"""TokenRelevance: what token_relevance gives."""
+"""TokenRelevance, and TokenSetsRelevance for two token sets: what token_relevance gives."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NoReturn
@@ -60,8 +61,7 @@ class TokenRelevance:
     def across(self) -> NoReturn:
         """Relevance of one token set for another (encoder-decoders, two streams)."""
         raise RelevanceError(
-            "this model has one set of tokens and no cross-attention, so there is nothing across; scores and matrix hold all there is "
-            "(two sets: see lens_relevance.attention_methods.update_rules)"
+            "this model has one set of tokens and no cross-attention, so there is nothing across; scores and matrix hold all there is"
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -75,3 +75,67 @@ class TokenRelevance:
                 "score": self.scores[self.mask].double().cpu().numpy(),
             }
         )
+
+
+@dataclass(frozen=True)
+class TokenSetsRelevance:
+    """Relevance of tokens for tokens in a model with two token sets: encoder and decoder, image and question.
+
+        found = token_relevance(t5, "translate English to German: the house", logit("Haus"))
+        found.scores["encoder"], found.across["decoder", "encoder"]
+
+    As TokenRelevance, but by token set. explained: the weight of each token's row in `scores`; it lies in the set that the target reads.
+    masks: True where a token is real. attentions: names of the patterns, in the order of computation.
+    """
+
+    method: str
+    importance: str
+    rules: str
+    value: Float[Tensor, " batch"]
+    explained: Mapping[str, Float[Tensor, "batch _"]]
+    masks: Mapping[str, Bool[Tensor, "batch _"]]
+    attentions: tuple[str, ...]
+    accumulation: Accumulation
+
+    @cached_property
+    def scores(self) -> dict[str, Float[Tensor, "batch _"]]:
+        """Relevance of each token of each set for the explained one."""
+        return self._split(self.accumulation.scores(), 1)
+
+    @cached_property
+    def matrix(self) -> dict[str, Float[Tensor, "batch _ _"]]:
+        """Relevance of a set's tokens for each other: R_ss and R_qq."""
+        return {name: self._all[name, name] for name in self.masks}
+
+    @cached_property
+    def across(self) -> dict[tuple[str, str], Float[Tensor, "batch _ _"]]:
+        """Relevance of one set's tokens for the other's, by (explained set, source set): R_sq and R_qs."""
+        return {names: block for names, block in self._all.items() if names[0] != names[1]}
+
+    @cached_property
+    def layers(self) -> Float[Tensor, "batch attention token source"]:
+        """Each attention's own matrix over the tokens of both sets, one set after the other in the order of `masks`."""
+        return self.accumulation.layers()
+
+    @cached_property
+    def heads(self) -> Float[Tensor, "batch attention head"]:
+        """What each head passes on to `scores`, summed over both sets; see TokenRelevance.heads."""
+        return self.accumulation.heads()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Long table with columns example, set, position, score; real tokens only."""
+        frames = []
+        for name, mask in self.masks.items():
+            example, position = (index.cpu().numpy() for index in mask.nonzero(as_tuple=True))
+            score = self.scores[name][mask].double().cpu().numpy()
+            frames.append(pd.DataFrame({"example": example, "set": name, "position": position, "score": score}))
+        return pd.concat(frames, ignore_index=True)
+
+    @cached_property
+    def _all(self) -> dict[tuple[str, str], Tensor]:
+        rows = self._split(self.accumulation.matrix(), 1)
+        return {(name, source): block for name, part in rows.items() for source, block in self._split(part, 2).items()}
+
+    def _split(self, joint: Tensor, dim: int) -> dict[str, Tensor]:
+        """What lies side by side, by token set."""
+        return dict(zip(self.masks, joint.split([mask.shape[1] for mask in self.masks.values()], dim), strict=True))

@@ -19,6 +19,9 @@ def steps(run: AttentionRun) -> list[Step]:
 
 
 def accumulate(run: AttentionRun) -> Accumulation:
-    """The product A^_L ... A^_1. It does not know the target: only its row is chosen by it. Padding keeps nothing."""
+    """The product A^_L ... A^_1. It does not know the target: only its row is chosen by it. Padding keeps nothing.
+
+    With two token sets the product is over the tokens of both, and those that do not ask in a layer keep all of themselves (derived here).
+    """
     chained = [Step(torch.where(run.mask, step.kept, 0 * step.kept), step.parts) for step in steps(run)]
     return Chain(chained, run.start, run.mask)

@@ -88,7 +88,7 @@ def co_attention(
 def normalised(r: Float[Tensor, "batch n n"], identity: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n n"]:
     """N(R) = (R - P) / row sum + I, for P = diag(identity). Never negative where R and P are what the updates make them."""
     gathered = r - torch.diag_embed(identity)
-    total = gathered.sum(-1, keepdim=True)
+    total = gathered.sum(-1, keepdim=True).detach()  # where heads are asked for their share, row sums are taken as they are
     share = torch.where(total == 0, torch.zeros_like(gathered), gathered / torch.where(total == 0, torch.ones_like(total), total))
     return share + torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.attention_methods.accumulation import Accumulation, Chain, Step
-from lens_relevance.attention_methods.chefer_2021b import positive_relevance
+from lens_relevance.attention_methods.chefer_2021b import over_two_sets, positive_relevance
 from lens_relevance.attention_methods.run import AttentionRun
 from lens_relevance.rules.base import share
 from lens_relevance.sites import Anatomy
@@ -20,12 +20,15 @@ IMPORTANCES = ("relevance", "norm", "grad_norm", "equal")
 
 
 def accumulate(run: AttentionRun) -> Accumulation:
-    """R = I, then R <- diag(beta) R + diag(alpha) A-bar R in every layer, with alpha_i + beta_i = 2.
+    """R = I, then R <- diag(beta) R + diag(alpha) A-bar R in every layer, with alpha_i + beta_i = 2 (two sets: see update_rules.py).
 
     alpha_i : beta_i = importance of what attention wrote at token i (hook_attn_out) : importance of what was there (resid_pre).
     `importance="equal"` is Chefer 2021b exactly. beta = 2 in every layer makes 2^layers: compare scores within a row only.
     The paper's own weights could not be checked, only its abstract was at hand; this is our reading.
     """
+    if len(run.masks) == 2:
+        rows = [run.span(one.queries) for one in run.attentions]
+        return over_two_sets(run, [(alpha[:, rows[i]], beta[:, rows[i]]) for i in range(run.n_layers) for alpha, beta in [weights(run, i)]])
     chained = []
     for layer, part in enumerate(positive_relevance(run)):
         alpha, beta = weights(run, layer)
@@ -35,8 +38,7 @@ def accumulate(run: AttentionRun) -> Accumulation:
 
 def points(body: Anatomy, importance: str) -> list[str]:
     """HookPoints that the choice of importance needs."""
-    needed = () if importance == "equal" else ("hook_in", "hook_attn_out")
-    return [f"blocks.{layer}.{point}" for layer in range(body.n_layers) for point in needed]
+    return [] if importance == "equal" else [name for one in body.attentions for name in (one.before, one.written)]
 
 
 def weights(run: AttentionRun, layer: int) -> tuple[Float[Tensor, "batch token"], Float[Tensor, "batch token"]]:
@@ -44,8 +46,9 @@ def weights(run: AttentionRun, layer: int) -> tuple[Float[Tensor, "batch token"]
     if run.importance == "equal":
         ones = torch.ones_like(run.start)
         return ones, ones
-    before, written = run.activation(layer, "hook_in"), run.activation(layer, "hook_attn_out")
-    g = run.coefficient(layer, "hook_attn_out")
+    one = run.attentions[layer]
+    before, written = run.activation(one.before, one.queries), run.activation(one.written, one.queries)
+    g = run.coefficient(one.written, one.queries)
     return balanced(importance_of(written, g, run.importance), importance_of(before, g, run.importance))
 
 

@@ -5,6 +5,16 @@
 | `ZeroRule` | the plain gradient; the bias keeps its share | LRP-0, Montavon et al. 2019 |
 | `EpsilonRule` | upstream times y / (y + eps sign y), then as LRP-0: weak, contradictory evidence is absorbed | Bach et al. 2015 |
 | `GammaRule` | contributions x_i w_ij of the sign of y_j weighted by 1 + gamma | Montavon et al. 2019; signed form as in AttnLRP for ViT |
+
+For vision transformers AttnLRP (Achtibat et al. 2024, arXiv 2402.05602) has gamma on the linear layers, because the gradient of an image's
+patches is noisy. As a ruleset:
+
+    with_gamma = {**rulesets()["attnlrp"], "linear": GammaRule(0.25)}
+    propagate(vit, image, logit("cat"), with_gamma).patches()
+
+Which layers and which gamma is our reading, the paper's appendix could not be seen: every linear layer (q, k, v, o, in, out and the head),
+as in the authors' published examples, which search gamma between 0 and 1 by eye. `"linear@in"` and `"linear@out"` put it on the MLP alone.
+The projection of the patches, which they give a gamma of its own, lies below the embedding, where our relevance ends.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The experts are one batched module behind no HookPoint, so the whole is recomput
 | router weight * expert | constant | the router weight is a constant | derived here, as CP-LRP holds gates constant |
 | router weight * expert | pair | mean of the two runs' values of the other factor | derived here |
 | router softmax | gradient / pair | as for attention; between two runs only where both chose the same experts | |
-| sigmoid router (DeepSeek-V3) | gradient / pair | softmax of log sigmoid(score), the log sigmoid by its gradient / the rescale rule | derived here |
+| sigmoid router (DeepSeek-V3) | gradient / pair | softmax of log sigmoid(score); log sigmoid by its gradient / the rescale rule | |
 
 Where two runs choose different experts for a token the change of its router weights is not a function of small steps of its scores: that
 share is the sink `router` of the account, and with it the account is exact. Biases of experts and router keep their share there too.

@@ -20,7 +20,7 @@ from lens_relevance.sites.linear import linear_sites
 from lens_relevance.sites.mlp import mlp_sites
 from lens_relevance.sites.normalization import decorative_statistics, norm_sites
 from lens_relevance.sites.output import output_sites, pooler_sites
-from lens_relevance.sites.stacks import CROSS, Roles, Stacks, bridge_stacks
+from lens_relevance.sites.stacks import CROSS, Roles, Stacks, bridge_stacks, reads_images
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS, TokenAttention, block_attentions
 
 # Linear layers that are split before use, so that their own HookPoints stay silent (and a router is part of its mixture of experts).
@@ -148,6 +148,8 @@ def _components(model: Any) -> list[tuple[str, Any]]:
         for name, child in module.named_children():
             if name == "_original_component" or isinstance(child, HookPoint):
                 continue
+            if name in ("vision_encoder", "vision_projector") and reads_images(model):  # below the start of the graph
+                continue
             here = f"{path}.{name}" if path else name
             if isinstance(child, components.base.GeneralizedComponent):
                 listed.append((here, child))
@@ -181,7 +183,7 @@ def _sites_of(name: str, component: Any) -> list[Site]:
         return []
     if type(component).__name__ in _STATE_SPACE:
         raise CoverageError(
-            f"{name}: {type(component).__name__} runs a state space model in one piece; its recurrence has no HookPoints, and the rules for it "
-            "(MambaLRP, Jafari et al. 2024) are not implemented"
+            f"{name}: a state space model (Mamba) runs its recurrence in one piece, without HookPoints, and the rules for it (MambaLRP, "
+            "Jafari et al. 2024) are not implemented"
         )
     raise CoverageError(f"{name}: no site is known for {type(component).__name__}")

@@ -36,7 +36,8 @@ class _Family:
 def _stacked(experts: Any) -> Callable[[int], Expert]:
     """gate_up_proj [expert, 2 d_expert, d_model], gate above up; down_proj [expert, d_model, d_expert]."""
     gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    return lambda e: Expert(*gate_up[e].chunk(2), down[e])
+    d_expert = gate_up.shape[1] // 2
+    return lambda e: Expert(gate_up[e, :d_expert], gate_up[e, d_expert:], down[e])
 
 
 def _interleaved(experts: Any) -> Callable[[int], Expert]:
@@ -50,17 +51,23 @@ def _interleaved(experts: Any) -> Callable[[int], Expert]:
 
 _FAMILIES: dict[str, _Family] = {
     "MixtralSparseMoeBlock": _Family(_stacked),
-    "Qwen3MoeSparseMoeBlock": _Family(_stacked, options=lambda router: {"over_all": not router.norm_topk_prob}),
+    **dict.fromkeys(
+        ("Qwen3MoeSparseMoeBlock", "OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock"),
+        _Family(_stacked, options=lambda router: {"over_all": not router.norm_topk_prob}),
+    ),
     "GptOssMLP": _Family(
         _interleaved,
         router="router",
         gated=lambda experts: ClampedGate(float(experts.alpha), float(experts.limit)),
         options=lambda router: {"bias": router.bias.detach()},
     ),
-    "DeepseekV3MoE": _Family(
-        _stacked,
-        options=lambda router: {"sigmoid": True, "scale": float(router.routed_scaling_factor)},
-        refused=lambda router: "" if router.norm_topk_prob else "router weights that do not sum to one (norm_topk_prob=False)",
+    **dict.fromkeys(
+        ("DeepseekV3MoE", "Glm4MoeMoE"),
+        _Family(
+            _stacked,
+            options=lambda router: {"sigmoid": True, "scale": float(router.routed_scaling_factor)},
+            refused=lambda router: "" if router.norm_topk_prob else "router weights that do not sum to one (norm_topk_prob=False)",
+        ),
     ),
 }
 

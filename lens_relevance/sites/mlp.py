@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -44,7 +45,12 @@ def _activation_function(name: str, component: MLPBridge) -> tuple[Callable[[Ten
 
 
 def _is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
-    """A probe with three values, together and one by one."""
-    with torch.no_grad():
-        x = torch.tensor([[-1.5, 0.5, 2.0]])
-        return torch.allclose(function(x), torch.cat([function(x[:, i : i + 1]) for i in range(3)], -1))
+    """A probe with three values, together and one by one; once for each function, as every anatomy asks."""
+    if function not in _ELEMENTWISE:
+        with torch.no_grad():
+            x = torch.tensor([[-1.5, 0.5, 2.0]])
+            _ELEMENTWISE[function] = torch.allclose(function(x), torch.cat([function(x[:, i : i + 1]) for i in range(3)], -1))
+    return _ELEMENTWISE[function]
+
+
+_ELEMENTWISE: WeakKeyDictionary[Callable[[Tensor], Tensor], bool] = WeakKeyDictionary()

@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.generalized_components import T5BlockBridge
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
 
 CROSS = "cross"
+_READ_IMAGES = ("LlavaForConditionalGeneration",)  # and add to the stream nowhere else, as some relatives do
 Roles = dict[str, list[str]]  # `embeddings` (of tokens first, then of positions), `residual`, `z`, `neurons`
 
 
@@ -29,10 +30,12 @@ class Cut:
 
 @dataclass
 class Stacks:
-    """roles: HookPoint names by stack and role. cuts: from the embeddings upward; above the last one is the target."""
+    """roles: HookPoint names by stack and role. cuts: from the embeddings upward; above the last one is the target. grid: rows and columns
+    of an image's patches, which are the last positions of the only stack."""
 
     roles: dict[str, Roles] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
+    grid: tuple[int, int] | None = None
 
 
 def one_stack(embeddings: list[str], residual: list[str], z: list[str], neurons: list[str]) -> Stacks:
@@ -52,7 +55,26 @@ def bridge_stacks(model: Any, embeddings: list[str]) -> Stacks:
     if not n:
         return one_stack(embeddings, [], [], [])
     blocks = [f"blocks.{i}" for i in range(n)]
-    return one_stack(embeddings, _residual(blocks), [f"{b}.attn.o.hook_in" for b in blocks], _neurons(blocks))
+    if reads_images(model):
+        embeddings = [f"{blocks[0]}.hook_in"]
+    found = one_stack(embeddings, _residual(blocks), [f"{b}.attn.o.hook_in" for b in blocks], _neurons(blocks))
+    found.grid = _grid(model)
+    return found
+
+
+def reads_images(model: Any) -> bool:
+    """LLaVA: projected patches take the places of their tokens at the first block's input. The graph starts there, so that patches and
+    words are explained alike; what made patches of the image (the vision tower and its projection) lies below and is not."""
+    return type(getattr(model, "original_model", None)).__name__ in _READ_IMAGES
+
+
+def _grid(model: Any) -> tuple[int, int] | None:
+    """Rows and columns of the patches of an image classifier (ViT, DeiT)."""
+    patches = getattr(getattr(getattr(model, "embed", None), "original_component", None), "patch_embeddings", None)
+    if patches is None:
+        return None
+    (height, width), (down, across) = patches.image_size, patches.patch_size
+    return height // down, width // across
 
 
 def roles(embeddings: list[str], residual: list[str], z: list[str], neurons: list[str]) -> Roles:

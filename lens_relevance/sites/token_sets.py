@@ -31,8 +31,10 @@ def block_attentions(points: Container[str], aliases: Mapping[str, str]) -> list
     """The attentions of a TransformerBridge by the names of its HookPoints: blocks, or encoder blocks and then decoder blocks."""
     found = []
     for tokens, stack, own in ((TOKENS, "blocks", "attn"), (ENCODER, "encoder_blocks", "attn"), (DECODER, "decoder_blocks", "self_attn")):
-        for layer in itertools.takewhile(lambda i, stack=stack: f"{stack}.{i}.hook_in" in points, itertools.count()):
+        for layer in itertools.count():
             block = f"{stack}.{layer}"
+            if f"{block}.hook_in" not in points:
+                break
             written = aliases.get(f"{block}.hook_attn_out", f"{block}.{own}.hook_out")
             found.append(TokenAttention(f"{block}.{own}.hook_pattern", f"{block}.hook_in", written, tokens, tokens))
             if tokens == DECODER:

@@ -29,10 +29,11 @@ from analyses.circuits.faithfulness import faithfulness as recovered
 from analyses.circuits.recovery import area_under_roc
 from analyses.tasks import pronoun
 from analyses.tasks.pairs import PromptPairs
-from lens_relevance import RelevanceError, logit_diff
+from lens_relevance import CoverageError, RelevanceError, logit_diff
 from tests import models
 from tests.analyses.known_circuits import KNOWN
 from tests.precision import no_upcasts
+from tests.wider_models import build_wider
 
 BUILDERS: dict[str, Any] = {
     "gpt2": models.build_gpt2,
@@ -184,7 +185,7 @@ def test_eap_ig_completes() -> None:
     """Integrated gradients of the embedding add up to the difference of the metric as steps grow."""
     model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs()
     ablation = Ablation(model, pairs, "node")
-    embed = [score_items(ablation, "eap_ig", ig_steps=n).signed[0] for n in (2, 64)]
+    embed = [score_items(ablation, "eap_ig", ig_steps=n).signed[0] for n in (2, 24)]
     gap = float((ablation.full - ablation.empty).mean())
     assert abs(embed[1] - gap) < 0.02 * abs(gap) and abs(embed[1] - gap) < abs(embed[0] - gap)
 
@@ -204,6 +205,13 @@ def test_curve_uses_every_k_on_small_graphs(ablation: Ablation) -> None:
     assert curve.frame["faithfulness"][20] == pytest.approx(single, abs=1e-5)
 
 
+def test_signed_order_goes_towards_the_full_model_whichever_way_that_is() -> None:
+    model, pairs = models.build_gpt2(), some_pairs()
+    up, down = (Ablation(model, replace(pairs, target=logit_diff(*tokens)), "node") for tokens in ((3, 4), (4, 3)))
+    one, other = (faithfulness_curve(ablation, score_items(ablation), "signed") for ablation in (up, down))
+    assert np.allclose(one.frame["faithfulness"], other.frame["faithfulness"], atol=1e-4) and one.cmd < 0.9
+
+
 def test_choices(ablation: Ablation) -> None:
     scores = score_items(ablation)
     best = top(scores, 10)
@@ -220,6 +228,63 @@ def test_auroc_counts_ties_half() -> None:
     positive = np.array([True, True, False, False])
     assert area_under_roc(np.array([2.0, 0, 0, 0]), positive) == pytest.approx(0.75)
     assert area_under_roc(np.array([0.0, 0, 0, 0]), positive) == pytest.approx(0.5)
+
+
+def test_patching_scores_are_single_node_interventions() -> None:
+    """Denoising and noising by hand: one node's output exchanged between the runs, everything below it computed anew."""
+    model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs(2)
+    scores = score_items(Ablation(model, pairs, "node"), "patching")
+    place = scores.items.frame["node"].tolist()
+    metric = pairs.target.metric(model, pairs.clean)
+    for name, hook, index in (("L0H2", "blocks.0.attn.o.hook_in", 2), ("L1.mlp", "blocks.1.mlp.hook_out", slice(None))):
+
+        def into(run: torch.Tensor, other: torch.Tensor, hook: str = hook, index: Any = index) -> torch.Tensor:
+            value = model.run_with_cache(other)[1][hook]
+
+            def exchange(x: torch.Tensor, hook: Any) -> torch.Tensor:
+                x = x.clone()
+                x[:, :, index] = value[:, :, index]
+                return x
+
+            return metric(model.run_with_hooks(run, fwd_hooks=[(hook, exchange)]))
+
+        denoising = into(pairs.corrupt, pairs.clean) - metric(model(pairs.corrupt))
+        noising = metric(model(pairs.clean)) - into(pairs.clean, pairs.corrupt)
+        assert scores.signed[place.index(name)] == pytest.approx(float((denoising + noising).detach().mean() / 2), abs=1e-10)
+        assert (denoising - noising).abs().max() > 1e-3
+
+
+def test_held_out_pairs_are_evaluated_on_and_not_scored_on() -> None:
+    model, pairs = models.build_gpt2(), some_pairs(4)
+    table = faithfulness_table(model, pairs[:2], ("deeplift",), "node", held_out=pairs[2:])
+    found_on, held_out = (Ablation(model, pairs[rows], "node") for rows in (slice(0, 2), slice(2, 4)))
+    for row in table.itertuples():
+        scores = score_items(found_on, "deeplift")
+        assert row.cmd == pytest.approx(faithfulness_curve(held_out, scores, row.order).cmd)
+        assert row.selection_cmd == pytest.approx(faithfulness_curve(found_on, scores, row.order).cmd) != row.cmd
+    assert table["selection_cmd"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt", "gptj", "bert", "mixtral"])
+def test_more_families(family: str) -> None:
+    """Both ends of the range are the model's own runs, and removing a node does something of its own."""
+    model, pairs = build_wider(family), some_pairs(2)
+    with no_upcasts():
+        nodes = Ablation(model, pairs, "node")
+        one = ~torch.eye(len(nodes.items), dtype=torch.bool)
+        assert len({round(float(x), 9) for x in nodes(one)[:, 0]}) == len(nodes.items)
+        if family == "bert":
+            with pytest.raises(CoverageError, match="normalizes the residual stream"):
+                Ablation(model, pairs, "edge")
+            return
+        edges = Ablation(model, pairs, "edge")
+        assert torch.allclose(edges(one[:, torch.from_numpy(edges.items.index[:, 1])]), nodes(one), atol=1e-9)
+
+
+def test_a_circuit_whose_ends_are_not_the_models_is_refused() -> None:
+    model, pairs = models.build_gpt2(), some_pairs(2)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_in", lambda x, hook: x * 2)]), pytest.raises(RelevanceError, match="rebuilt"):
+        Ablation(model, pairs, "edge")
 
 
 def test_table_of_methods_on_a_trained_model(stories: TransformerBridge) -> None:

@@ -173,6 +173,22 @@ def test_graph_is_written_as_asked(run: Callable[..., Result], tmp_path: Path) -
     assert run("graph", "--out", str(tmp_path / "graph.docx")).exit_code == 2
 
 
+def test_graph_of_a_prompt_in_all_three_forms(run: Callable[..., Result], tmp_path: Path) -> None:
+    question = ("--prompt", PROMPT, "--answer", " Mary", "--wrong", " John", "--rules", "attnlrp")
+    result = run("graph", *question, "--top", "30", "--out", str(tmp_path / "here"))
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in tmp_path.iterdir()} == {"here.html", "here.json", "here.graphml"}
+    assert result.output.count("logits@14") == 10 and "2 'Mary'" in result.output
+
+
+def test_circuit_holds_methods_side_by_side(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("circuit", "--n", "4", "--methods", "deeplift,random", "--out", str(tmp_path / "table.csv"))
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert list(table["method"].unique()) == ["deeplift", "random"] and table["selection_cmd"].is_monotonic_increasing
+    assert run("circuit", "--n", "1").exit_code == 2
+
+
 def test_the_readme_says_what_happens() -> None:
     """Its Python runs from top to bottom and prints what it shows; numbers to what rounding leaves."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()

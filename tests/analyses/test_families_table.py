@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from analyses.benchmarks import families as module
-from analyses.benchmarks.families import FAMILIES, families, markdown, power_of_ten
-from lens_relevance import RelevanceError, propagate, rulesets
+from analyses.benchmarks.families import families, markdown, power_of_ten
+from analyses.benchmarks.tiny_models import FAMILIES, MORE
+from lens_relevance import RelevanceError, coverage, propagate, rulesets
 from lens_relevance.rules import LNRule
 from tests.precision import no_upcasts
 
@@ -78,6 +79,16 @@ def test_what_the_readme_calls_refused_is_refused(readme: str) -> None:
         assert refused[family][0].split(";")[0] in str(refusal.value)
 
 
+@pytest.mark.parametrize("family", MORE)
+def test_families_that_need_next_to_no_code(readme: str, family: str) -> None:
+    """The README names them; here two rulesets, `--more` prints all."""
+    with no_upcasts():
+        found = coverage(MORE[family].build(), ["attnlrp", "deeplift"])
+    assert found.rulesets["works"].all() and found.rulesets["unexplained"].max() < 1e-9, found.rulesets
+    assert found.sites["live"].all(), found.sites.loc[~found.sites["live"]]
+    assert f" {family}," in readme.replace("\n", " ") or f" {family}." in readme.replace("\n", " ")
+
+
 class Refusing(LNRule):
     """A rule that cannot be had on a model."""
 
@@ -104,7 +115,7 @@ def test_an_unknown_family() -> None:
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    module.main(["GPT-2"], "float32", 0)
+    module.main(["GPT-2"], dtype="float32")
     cells = rows(capsys.readouterr().out, "family")["GPT-2"]
     assert len(cells) == len(rulesets()) and all(1e-12 < float(cell) < 1e-4 for cell in cells)
     assert "python -m analyses.benchmarks.families" in str(module.__doc__)

@@ -15,13 +15,14 @@ from analyses.graph import FlowGraph, average, flow_graph, flow_graphs
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
 from tests.precision import no_upcasts
+from tests.wider_models import WIDER, build_wider
 
 TARGET = logit_diff(3, 4)
 READERS = ("q", "k", "v", "mlp.in")
 
 
 def build(family: str = "gpt2", rules: str = "attnlrp", pair: bool = False, **arguments: Any) -> FlowGraph:
-    model = getattr(models, f"build_{family}")(dtype=torch.float64)
+    model = build_wider(family) if family in WIDER else getattr(models, f"build_{family}")(dtype=torch.float64)
     other = models.random_tokens(1, seed=1) if pair else None
     with no_upcasts():
         return flow_graph(model, models.random_tokens(1), TARGET, rules, other, **arguments)
@@ -53,12 +54,20 @@ def balance(graph: FlowGraph) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "gemma2", "olmo2", "qwen3", "native"])
-@pytest.mark.parametrize("rules", ["gradient", "attnlrp", "cp_lrp", "gim"])
-def test_what_enters_a_node_is_what_leaves_it_and_its_sinks(family: str, rules: str) -> None:
-    assert max(balance(build(family, rules))) < 1e-9
+def test_what_enters_a_node_is_what_leaves_it_and_its_sinks(family: str) -> None:
+    for rules in ("gradient", "attnlrp", "cp_lrp", "gim"):
+        assert max(balance(build(family, rules))) < 1e-9, rules
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "native"])
+@pytest.mark.parametrize("family", ["bloom", "opt", "gptj", "bert", "mixtral"])
+def test_more_families(family: str) -> None:
+    for rules in ("gradient", "attnlrp"):
+        graph = build(family, rules)
+        assert max(balance(graph)) < 1e-9 and len(graph.paths(3)) == 3, rules
+        assert graph.open("L1.mlp", 5).columns[1] == ("target" if family == "mixtral" else "position")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "native", "bert"])
 def test_a_pair_loses_nothing_under_deeplift(family: str) -> None:
     graph = build(family, "deeplift", pair=True)
     assert max(balance(graph)) < 1e-9

@@ -21,6 +21,7 @@ from analyses.perturbation import (
     summary,
 )
 from lens_relevance import RelevanceError, log_prob, logit, logit_diff, mean_embedding, propagate, random_tokens
+from lens_relevance.inputs import Prompt
 from tests import models
 
 TARGET = logit(7)
@@ -84,7 +85,7 @@ def test_removal_equals_a_direct_forward(gpt2, tokens, baseline):
         if baseline == "delete":
             logits = gpt2(tokens[row][~removed[i]][None])
         else:
-            drawn = random_tokens(1, 3).run(gpt2, tokens, torch.ones_like(tokens)).tokens[row]
+            drawn = random_tokens(1, 3).run(gpt2, Prompt(tokens, torch.ones_like(tokens))).prompt.tokens[row]
             filler = {"mean_embedding": table.mean(0), "zero_embedding": 0 * table[0], "random_tokens": table[drawn]}[baseline]
             embeddings = torch.where(removed[i][:, None], filler, table[tokens[row]])
             hook = ("embed.hook_out", lambda x, hook, e=embeddings: e[None])

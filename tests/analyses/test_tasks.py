@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.tasks import TASKS, PromptPairs, agreement, greater_than, induction, ioi, pronoun
+from analyses.tasks import TASKS, PromptPairs, agreement, docstring, greater_than, induction, ioi, pronoun
 from analyses.tasks.agreement import NOUNS, VERBS
+from analyses.tasks.docstring import ARGUMENTS, WORDS
 from analyses.tasks.fitting import single_token_words
 from analyses.tasks.ioi import NAMES, TEMPLATES
 from lens_relevance.errors import RelevanceError
@@ -182,6 +183,33 @@ def test_agreement_changes_the_number_of_the_subject_alone(tmp_path: Path) -> No
         verbs = (row.wrong.strip(), row.answer.strip()) if plural else (row.answer.strip(), row.wrong.strip())
         assert verbs in VERBS
     assert counts == {True: 8, False: 8}
+
+
+CODE = ["def", "self", "param", "and", "(", ")", ":", '"', " "]
+
+
+@pytest.mark.parametrize("line_breaks", [True, False])
+def test_docstring_asks_for_the_next_argument(tmp_path: Path, line_breaks: bool) -> None:
+    known = [*CODE, *ARGUMENTS[:6], *WORDS[:12], *(["\n    ", "\n\n    "] if line_breaks else [])]
+    model = build_with_words(tmp_path, known, n_ctx=64)
+    pairs = docstring(model, 12)
+    assert set(pairs.dropped) == (set(ARGUMENTS[6:]) | set(WORDS[12:])) - set(known)
+    assert ((pairs.clean != pairs.corrupt).sum(1) == 2).all()
+    for row in pairs.to_frame(model).itertuples():
+        assert ("\n" in row.clean) == line_breaks
+        for text, answer, wrong in ((row.clean, row.answer, row.wrong), (row.corrupt, row.wrong, row.answer)):
+            definition, documented = text.split("):")
+            arguments = definition.split("self,")[1].replace(",", "").split()
+            assert [name for name in words(documented.replace(":", " ")) if name in arguments] == arguments[:2]
+            assert (arguments[2], arguments[3]) == (answer.strip(), wrong.strip()) and len(set(arguments)) == 4
+            assert documented.endswith(":param")
+
+
+def test_docstring_says_why_it_does_not_fit(tmp_path: Path, embedded: TransformerBridge) -> None:
+    with pytest.raises(RelevanceError, match="too few other words are single tokens .not: river"):
+        docstring(embedded)
+    with pytest.raises(RelevanceError, match="does not fit this tokenizer: it reads"):
+        docstring(build_with_words(tmp_path, [*ARGUMENTS, *WORDS, "and"], n_ctx=64))
 
 
 def test_pronoun_on_a_trained_model(stories: TransformerBridge) -> None:

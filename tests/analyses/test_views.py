@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -200,15 +201,21 @@ class TestNotebook:
 
     def test_a_bundle_has_html_png_and_text(self) -> None:
         for view in example_views(TOKENS).values():
-            bundle = view._repr_mimebundle_()
+            bundle, metadata = view._repr_mimebundle_()
             assert set(bundle) == {"text/html", "image/png", "text/plain"}
             assert bundle["text/plain"].startswith("View(")
             assert view.html in bundle["text/html"]
+            assert metadata["image/png"]["width"] == pytest.approx(96 * view.figure().get_figwidth(), abs=1)
 
-    def test_without_scripts_every_picture_is_still_seen(self) -> None:
+    def test_every_picture_is_seen_in_its_colours_where_scripts_and_styles_are_stripped(self) -> None:
         for kind, view in example_views(TOKENS).items():
-            tags = [tag for tag, _ in parsed(re.sub(r"<script>.*?</script>", "", view._repr_html_(), flags=re.DOTALL)).tags]
-            assert "img" in tags or "table" in tags, kind
+            stripped = parsed(re.sub(r"<(script|style)>.*?</\1>", "", view._repr_html_(), flags=re.DOTALL))
+            pictures = [attributes["src"] or "" for tag, attributes in stripped.tags if tag == "img"]
+            assert len(pictures) == 1 and view.title in stripped.text, kind
+            pixels = imread(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2])), format="png")[..., :3]
+            assert (pixels[..., 2] > pixels[..., 0] + 0.3).any(), kind  # blue
+            if kind not in ("scatter", "curve", "conservation"):  # the others have no signed colours
+                assert (pixels[..., 0] > pixels[..., 2] + 0.3).any(), kind  # red
 
     def test_circuitsvis_goes_with_the_first_output_only(self) -> None:
         views_by_kind = example_views(TOKENS)
@@ -276,7 +283,7 @@ def test_heads_are_ranked_by_the_sum_of_their_flow() -> None:
     flow = np.zeros((2, 2, 3, 3))
     flow[0, 1, 2, 0], flow[1, 0, 1, 1], flow[1, 1, 2, 2] = 0.5, -2.0, 1.0
     props = props_of(views.head_flow_view(TOKENS[:3], flow, top=3))
-    assert props["attentionHeadNames"] == ["L1H0 -2.0", "L1H1 +1.0", "L0H1 +0.50"]
+    assert props["attentionHeadNames"] == ["L1H0 −2.0", "L1H1 +1.0", "L0H1 +0.50"]
     np.testing.assert_array_equal(props["attention"], flow.reshape(4, 3, 3)[[2, 3, 1]])
     assert (props["minValue"], props["maxValue"]) == (-2.0, 2.0)
 
@@ -285,7 +292,7 @@ def test_flow_from_later_tokens_is_not_hidden_by_a_causal_mask() -> None:
     flow = np.ones((1, 2, 3, 3))
     with pytest.raises(ValueError, match="causal=False"):
         views.head_flow_view(TOKENS[:3], flow)
-    assert props_of(views.head_flow_view(TOKENS[:3], flow, causal=False))["maskUpperTri"] is False
+    np.testing.assert_array_equal(props_of(views.head_flow_view(TOKENS[:3], flow, causal=False))["attention"], flow[0])
 
 
 def test_top_neurons_are_those_of_a_plain_sort() -> None:
@@ -301,30 +308,32 @@ def test_top_neurons_are_those_of_a_plain_sort() -> None:
     np.testing.assert_allclose(np.array(props["values"])[:, 0], relevance[best[0][0]][:, best[0][1]], rtol=1e-5)
 
 
-def cells_of(html: str) -> list[tuple[str, float]]:
-    """Tooltip and value of every heat-map cell."""
-    return [
-        (attributes["title"] or "", float(attributes["data-value"] or "nan"))
-        for tag, attributes in parsed(html).tags
-        if tag == "td" and "title" in attributes
-    ]
-
-
 def test_heat_maps_hold_the_numbers_given() -> None:
     scores = np.random.default_rng(2).normal(size=(3, 4))
-    cells = cells_of(views.head_heatmap_view(scores).html)
-    np.testing.assert_allclose([value for _, value in cells], scores.ravel(), rtol=1e-5)
-    assert cells[5][0].startswith("L1H1\n") and cells[5][0].endswith(format_number(scores[1, 1], digits=4))
+    shown = props_of(views.head_heatmap_view(scores))["maps"][0]
+    np.testing.assert_allclose(shown["values"], scores, rtol=1e-5)
+    assert shown["tips"][1][1] == f"L1H1\n{format_number(scores[1, 1], digits=4)}"
     residual = np.random.default_rng(3).normal(size=(5, 3))
-    cells = cells_of(views.layer_view(TOKENS, residual).html)
-    np.testing.assert_allclose([value for _, value in cells], residual.T[::-1].ravel(), rtol=1e-5)  # embeddings at the bottom
-    assert cells[0][0].startswith("“<s>” (0), after layer 1") and cells[-1][0].startswith("“ time” (4), embeddings")
+    shown = props_of(views.layer_view(TOKENS, residual))["maps"][0]
+    np.testing.assert_allclose(shown["values"], residual.T[::-1], rtol=1e-5)  # embeddings at the bottom
+    assert shown["tips"][0][0].startswith("“<s>” (0), after layer 1") and shown["tips"][-1][-1].startswith("“ time” (4), embeddings")
+
+
+def test_cells_carry_their_numbers_where_there_is_room() -> None:
+    scores = np.array([[32.14, -5.26], [0.04, 0.0]])
+    view = views.head_heatmap_view(scores)
+    assert props_of(view)["maps"][0]["numbers"] == [["+32.1", "−5.3"], ["", ""]]  # what rounds to zero is left out
+    assert [text.get_text() for text in view.figure().axes[0].texts] == ["+32.1", "−5.3", "", ""]
+    wide = np.ones((2, 30))
+    assert props_of(views.head_heatmap_view(wide))["maps"][0]["numbers"] is None
+    assert not views.head_heatmap_view(wide).figure().axes[0].texts
 
 
 def test_a_comparison_shows_both_and_their_difference() -> None:
     first, second = np.random.default_rng(4).normal(size=(2, 3, 4))
-    cells = np.array([value for _, value in cells_of(views.head_comparison_view(first, second).html)]).reshape(3, 3, 4)
-    np.testing.assert_allclose(cells, [first, second, first - second], rtol=1e-4)
+    maps = props_of(views.head_comparison_view(first, second))["maps"]
+    np.testing.assert_allclose([one["values"] for one in maps], [first, second, first - second], rtol=1e-4)
+    assert len({one["limit"] for one in maps}) == 1  # one scale
 
 
 def test_a_scatter_tells_the_correlations_and_the_numbers() -> None:
@@ -368,10 +377,22 @@ def test_conservation_draws_the_sinks_that_kept_something() -> None:
 
 def test_curves_hold_their_points() -> None:
     curves = {"MoRF": pd.Series([3.0, 1.0, 0.5], index=[0, 1, 2]), "LeRF": pd.Series([3.0, 2.5], index=[0, 2])}
-    view = views.curve_view(curves, "tokens removed", "logit", "Perturbation", baseline=1.0)
+    view = views.curve_view(curves, "tokens removed", "logit", "Perturbation", baseline=1)
     lines = {line.get_label(): line.get_xydata().tolist() for line in view.figure().axes[0].lines}
     assert lines["MoRF"] == [[0, 3.0], [1, 1.0], [2, 0.5]] and lines["LeRF"] == [[0, 3.0], [2, 2.5]]
+    assert [line.get_ydata() for line in view.figure().axes[0].lines][0] == [1, 1]  # the baseline
     assert parsed(view.html).text.count("–") == 1  # LeRF has no value at 1
+    logarithmic = views.curve_view(curves, "k", "f", "Faithfulness", log_x=True).figure().axes[0]
+    assert logarithmic.lines[0].get_xdata().tolist() == [1, 2]  # a logarithm has no 0
+
+
+def test_curves_of_one_method_share_a_colour_and_differ_in_their_dashes() -> None:
+    points = pd.Series([1.0, 0.5], index=[0, 1])
+    names = ["relp, MoRF", "relp, LeRF", "gim, MoRF", "gim, LeRF"]
+    lines = views.curve_view(dict.fromkeys(names, points), "x", "y", "t").figure().axes[0].lines
+    colours, dashes = [line.get_color() for line in lines], [line.get_linestyle() for line in lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert dashes[0] == dashes[2] != dashes[1] == dashes[3]
 
 
 def test_tables_keep_full_numbers_and_escape_text() -> None:
@@ -388,14 +409,40 @@ def test_tables_keep_full_numbers_and_escape_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("column", "shown"),
+    [
+        ([7.9063, -0.14217, 0.0907, -0.001], ["7.91", "−0.14", "0.09", "0.00"]),
+        ([0.98654, 1.0, 0.5], ["0.987", "1.000", "0.500"]),
+        ([446.2, 1234.5, -0.2], ["446", "1,234", "0"]),
+        ([-3.815e-6, 0.0, 1e-7], ["−3.81e−06", "0", "1.00e−07"]),
+        ([float("nan"), float("inf"), 12.34], ["–", "–", "12.3"]),
+    ],
+)
+def test_the_numbers_of_a_column_line_up(column: list[float], shown: list[str]) -> None:
+    assert re.findall(r"<td[^>]*>(.*?)</td>", table_html(pd.DataFrame({"x": column}))) == shown
+
+
+def test_a_quote_marks_the_words_that_differ() -> None:
+    html = Page("t").quote("Ann gave it to <b>Bob</b>.", against="Ann sold it to Eve.").to_html()
+    assert re.findall("<mark>(.*?)</mark>", html) == ["gave", "&lt;b&gt;Bob&lt;/b&gt;."]
+    assert "<mark>" not in Page("t").quote("Ann gave it", against="Ann gave it").to_html()
+
+
+def test_tiles_are_text() -> None:
+    tags = parsed(Page("t").tiles({EVIL[0]: (EVIL[1], EVIL[2])}).to_html())
+    assert all(text in tags.text for text in EVIL[:3])
+    assert not [tag for tag, _ in tags.tags if tag in ("img", "b")]
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         (0.0, "0"),
         (1.0, "+1.00"),
-        (-0.12345, "-0.123"),
+        (-0.12345, "−0.123"),
         (1234.5, "+1,234"),
         (0.00042, "+0.000420"),
-        (3.2e-7, "+3.20e-07"),
+        (3.2e-7, "+3.20e−07"),
         (float("nan"), "–"),
     ],
 )

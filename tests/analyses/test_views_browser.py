@@ -134,7 +134,7 @@ def test_the_chosen_head_is_drawn_large_in_the_colours_of_its_signs(browser: Bro
     flow[0, 0, 2, 0], flow[0, 1, 1, 0] = 2.0, -1.0
     tab = browser.open(write(views.head_flow_view(TOKENS[:3], flow), tmp_path))
     names = tab.run("[...document.querySelectorAll('.lr-circuitsvis h4')].map((e) => e.textContent)")
-    assert names == ["L0H0 +2.0", "L0H1 -1.0"]
+    assert names == ["L0H0 +2.0", "L0H1 −1.0"]
     ink = """(() => { const c = [...document.querySelectorAll('canvas')].at(-1);
       const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
       let blue = 0, red = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200) {
@@ -146,7 +146,7 @@ def test_the_chosen_head_is_drawn_large_in_the_colours_of_its_signs(browser: Bro
     tab.run("document.querySelectorAll('.lr-circuitsvis h4')[1].parentElement.id = 'second'")
     tab.click("#second")
     tab.move(5, 5)
-    assert tab.run(heading) == "L0H1 -1.0 Zoomed"
+    assert tab.run(heading) == "L0H1 −1.0 Zoomed"
     tab.wait(f"{ink}[1] > 1000")
     assert tab.run(ink)[0] == 0
     assert tab.run("document.querySelector('.lr-view').lensRelevance.attention") == flow[0].tolist()
@@ -178,7 +178,7 @@ def test_a_notebook_mounts_outputs_as_they_come_and_shares_one_script(
     tab = browser.open(page)
     tab.wait("document.querySelectorAll('.colored-tokens').length === 3")
     assert tab.run("document.querySelectorAll('.lr-flow').length") == 1
-    assert tab.run("document.querySelectorAll('.lr-static').length") == 0
+    assert tab.run("[...document.querySelectorAll('.lr-static')].filter((image) => image.getBoundingClientRect().width > 0).length") == 0
     assert tab.problems() == []
     tab.close()
 
@@ -211,7 +211,7 @@ def test_heat_map_cells_tell_their_numbers_on_hover_and_by_keyboard(browser: Bro
     np.testing.assert_allclose(drawn[3], [255, 255, 255], atol=1)
     np.testing.assert_allclose(drawn[0], (np.array([0x21, 0x66, 0xAC]) + 255) / 2, atol=1)
     tab.hover(".lr-heat tbody tr:nth-child(1) td:nth-of-type(2)")
-    assert tab.run(TIP).split() == ["L0H1", "-1.000"]
+    assert tab.run(TIP).split() == ["L0H1", "−1.000"]
     tab.move(5, 500)
     assert tab.run(TIP) is None
     tab.run("document.querySelector('.lr-heat td').focus()")
@@ -305,7 +305,7 @@ def test_flow_edges_are_drawn_where_the_layout_says(browser: Browser, tmp_path: 
 def test_hovering_a_flow_node_tells_component_token_and_share(browser: Browser, flow_page: Path) -> None:
     tab = browser.open(flow_page)
     tab.hover('[data-node="L0H1"]')
-    assert tab.run(TIP).split("\n") == ["L0H1", "at “ a” (3)", "-0.500 · -25.0 % of logit diff"]
+    assert tab.run(TIP).split("\n") == ["L0H1", "at “ a” (3)", "−0.500 · −25.0 % of logit diff"]
     assert tab.run("document.querySelector('.lr-flow').dataset.highlighted") == "2"  # embed -> L0H1.v and L0H1 -> L1.mlp.in
     blue, red = tab.run(blue_and_red(".lr-flow-above"))
     assert blue > 20 and red > 20
@@ -336,7 +336,7 @@ def test_clicking_a_flow_node_opens_its_edges_readers_and_details(browser: Brows
     tab = browser.open(flow_page)
     tab.click('[data-node="L0H1"]')
     text = tab.run("document.querySelector('.lr-flow-panel').innerText")
-    assert "L0H1" in text and "at “ a” (3)" in text and "-25.0 % of logit diff" in text and "name mover" in text
+    assert "L0H1" in text and "at “ a” (3)" in text and "−25.0 % of logit diff" in text and "name mover" in text
     values = tab.run("[...document.querySelectorAll('.lr-flow-panel td[data-value]')].map((e) => +e.dataset.value)")
     assert values == [0.125, 0.1, -0.2, -0.5, 0.75]  # the reader q, the two sources, the edge in, the edge out
     assert tab.run("document.querySelector('.lr-flow-in td').innerText").strip() == "embed → v at “Once” (1)"
@@ -453,20 +453,26 @@ def test_five_hundred_nodes_and_five_thousand_edges_stay_fluid(browser: Browser,
     path = write(views.flow_view(nodes, edges, tokens, shown=5000), tmp_path)
     assert path.stat().st_size < 3_000_000
     tab = browser.open(path)
+    drawn = "+document.querySelector('.lr-flow').dataset.drawn"
+    assert tab.run(drawn) == 5000
+    # What a frame costs is the number of curves it draws: few while the slider moves, those of one node while the pointer does.
     frames = """new Promise((done) => {
-      const slider = document.querySelector('.lr-flow input[type="range"]'), marks = [...document.querySelectorAll('.lr-node')], times = [];
+      const slider = document.querySelector('.lr-flow input[type="range"]'), marks = [...document.querySelectorAll('.lr-node')];
+      const flow = document.querySelector('.lr-flow'), times = [], drawn = [];
       let last = performance.now(), i = 0;
       const frame = () => {
         const now = performance.now(); times.push(now - last); last = now;
+        drawn.push(+(MODE === 'slider' ? flow.dataset.drawn : flow.dataset.highlighted));
         if (MODE === 'slider') { slider.value = 850 + (i * 37) % 150; slider.dispatchEvent(new Event('input')); }
         else marks[(i * 7) % marks.length].dispatchEvent(new PointerEvent('pointerenter'));
-        if ((i += 1) < 40) requestAnimationFrame(frame); else done(times.slice(1).sort((a, b) => a - b)[20]);
+        if ((i += 1) < 40) requestAnimationFrame(frame); else done([times.sort((a, b) => a - b)[20], Math.max(...drawn.slice(2))]);
       };
       requestAnimationFrame(frame); })"""
-    medians = {mode: tab.run(frames.replace("MODE", f"'{mode}'")) for mode in ("slider", "hover")}
-    print(f"median frame time in ms without a GPU: {medians}")
-    # Generous: this browser paints without a GPU on a machine that does other things meanwhile.
-    assert medians["slider"] < 250 and medians["hover"] < 100
+    measured = {mode: tab.run(frames.replace("MODE", f"'{mode}'")) for mode in ("slider", "hover")}
+    print(f"median frame time in ms without a GPU, most curves in a frame: {measured}")
+    assert measured["slider"][1] == 1200 and 0 < measured["hover"][1] < 100
+    tab.set_slider('.lr-flow input[type="range"]', 1000)
+    tab.wait(f"{drawn} === 5000")  # once the slider rests
     assert tab.problems() == []
     tab.close()
 
@@ -488,6 +494,8 @@ def test_a_whole_page_reads_and_prints(browser: Browser, tmp_path: Path) -> None
     assert tab.run("[...document.querySelectorAll('main > .lr-table td[data-value]')].map((e) => +e.dataset.value)") == [0.5, -1.5]
     tab.print_media()
     assert rgb(tab.run("getComputedStyle(document.body).backgroundColor")).mean() == 255  # paper is white, also in the dark
-    assert tab.run("getComputedStyle(document.querySelector('.lr-flow-bar')).display") == "none"
+    # Interactive pictures give way to their static twins.
+    assert tab.run("[...document.querySelectorAll('.lr-flow, .lr-circuitsvis')].every((e) => getComputedStyle(e).display === 'none')")
+    assert tab.run("[...document.querySelectorAll('.lr-on-paper')].filter((e) => e.getBoundingClientRect().width > 100).length") == 5
     assert tab.problems() == []
     tab.close()

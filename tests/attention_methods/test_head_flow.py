@@ -10,6 +10,7 @@ from lens_relevance import RelevanceError, logit, mean_embedding, propagate, ran
 from lens_relevance.attention_methods import head_flow
 from tests import models
 from tests.precision import no_upcasts
+from tests.wider_models import build_wider
 
 TARGET = logit(7)
 SINGLE = ["gradient", "attnlrp", "cp_lrp", "gim"]
@@ -79,3 +80,19 @@ def test_bad_input(gpt2, tokens):
         head_flow(gpt2, tokens, TARGET, reference=random_tokens(4))
     with pytest.raises(RelevanceError, match="compares two runs"):
         head_flow(gpt2, tokens, TARGET, "deeplift")
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
+def test_keys_of_latent_attention_and_of_attention_with_a_sink(rules, tokens):
+    other = models.random_tokens(seed=9) if rules == "deeplift" else None
+    for family, point in (("deepseek_v3", "attn.hook_k"), ("gpt_oss", "attn.hook_rot_k")):
+        names = [f"blocks.{i}.{point}" for i in range(2)]
+        with no_upcasts():
+            model = build_wider(family)
+            cache = propagate(model, tokens, TARGET, rules, names, other)
+            flow = head_flow(model, tokens, TARGET, rules, "key", reference=other)
+        for layer, name in enumerate(names):
+            at_keys = cache[name].sum(-1) if family == "deepseek_v3" else cache[name].sum(-1).mT  # [batch, kv_head, pos]
+            found = flow[:, layer].sum(-2).unflatten(1, (at_keys.shape[1], -1)).sum(2)
+            assert at_keys.abs().max() > 1e-6
+            torch.testing.assert_close(found, at_keys, rtol=1e-7, atol=1e-10)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from lens_relevance import CoverageError, RelevanceError, logit, logit_diff, propagate
 from lens_relevance.attention_methods import METHODS, token_relevance
@@ -146,6 +155,24 @@ def test_globenc_passes_a_norm_on_the_attention_output(tokens, family):
             middle = cache[f"blocks.{layer}.hook_resid_mid"]
             z = z * (1 + model.blocks[layer].ln2.original_component.weight) / (middle.pow(2).mean(-1) + 1e-6).sqrt()[:, :, None, None]
         torch.testing.assert_close(found[:, layer], z.norm(dim=-1), rtol=1e-3, atol=1e-4)
+
+
+def test_an_image_classifier():
+    """Patches after the class token, which is explained; patterns and gradients from Hugging Face's own model."""
+    sizes = dict(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    model = models.bridge_from_config(ViTForImageClassification, ViTConfig(**sizes), torch.float64)
+    own = ViTForImageClassification(ViTConfig(**sizes, attn_implementation="eager"))
+    models.randomize(own, 0)
+    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    with no_upcasts():
+        out = own.double().eval()(image, output_attentions=True)
+        found = token_relevance(model, image, logit(1), "chefer")
+    gradients = torch.autograd.grad(out.logits[:, 1].sum(), out.attentions)
+    expected = chefer_2021b([a.detach() for a in out.attentions], list(gradients))
+    assert found.mask.shape == (2, 5) and found.explained[:, 0].eq(1).all() and len(found.to_frame()) == 10
+    torch.testing.assert_close(found.matrix, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.scores, expected[:, 0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(token_relevance(model, image, logit(1), "rollout").matrix.sum(-1), torch.ones(2, 5).double())
 
 
 def test_sums_over_layers(tokens):

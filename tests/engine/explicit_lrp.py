@@ -245,7 +245,8 @@ def llama(
     def feed_forward(at: str) -> GatedMLP | Mixture:
         if not top_k:
             return GatedMLP(*(w[f"{at}.{part}_proj.weight"] for part in ("gate", "up", "down")))
-        experts = [GatedMLP(*joint.chunk(2), down) for joint, down in zip(*(w[f"{at}.experts.{p}_proj"] for p in ("gate_up", "down")))]
+        gates_ups, downs = w[f"{at}.experts.gate_up_proj"], w[f"{at}.experts.down_proj"]
+        experts = [GatedMLP(*joint.chunk(2), down) for joint, down in zip(gates_ups, downs, strict=True)]
         return Mixture(w[f"{at}.gate.weight"], experts, top_k)
 
     def norm(name: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from lens_relevance import RelevanceError, latent, logit_diff, propagate
 from tests.engine.families import build, close, exact, inputs_and_reference, reference_for
@@ -113,3 +114,21 @@ def test_bad_latents_are_refused() -> None:
     ):
         with pytest.raises(RelevanceError):
             propagate(model, tokens, target, "attnlrp")
+
+
+@pytest.mark.parametrize("point", ["q_norm.hook_out", "hook_pattern"])
+def test_heads_that_come_before_the_positions(point: str) -> None:
+    """Norms of queries and patterns are [batch, head, pos, ...]: a head is a head there too, and all of them make up the whole."""
+    model, name = build("qwen3"), f"blocks.1.attn.{point}"
+    tokens, _ = inputs_and_reference()
+
+    def through(**units: list[int]) -> Tensor:
+        return propagate(model, tokens, TARGET, "attnlrp", through={name: units}, names_filter=[name]).coefficients[name]
+
+    one, everything = through(head=[3]), sum((through(head=[h]) for h in range(1, 4)), through(head=[0]))
+    assert float(one[:, :3].abs().max()) == 0 and float(one[:, 3].abs().max()) > 0
+    at_last = through(position=[5])
+    assert float(at_last[:, :, :5].abs().max()) == 0
+    close(everything, through(head=[0, 1, 2, 3]), 1e-12)
+    with pytest.raises(RelevanceError, match="head .4. is out of range"):
+        through(head=[4])

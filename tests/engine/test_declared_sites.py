@@ -116,7 +116,10 @@ def test_coverage_of_a_model_without_a_config() -> None:
 def test_coverage_shows_a_declaration_that_does_not_hold() -> None:
     """An eps that is not the model's: no ruleset need fail over it, and the site's own line shows it."""
     model = _declared()
-    wrong = [norm("blocks.0.norm", "hook_norm_in", "hook_norm_out", eps=0.3, rms=True), activation("mlp", "hook_pre", "hook_post", torch.tanh)]
+    wrong = [
+        norm("blocks.0.norm", "hook_norm_in", "hook_norm_out", eps=0.3, rms=True),
+        activation("mlp", "hook_pre", "hook_post", torch.tanh),
+    ]
     declare_sites(model, wrong, embeddings=["hook_embed"])
     sites = coverage(model, ["cp_lrp"], inputs=TOKENS).sites.set_index("site")
     assert sites.loc["blocks.0.norm", "off"] > 1e-2 and sites.loc["mlp", "off"] > 1e-2
@@ -124,7 +127,7 @@ def test_coverage_shows_a_declaration_that_does_not_hold() -> None:
 
 def test_coverage_asks_for_inputs_where_it_cannot_make_them() -> None:
     model = _declared()
-    model.table = nn.Identity()
+    model.table = nn.Identity().eval()
     with pytest.raises(RelevanceError, match="inputs="):
         coverage(model)
 

@@ -111,3 +111,17 @@ def test_what_has_no_site_is_refused_by_name() -> None:
 def test_a_mixture_that_is_not_known_is_refused_by_name(family: str, overrides: dict[str, object], reason: str) -> None:
     with pytest.raises(CoverageError, match=reason):
         propagate(build_wider(family, torch.float32, **overrides), inputs_and_reference()[0], TARGET, "attnlrp")
+
+
+def test_heads_of_latent_attention_are_laid_out_as_the_model_has_them() -> None:
+    """TransformerLens takes z of 4 heads of 6 features for 6 heads of 4; a head whose output weights are zero shows where it is."""
+    model, (tokens, _) = build_wider("deepseek_v3"), inputs_and_reference()
+    with torch.no_grad():
+        model.blocks[1].attn.o.original_component.weight.unflatten(1, (4, 6))[:, 2] = 0
+    cache = propagate(model, tokens, TARGET, "attnlrp")
+    assert cache.heads().shape == (2, 6, 2, 4)
+    in_layer = cache.heads()[:, :, 1].abs().amax((0, 1))
+    assert float(in_layer[2]) == 0 and float(in_layer[[0, 1, 3]].min()) > 0
+    one = propagate(model, tokens, TARGET, "attnlrp", through={"blocks.1.attn.hook_z": {"head": [1]}}, names_filter="blocks.1.attn.hook_z")
+    coefficients = one.coefficients[one.canonical("blocks.1.attn.hook_z")]
+    assert float(coefficients[:, :, [0, 2, 3]].abs().max()) == 0 and float(coefficients[:, :, 1].abs().max()) > 0

@@ -1,0 +1,89 @@
+"""Perturbation tests of attributions on pictures: image classifiers, and models that read a picture beside something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.perturbation.curves import curves_of
+from analyses.perturbation.inputs import PatchRemoval, fillers
+from analyses.perturbation.removal_runs import one_by_one
+from lens_relevance import RelevanceError, Target, propagate
+from lens_relevance.attention_methods import METHODS, TokenSetsRelevance, token_relevance
+from lens_relevance.attention_methods.methods import ALIASES
+from lens_relevance.inputs import read_inputs
+from lens_relevance.rulesets import needs_reference, ruleset, rulesets
+from lens_relevance.targets import as_target, top_prediction
+
+ImageAttribution = Callable[[Any, Mapping[str, Tensor], Target], Tensor]
+
+
+def image_curves(
+    model: Any,
+    inputs: Tensor | Mapping[str, Tensor],
+    target: Target | Callable[[Tensor], Tensor] | None = None,
+    methods: Sequence[str] | Mapping[str, str | ImageAttribution] = ("attnlrp",),
+    baselines: Sequence[str] = ("mean_patch",),
+    image: str = "pixel_values",
+    patch: int = 16,
+    stack: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """MoRF and LeRF curves of patches, of each method with each baseline, and of a random order on the same pictures.
+
+    model, inputs, target: as for `propagate`; None explains each picture's top class against the next. image: the argument that holds the
+        pictures [batch, channel, height, width], patch: the side of a patch in pixels, stack: the token set of the patches, where there
+        are several.
+    methods: rulesets (pair rules against the picture of its own mean patch), methods of `token_relevance`, `occlusion`, or name ->
+        callable (model, inputs, target) -> [batch, patch]. baselines: of `PATCH_BASELINES`. steps: in how many steps all patches go.
+
+    Returns the DataFrame that `perturbation_curves` gives for prompts; `areas` and `summary` condense it.
+    """
+    given: Mapping[str, Tensor] = inputs if isinstance(inputs, Mapping) else {image: inputs}
+    named: dict[str, str | ImageAttribution] = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    prompt = read_inputs(model, given)
+    if target is None:
+        with torch.no_grad():
+            logits = prompt.call(model)
+        positions = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+        resolved: Target = top_prediction(logits.reshape(len(logits), -1, logits.shape[-1])[:, -1:], positions, None)
+    else:
+        resolved = as_target(target)
+    removals = [PatchRemoval(model, given, resolved, baseline, image, patch) for baseline in baselines]
+    if not removals or not named:
+        raise RelevanceError("give at least one method and one baseline")
+    everything = torch.ones(len(prompt.tokens), removals[0].n_patches, dtype=torch.bool)
+    scores = {"random": torch.rand(everything.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
+    for name, method in named.items():
+        if callable(method):
+            scores[name] = method(model, given, resolved)
+        elif method == "occlusion":
+            scores[name] = one_by_one(removals[0], everything)
+        else:
+            # a class token stands before the patches
+            scores[name] = _scores(model, given, resolved, method, image, patch, stack)[:, -everything.shape[1] :]
+    return curves_of(scores, everything, removals, steps)
+
+
+def _scores(model: Any, given: Mapping[str, Tensor], target: Target, method: str, image: str, patch: int, stack: str | None) -> Tensor:
+    """Relevance of a stack's tokens by a method's name."""
+    if method in rulesets():
+        pair = needs_reference(ruleset(method))
+        reference = {**given, image: fillers(given[image], "mean_patch", patch)} if pair else None
+        return propagate(model, given, target, method, reference=reference).tokens(stack)
+    if method in METHODS or method in ALIASES:
+        found = token_relevance(model, given, target, method)
+        if not isinstance(found, TokenSetsRelevance):
+            return found.scores
+        if stack not in found.scores:
+            raise RelevanceError(f"this model has the token sets {', '.join(found.scores)}: say which holds the patches (stack=...)")
+        return found.scores[stack]
+    raise RelevanceError(
+        f"unknown attribution {method!r}; choose one of {', '.join([*rulesets(), *METHODS, *ALIASES, 'occlusion'])}, or give a callable "
+        "(model, inputs, target) -> [batch, patch]"
+    )

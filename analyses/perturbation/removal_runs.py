@@ -1,0 +1,62 @@
+"""What every evaluator of removals has in common: batches, and a memory of removals that recur."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Removal(ABC):
+    """Evaluates inputs without some of their items: (rows, removed) -> (target, whether the prediction is still that of the whole input).
+
+    baseline: what stands where an item was removed.
+    """
+
+    def __init__(self, baseline: str, batch_size: int) -> None:
+        self.baseline, self.batch_size = baseline, batch_size
+        # methods often agree on what goes first and last, so that many removals recur
+        self._known: dict[tuple[int, bytes], tuple[float, int]] = {}
+        self._whole: dict[int, int] = {}
+
+    def __call__(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Tensor, Tensor]:
+        """(target [n], whether the most likely answer is still that of the whole input [n])."""
+        unseen = [row for row in rows.unique().tolist() if row not in self._whole]
+        if unseen:
+            whole = self._evaluate(torch.tensor(unseen), torch.zeros(len(unseen), removed.shape[1], dtype=torch.bool))[1]
+            self._whole |= zip(unseen, whole.tolist(), strict=True)
+        keys = [(row, gone.tobytes()) for row, gone in zip(rows.tolist(), removed.cpu().numpy(), strict=True)]
+        new = list({key: i for i, key in enumerate(keys) if key not in self._known}.values())
+        if new:
+            values, predictions = self._evaluate(rows[new], removed[new])
+            self._known |= zip([keys[i] for i in new], zip(values.tolist(), predictions.tolist(), strict=True), strict=True)
+        value = torch.tensor([self._known[key][0] for key in keys], dtype=torch.float64)
+        return value, torch.tensor([self._known[key][1] == self._whole[key[0]] for key in keys])
+
+    def _evaluate(self, rows: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
+        value, predicted = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.long)
+        for part in self.parts(rows, removed):
+            with torch.no_grad():
+                value[part], predicted[part] = (x.cpu() for x in self.run(rows[part], removed[part]))
+        return value, predicted
+
+    def parts(self, rows: Tensor, removed: Tensor) -> list[Tensor]:
+        """Indices of rows to run together."""
+        return list(torch.arange(len(rows)).split(self.batch_size))
+
+    @abstractmethod
+    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Tensor, Tensor]:
+        """The target [n] and the most likely answer [n] of these inputs without these items."""
+
+
+def one_by_one(removal: Removal, removable: Bool[Tensor, "batch item"]) -> Float[Tensor, "batch item"]:
+    """Fall of the target when one item alone is removed, one forward for each; 0 for what may not be removed."""
+    batch, items = removable.shape
+    whole = removal(torch.arange(batch), torch.zeros(batch, items, dtype=torch.bool))[0]
+    row, item = removable.cpu().nonzero(as_tuple=True)
+    without = removal(row, torch.nn.functional.one_hot(item, items).bool())[0]
+    result = torch.zeros(batch, items, dtype=torch.float64)
+    result[row, item] = whole[row] - without
+    return result

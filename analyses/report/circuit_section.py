@@ -1,0 +1,61 @@
+"""The report's section on circuits: how many of the strongest edges are enough."""
+
+from __future__ import annotations
+
+from analyses.report.circuit import CircuitCheck
+from analyses.report.findings import Findings
+from analyses.report.summary import pairs_in_words
+from analyses.views import Page, curve_view
+
+
+def circuit_section(page: Page, found: Findings) -> None:
+    """The sentence, the curves and the areas; the reason where there are none; nothing where they were not asked for."""
+    if found.circuit is None and "circuit" not in found.missing:
+        return
+    page.heading("Are the strongest edges enough?")
+    if found.circuit is None:
+        page.prose("Circuits cannot be tested here:")
+        page.quote(found.missing["circuit"])
+        return
+    check, labels = found.circuit, _circuit_labels(found)
+    other = "random words" if found.question.baseline else "the counterpart"
+    page.prose(
+        f"A claim about edges can be tested: keep only the strongest ones, give the rest of the model the values that it has on {other}, "
+        "and see how much of the difference between the two comes back. "
+        f"Of {check.n_edges} edges, **the strongest {check.enough(found.rules)} bring back nine tenths of it**; taken in random order, it "
+        f"takes {check.enough('random')}" + ("." if _every_size(check) else f" ({check.sizes} sizes were tried).")
+    )
+    curves = {label: check.curves[check.curves["method"] == name].set_index("k")["faithfulness"] for name, label in labels.items()}
+    page.view(
+        curve_view(
+            curves,
+            f"edges kept, of {check.n_edges}",
+            "share that comes back",
+            "Faithfulness of circuits of the strongest edges",
+            log_x=True,
+            baseline=1,
+        ),
+        f"1 is the whole model, 0 is {other}. Nothing comes back until a whole chain from the words to the answer is kept; beyond 1, edges "
+        "that work against the answer are still missing.",
+    )
+    areas = check.areas.assign(method=[labels[name] for name in check.areas["method"]])
+    page.table(areas.rename(columns={"cmd": "CMD", "cpr": "CPR", "edges_for_90": "edges for 0.9"}), _circuit_caption(found, check))
+
+
+def _circuit_labels(found: Findings) -> dict[str, str]:
+    names = {"gradient": "gradient (attribution patching)", "random": "random order"}
+    return {name: names.get(name, name) for name in found.circuit.areas["method"]} if found.circuit else {}
+
+
+def _every_size(check: CircuitCheck) -> bool:
+    return check.sizes > check.n_edges
+
+
+def _circuit_caption(found: Findings, check: CircuitCheck) -> str:
+    apart = f"tried on {pairs_in_words(found, check.n_tried)}"
+    apart += f" and found on {check.n_found} others" if check.n_found else ""
+    sizes = "every size" if _every_size(check) else f"{check.sizes} sizes"
+    return (
+        "CMD is the area between curve and 1 (0 is best), CPR the area under it (higher is better), both over the share of edges kept (as "
+        f"in MIB, Mueller et al. 2025): {sizes}, strongest |score| first, {apart}; one random draw."
+    )

@@ -1,0 +1,186 @@
+"""The report in short, and the words and numbers that it is written in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from analyses.report.findings import Findings
+from analyses.views import Page
+
+_READERS = {"q": "query", "k": "key", "v": "value"}
+GLOSSARY = {
+    "logit": "The model's score for one possible next token. A difference of 1 between two of them makes the one e = 2.7 times as likely "
+    "as the other; what is explained here is counted in logits.",
+    "relevance": "The share of the explained number that goes through one part of the model: positive if it speaks for the answer, "
+    "negative if against it. Shares add up.",
+    "counterpart": "A second prompt of equal length that leads to another answer. Relevance explains the difference between the two runs.",
+    "attention head": "A part of a layer that moves information from one position of the text to another. L1H3 is head 3 of layer 1, both "
+    "counted from 0.",
+    "MLP": "The other part of a layer, which works on each position by itself.",
+    "edge": "A connection from one part to another that reads from it; a head reads by its query (q), key (k) and value (v).",
+    "activation patching": "The slow test: put the output that a part has on the counterpart into the run on the prompt (and the other way "
+    "round), and see how far the number moves.",
+    "circuit": "A few edges that are claimed to be enough for the answer.",
+}
+
+
+def number(value: float) -> str:
+    """A number for running text: two decimals, a real minus sign."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def unit(found: Findings) -> str:
+    """What relevance is counted in."""
+    return "logits" if found.asked and found.target.startswith("logit") else "units of the target"
+
+
+def pairs_in_words(found: Findings, n: int) -> str:
+    """How many pairs, and of what."""
+    if found.question.baseline:
+        return f"{n} rows of random words"
+    return f"{n} pairs" if n > 1 else "this pair"
+
+
+def model_name(found: Findings) -> str:
+    """The model without the folders it lies in."""
+    name = found.info["model"].rstrip("/").rsplit("/", 1)[-1]
+    return "the embedded model" if name == "embedded" else name or "the model"
+
+
+def headline(found: Findings) -> str:
+    """The question that the page answers."""
+    words = [f"“{text.strip() or '␣'}”" for text in found.asked]
+    return f"Why {' and not '.join(words)}?" if words else "What decides the answer?"
+
+
+def odds(found: Findings) -> str:
+    """What a difference of logits means, in words; nothing for other targets."""
+    if len(found.asked) != 2:
+        return ""
+    likelier = found.asked[0 if found.value >= 0 else 1].strip()
+    times = math.exp(min(abs(found.value), 100.0))
+    much = "more than a billion" if times > 1e9 else f"{float(f'{times:.2g}'):,.0f}" if times >= 10 else f"{times:.1f}"
+    return f"“{likelier}” is {much} times as likely"
+
+
+def predictions_in_words(found: Findings) -> str:
+    """The likeliest next tokens; those below half a percent only if there is nothing else."""
+    shown = [(token, share) for i, (token, share) in enumerate(found.predictions[:3]) if share >= 0.005 or i == 0]
+    return ", ".join(f"“{token.strip() or '␣'}” {share:.0%}" for token, share in shown)
+
+
+def word_shares(tokens: list[str], relevance: list[float]) -> list[tuple[str, float]]:
+    """Pieces of a word as one, where the tokenizer marks beginnings by a space."""
+    words: list[tuple[str, float]] = []
+    marked = any(token.startswith(" ") for token in tokens)
+    for token, share in zip(tokens, relevance, strict=True):
+        if marked and words and token[:1].isalpha() and words[-1][0][-1:].isalpha():
+            words[-1] = (words[-1][0] + token, words[-1][1] + share)
+        else:
+            words.append((token.strip() or "␣", share))
+    return words
+
+
+def unexplained(found: Findings) -> float:
+    """What the account cannot explain, at the worst layer, as a share of what is explained."""
+    return float(found.account["unexplained"].abs().max()) / max(abs(found.explained), 1e-30)
+
+
+def unexplained_in_words(found: Findings) -> str:
+    """That share, as people say it."""
+    share = unexplained(found)
+    if share >= 0.01:
+        return f"{share:.0%}"
+    return f"one part in {float(f'{1 / share:.0e}'):,.0f}" if share else "nothing"
+
+
+def moves_in_words(found: Findings, layer: int, index: int) -> str:
+    """What a head does in the example: its strongest move from word to word, the next if it is no trifle, and all it carries."""
+    assert found.flow is not None
+    flow = found.flow[layer, index].double().cpu()
+    moves = []
+    for place in flow.abs().flatten().topk(min(2, flow.numel())).indices.tolist():
+        query, key = divmod(place, flow.shape[1])
+        if abs(float(flow[query, key])) >= 0.1 * float(flow.abs().max()) > 0:
+            names = [f"“{found.tokens[i].strip() or '␣'}” ({i})" for i in (key, query)]
+            moves.append(f"{number(float(flow[query, key]))} from {names[0]} to {names[1]}")
+    return f"moves {' and '.join(moves)}; {number(float(flow.sum()))} in all" if moves else "moves nothing here"
+
+
+def path_in_words(path: str, tokens: Sequence[str]) -> str:
+    """A path of a flow graph, `embed@10 -> L0.mlp.in@10 -> L0.mlp@10 -> L1H3.k@10 -> L1H3@14 -> logits@14`, to be read.
+
+    A reader and its component become one step, and a place is named where the path gets there.
+    """
+    steps: list[str] = []
+    here = None
+    for node in path.split(" -> "):
+        name, _, place = node.rpartition("@")
+        component, _, reader = name.rpartition(".")
+        if component and reader in _READERS:
+            steps.append(f"{component} by its {_READERS[reader]}")
+            continue
+        if reader == "in":
+            continue
+        if not (steps and steps[-1].startswith(f"{name} by")):
+            steps.append("the answer" if name == "logits" else name)
+        if place != here and name != "logits":
+            token = tokens[int(place)].strip() or "␣"
+            steps[-1] = f"“{token}” ({place})" if here is None else f"{steps[-1]}, to “{token}” ({place})"
+        here = place
+    return " → ".join(steps)
+
+
+def in_short(page: Page, found: Findings) -> None:
+    """The results at a glance, and what the words on the page mean."""
+    tiles = {
+        "What the model says next": _says(found),
+        "The word that counts most": _word(found),
+        "The heads that count most": _heads(found),
+    }
+    tiles["Does the slow test agree?"] = (
+        f"r = {found.pearson:.3f}".replace("-", "−"),
+        f"correlation with activation patching over {len(found.heads)} heads; 1 would be perfect",
+    )
+    if found.circuit is not None:
+        enough, method = found.circuit.enough, found.rules
+        tiles["How many edges are enough?"] = (
+            f"{enough(method)} of {found.circuit.n_edges}",
+            f"keep nine tenths of the effect; taken at random it takes {enough('random')}",
+        )
+    share = unexplained(found)
+    tiles["Does it add up?"] = (
+        ("Yes", f"the account leaves at most {unexplained_in_words(found)} open at any layer")
+        if share < 0.01
+        else (f"{1 - share:.0%}", f"{share:.0%} of the number is unexplained")
+    )
+    page.tiles(tiles)
+    page.details("Words used on this page", pd.DataFrame({"word": list(GLOSSARY), "meaning": list(GLOSSARY.values())}))
+
+
+def _says(found: Findings) -> tuple[str, str]:
+    if not found.has_many_pairs:
+        return predictions_in_words(found), odds(found)
+    right = f"right on {float((found.clean > 0).double().mean()):.0%} of {found.n_pairs} prompts" if len(found.asked) == 2 else ""
+    return predictions_in_words(found), right
+
+
+def _word(found: Findings) -> tuple[str, str]:
+    """The strongest word, in each way of looking at the words."""
+    lines, first = [], ""
+    for name, relevance in found.words.items():
+        shares = word_shares(found.tokens, relevance.tolist())
+        word, share = max(shares, key=lambda one: abs(one[1]))
+        first = first or f"“{word}”"
+        which = "" if f"“{word}”" == first else f"“{word}” "
+        lines.append(f"{which}{number(share)} of {number(float(relevance.sum()))}, {name.split(': ', 1)[1]}")
+    return first, "; ".join(lines)
+
+
+def _heads(found: Findings) -> tuple[str, str]:
+    best = found.heads.head(3)
+    shares = ", ".join(number(share) for share in best["relevance"])
+    return ", ".join(best["head"]), f"{shares} {unit(found)}" + (f", mean over {found.n_pairs} pairs" if found.has_many_pairs else "")
