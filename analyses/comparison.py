@@ -16,7 +16,7 @@ from analyses.agreement import agreement, intervals, mean_over_pairs
 from analyses.estimators import Component, Estimator, Run, estimator
 from analyses.patching import Direction, activation_patching
 from analyses.patching.checks import check_gap
-from analyses.streaming import Stream
+from analyses.running.streaming import Stream
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 from lens_relevance.targets import CallableTarget, as_target

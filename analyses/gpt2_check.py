@@ -19,11 +19,11 @@ import pandas as pd
 import typer
 from rich.console import Console
 
-from analyses.cli import clean_errors
+from analyses.cli.options import clean_errors
 from analyses.comparison import compare_with_patching
+from analyses.components.pattern_scores import KINDS, pattern_scores
 from analyses.loading import load_model
 from analyses.patching import Direction
-from analyses.pattern_scores import KINDS, pattern_scores
 from analyses.ranking import rank_heads
 from analyses.report.terminal import frame_table
 from analyses.tasks import PromptPairs, induction, ioi

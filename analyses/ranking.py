@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.estimators import Component, Estimator, Run, estimator
-from analyses.streaming import Stream
+from analyses.running.streaming import Stream
 from analyses.tasks import PromptPairs
 from analyses.verification import Kind, Replacement, ablate_top
 from lens_relevance import RelevanceError

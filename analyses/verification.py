@@ -14,7 +14,7 @@ from analyses.patching.nodes import COMPONENTS
 from analyses.patching.pieces import pieces_of
 from analyses.patching.readout import evaluate
 from analyses.patching.recording import forward
-from analyses.streaming import Stream
+from analyses.running.streaming import Stream
 from analyses.tasks import PromptPairs
 
 RANDOM_SETS = 10

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -19,11 +18,11 @@ from lens_relevance.conditions import backward_through, read_conditions
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.guest import check_model, frozen
 from lens_relevance.inputs import Inputs, Prompt, read_inputs
-from lens_relevance.metrics import Metric, gradient_at
 from lens_relevance.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.rule_hooks import Session, session
 from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.rulesets import Table, needs_reference, rule_for, ruleset, ruleset_name
+from lens_relevance.runs import Run, one_pass, positions_of, recording, replaced_embeddings, seed_of, values_of
 from lens_relevance.sites import LOGITS, Anatomy, anatomy
 from lens_relevance.taps import NamesFilter, Taps, average, collect, wanted
 from lens_relevance.targets import Target, as_target, describe, top_prediction
@@ -106,20 +105,20 @@ def propagate_in(
             opened.state(body.points[name]).starts_graph = len(prompt.tokens) * n
         before = None
         if other is not None:
-            with torch.no_grad(), _recording(opened), _embeddings(opened, body, other):
-                before = _pass(model, other.prompt, taps, point)
-        run = _pass(model, prompt.repeat(n), taps, point)
-        tokens, mask = _positions(prompt, body, point, run)
+            with torch.no_grad(), recording(opened), replaced_embeddings(opened, body, other):
+                before = one_pass(model, other.prompt, taps, point)
+        run = one_pass(model, prompt.repeat(n), taps, point)
+        tokens, mask = positions_of(prompt, body, point, run)
         if target is None:
             target = top_prediction(run.root[::n], tokens, mask)
         metric = target.metric(model, tokens, mask)
-        seed = _seed(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n)
+        seed = seed_of(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n)
         absent = taps.absent(run.tensors, explicit)
         coefficients = backward_through(run.root, seed, run.tensors, conditions)
         taps.check_reached(coefficients, absent, explicit)
     with torch.no_grad():
-        value = _values(metric, run.root.detach(), n)
-        reference_value = None if before is None else _values(metric, before.root, n)
+        value = values_of(metric, run.root.detach(), n)
+        reference_value = None if before is None else values_of(metric, before.root, n)
         ledger = None
         if audit:
             if conditions or point is not None:
@@ -160,18 +159,9 @@ def attach(model: Any, rules: str | Table, reference: Any = None, strict: bool =
     with session(model) as opened:
         _place(opened, anatomy(model), table, strict)
         if needs_reference(table):
-            with torch.no_grad(), _recording(opened):
+            with torch.no_grad(), recording(opened):
                 read_inputs(model, reference).call(model)
         yield
-
-
-@dataclass
-class _Run:
-    """One forward: what the taps saw, the logits, and the tensor that the target is a function of (the logits, or a latent)."""
-
-    tensors: dict[str, Tensor]
-    logits: Tensor
-    root: Tensor
 
 
 def _table(rules: str | Table, reference: Any) -> Table:
@@ -213,76 +203,11 @@ def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> None:
             opened.place(site, rule)
 
 
-@contextmanager
-def _recording(opened: Session) -> Iterator[None]:
-    opened.recording = True
-    for placed in opened.placed:
-        placed.recorded.clear()
-    try:
-        yield
-    finally:
-        opened.recording = False
-
-
-@contextmanager
-def _embeddings(opened: Session, body: Anatomy, run: ReferenceRun) -> Iterator[None]:
-    """A reference's own embeddings in place of those of its tokens."""
-    states = []
-    for stack, (where, value) in run.embeddings.items():
-        states.append(opened.state(body.points[body.stacks.roles[stack]["embeddings"][0]]))
-        states[-1].replace = partial(_swap, where, value)
-    try:
-        yield
-    finally:
-        for state in states:
-            state.replace = None
-
-
-def _swap(where: Tensor, value: Tensor, x: Tensor) -> Tensor:
-    return torch.where(where.to(x.device).unsqueeze(-1), value.to(x), x)
-
-
-def _pass(model: Any, prompt: Prompt, taps: Taps, point: str | None) -> _Run:
-    logits = prompt.call(model)
-    tensors = taps.take()
-    if point is None:
-        return _Run(tensors, logits, logits if logits.ndim > 2 else logits.unsqueeze(1))
-    if point not in tensors:
-        raise RelevanceError(f"the target's HookPoint {point} did not fire in this forward")
-    return _Run(tensors, logits, taps.convert(point, tensors[point]))
-
-
-def _positions(prompt: Prompt, body: Anatomy, point: str | None, run: _Run) -> tuple[Tensor, Tensor]:
-    """Ids and mask of the positions that the target chooses from; a classifier has one."""
-    if point is None:
-        tokens, mask = prompt.tokens, prompt.mask
-    else:
-        stack = body.stack_of(point)
-        tokens, mask = prompt.ids.get(stack, prompt.tokens), prompt.masks.get(stack, prompt.mask)
-    if run.root.shape[1] == tokens.shape[1]:
-        return tokens, mask
-    nothing = torch.zeros(len(tokens), run.root.shape[1], dtype=torch.long, device=run.root.device)
-    return nothing, torch.ones_like(nothing)
-
-
-def _seed(metric: Metric, root: Tensor, reference: Tensor | None, n: int) -> Tensor:
-    """The coefficients that the target gives its root; rows of one example's n references are n apart."""
-    seed = torch.empty_like(root)
-    for i in range(n):
-        seed[i::n] = gradient_at(metric, root[i::n]) if reference is None else metric.pair_coefficients(root[i::n], reference[i::n])
-    return seed
-
-
-def _values(metric: Metric, root: Tensor, n: int) -> Tensor:
-    batch = root.shape[0] // n
-    return torch.stack([metric(root[i::n]).expand(batch) for i in range(n)], 1).flatten()
-
-
 def _ledger(
     body: Anatomy,
     table: Table,
-    run: _Run,
-    before: _Run | None,
+    run: Run,
+    before: Run | None,
     coefficients: dict[str, Tensor],
     seed: Tensor,
     value: Tensor,

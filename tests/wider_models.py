@@ -54,7 +54,11 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
 }
 _REFUSED: dict[str, tuple[str, str, dict[str, object]]] = {
-    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", _GROUPED | dict(num_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        _GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=12),
+    ),
 }
 WIDER = list(_SETTINGS)
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")

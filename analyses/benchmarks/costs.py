@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from analyses.benchmarks.engine import interleaved, ratios
 from analyses.benchmarks.tiny_models import FAMILIES, Family
-from analyses.progress import watched
+from analyses.running.progress import watched
 from lens_relevance import RelevanceError, logit_diff, propagate
 from lens_relevance.coverage import random_inputs
 from lens_relevance.guest import frozen

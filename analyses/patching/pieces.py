@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.patching.plan import TOKENS_PER_PASS
 from analyses.patching.readout import Metric, resolve_metric
-from analyses.progress import progress_bar
+from analyses.running.progress import progress_bar
 from lens_relevance.targets import CallableTarget, Target
 
 

@@ -14,7 +14,7 @@ from analyses.perturbation.attributions import Attribution, attribution
 from analyses.perturbation.removal import removal_curves
 from analyses.perturbation.removal_runs import Removal
 from analyses.perturbation.text import TextRemoval
-from analyses.progress import progress_bar
+from analyses.running.progress import progress_bar
 from analyses.views.page import View
 from analyses.views.plots import curve_view
 from lens_relevance import RelevanceError, Target

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from analyses.graph import FlowGraph, flow_graph
 from analyses.patching import activation_patching
-from analyses.progress import watched
 from analyses.ranking import rank_heads
 from analyses.report.circuit import CircuitCheck, check_circuits
 from analyses.report.question import N_REFERENCES, Question, answer_text, token_text
+from analyses.running.progress import watched
 from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
 from lens_relevance import RelevanceCache, RelevanceError, propagate, random_tokens

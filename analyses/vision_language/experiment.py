@@ -25,7 +25,7 @@ from torch import Tensor
 
 from analyses.perturbation import EMBEDDING_BASELINES, PATCH_BASELINES, areas, curves_of
 from analyses.perturbation.removal_runs import Removal
-from analyses.progress import progress_bar
+from analyses.running.progress import progress_bar
 from analyses.vision_language import FOLDER, load_vision_language
 from analyses.vision_language.methods import (
     Method,

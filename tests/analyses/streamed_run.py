@@ -66,7 +66,7 @@ def stepped(name: str, checkpoint: Path) -> None:
 
 def share(folder: Path) -> None:
     from analyses.cli import app
-    from analyses.processes import processes
+    from analyses.running.processes import processes
 
     here = processes()
     batches: list[int] = []

@@ -22,13 +22,13 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from analyses import progress
+from analyses.running import progress
 from analyses.cli import app
 from analyses.comparison import compare_with_patching
 from analyses.estimators import Estimator, collect, conductance, eap_ig
 from analyses.patching import activation_patching
-from analyses.processes import Processes
 from analyses.ranking import rank_heads, rank_neurons
+from analyses.running.processes import Processes
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
@@ -233,7 +233,9 @@ class Shared:
                         given.append(part)
                         raise Interruption
 
-                self.monkeypatch.setattr("analyses.streaming.processes", lambda index=index, player=Player: player(index, self.count))
+                self.monkeypatch.setattr(
+                    "analyses.running.streaming.processes", lambda index=index, player=Player: player(index, self.count)
+                )
                 try:
                     frames.append(run())
                 except Interruption:
@@ -278,7 +280,7 @@ def test_a_metric_over_all_pairs_cannot_be_shared(gpt2: TransformerBridge, monke
     pairs = random_pairs()
     mean = PromptPairs(pairs.clean, pairs.corrupt, lambda logits: logits[:, -1, 3].mean())
     assert len(rank_heads(gpt2, mean))
-    monkeypatch.setattr("analyses.streaming.processes", lambda: Processes(0, 2))
+    monkeypatch.setattr("analyses.running.streaming.processes", lambda: Processes(0, 2))
     with pytest.raises(RelevanceError, match="one number for all pairs"):
         rank_heads(gpt2, mean)
 

@@ -105,7 +105,7 @@ def test_what_has_no_site_is_refused_by_name() -> None:
     "family, overrides, reason",
     [
         ("deepseek_v3", {"norm_topk_prob": False}, "blocks.1.mlp: router weights that do not sum to one"),
-        ("olmoe", {}, "blocks.0.mlp: how OlmoeSparseMoeBlock routes to its experts is not known"),
+        ("qwen2_moe", {}, "blocks.0.mlp: how Qwen2MoeSparseMoeBlock routes to its experts is not known"),
     ],
 )
 def test_a_mixture_that_is_not_known_is_refused_by_name(family: str, overrides: dict[str, object], reason: str) -> None:

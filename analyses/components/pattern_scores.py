@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import head_detector
 
-from analyses.batches import batches
+from analyses.running.batches import batches
 from analyses.tasks import PromptPairs
 from lens_relevance.attention_methods.run import check_patterns
 from lens_relevance.inputs import Inputs

@@ -16,9 +16,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from analyses.checkpoint import Checkpoint, fingerprint
-from analyses.processes import processes
-from analyses.progress import progress_bar
+from analyses.running.checkpoint import Checkpoint, fingerprint
+from analyses.running.processes import processes
+from analyses.running.progress import progress_bar
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 from lens_relevance.targets import CallableTarget, as_target
