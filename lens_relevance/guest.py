@@ -55,3 +55,17 @@ def check_model(model: Any) -> None:
             "centred, so raw logits are shifted and relevance is that of the processed model",
             stacklevel=4,
         )
+
+
+def check_forward(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse forwards on which rules would be wrong without anybody noticing."""
+    if kwargs.get("past_key_values") is not None:
+        raise RelevanceError("relevance needs the whole sequence: pass all tokens at once instead of past_key_values (a KV cache)")
+    for flag in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(getattr(model, "cfg", None), flag, False):
+            raise RelevanceError(
+                f"{flag} is on: TransformerLens then runs the raw norm once per head, past any rule on it. Turn it off "
+                f"(model.set_{flag}(False)); edges are available without it from analyses.flow_graph"
+            )
+    if root(model).training:
+        raise RelevanceError("the model is in train mode, where dropout would make relevance random; call model.eval() first")

@@ -79,9 +79,10 @@ class _InPlaceOf(torch.autograd.Function):
 
 def _check(site: Site, result: Tensor, value: Tensor) -> None:
     """Refuse a component that computes something else than its site; rows that see nothing (padding) are nobody's business."""
-    value, seen = value.detach(), value.detach() != 0
-    allowed = _TOLERANCE.get(result.dtype, 5e-2) * max(1e-6, float(result.detach().abs().max()))
-    worst = float(((result.detach() - value).abs() * seen).max())
+    result, value = result.detach(), value.detach()
+    seen = value != 0
+    allowed = _TOLERANCE.get(result.dtype, 5e-2) * max(1e-6, float(torch.where(seen, result, 0.0).abs().max()))
+    worst = float(torch.where(seen, result - value, 0.0).abs().max())
     if not worst <= allowed:
         raise LivenessError(
             f"{site.name} does not compute what its site says: recomputed from {site.points}, it differs by {worst:.2g}. A version of "

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
-from lens_relevance.guest import root
+from lens_relevance.guest import check_forward, root
 from lens_relevance.rebuilding import Rebuilding
 from lens_relevance.rules.base import Reference, Rule
 from lens_relevance.sites import Site
@@ -283,20 +283,6 @@ def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:
         return (substitute(output[0]), *output[1:])
     output.logits = substitute(output.logits)
     return output
-
-
-def check_forward(model: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse forwards on which rules would be wrong without anybody noticing."""
-    if kwargs.get("past_key_values") is not None:
-        raise RelevanceError("relevance needs the whole sequence: pass all tokens at once instead of past_key_values (a KV cache)")
-    for flag in ("use_split_qkv_input", "use_attn_in"):
-        if getattr(getattr(model, "cfg", None), flag, False):
-            raise RelevanceError(
-                f"{flag} is on: TransformerLens then runs the raw norm once per head, past any rule on it. Turn it off "
-                f"(model.set_{flag}(False)); edges are available without it from analyses.flow_graph"
-            )
-    if root(model).training:
-        raise RelevanceError("the model is in train mode, where dropout would make relevance random; call model.eval() first")
 
 
 @contextmanager
