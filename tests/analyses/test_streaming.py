@@ -22,12 +22,12 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from analyses.running import progress
 from analyses.cli import app
 from analyses.comparison import compare_with_patching
 from analyses.estimators import Estimator, collect, conductance, eap_ig
 from analyses.patching import activation_patching
 from analyses.ranking import rank_heads, rank_neurons
+from analyses.running import progress
 from analyses.running.processes import Processes
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff
