@@ -143,6 +143,7 @@ MORE: dict[str, Family] = {
     "Olmoe": _causal("Olmoe", **_GROUPED, num_experts=4, num_experts_per_tok=2),
     "FlexOlmo": _causal("FlexOlmo", **_GROUPED, num_experts=4, num_experts_per_tok=2),
     "Glm4Moe": _causal("Glm4Moe", **_WITH_HEAD_SIZE, **_ROUTED),
+    "Roberta": Family("RobertaForMaskedLM", "RobertaConfig", _SIZES | dict(max_position_embeddings=40)),
     "BertLMHead": Family("BertLMHeadModel", "BertConfig", _SIZES),
     "MT5": Family("MT5ForConditionalGeneration", "MT5Config", _T5),
     "MBart": _translator("MBartForConditionalGeneration", "MBartConfig"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.nn import functional
 from transformer_lens.model_bridge.generalized_components import BertPoolerBridge
 
 from lens_relevance.errors import CoverageError
@@ -24,6 +25,8 @@ def output_sites(model: Any) -> list[Site]:
     if "mlm_head" in model._modules:
         transform = getattr(getattr(getattr(original, "cls", None), "predictions", None), "transform", None)
         function = getattr(transform, "transform_act_fn", None)
+        if type(getattr(original, "lm_head", None)).__name__ == "RobertaLMHead":
+            function = functional.gelu  # written into the head's forward
         if function is None:
             raise CoverageError(f"mlm_head: the activation of {type(original).__name__}'s head was not found")
         sites.append(Site("mlm_head:activation", "mlm_head", Activation(function), (model.mlm_head.hook_out,), model.ln_final.hook_in))
