@@ -119,7 +119,7 @@ def reference_run(model: Any, reference: Any, prompt: Prompt, tail: int = 0) -> 
         raise RelevanceError(f"a reference is text, token ids, embeddings or a baseline such as mean_embedding(), not {kind}")
     if set(prompt.ids) != {TOKENS}:
         raise RelevanceError("embeddings as a reference need a model with one stack of tokens; give other inputs, or a baseline")
-    width = embedding_table(model, TOKENS).shape[1]
+    width = _embedding(model, TOKENS).embedding_dim
     if reference.shape[-1] != width:
         raise RelevanceError(f"reference embeddings have {reference.shape[-1]} features, the model {width}")
     if reference.ndim == 1:
@@ -132,12 +132,16 @@ def reference_run(model: Any, reference: Any, prompt: Prompt, tail: int = 0) -> 
 @torch.no_grad()
 def embedding_table(model: Any, stack: str) -> Float[Tensor, "vocab d_model"]:
     """What a stack's token embedding gives for every id, scaled where the model scales it."""
+    original = _embedding(model, stack)
+    return original(torch.arange(original.num_embeddings, device=original.weight.device))
+
+
+def _embedding(model: Any, stack: str) -> nn.Embedding:
     component = getattr(model, "decoder_embed" if stack == DECODER and hasattr(model, "decoder_embed") else "embed", None)
     original = getattr(component, "original_component", None)
     if not isinstance(original, nn.Embedding):
         raise RelevanceError(f"{type(model).__name__} has no token embedding to take a baseline from: give other inputs as the reference")
-    weight = original.weight
-    return original(torch.arange(len(weight), device=weight.device))
+    return original
 
 
 def _replaced(model: Any, prompt: Prompt, tail: int) -> dict[str, Tensor]:
