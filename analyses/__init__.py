@@ -7,34 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analyses.circuits import faithfulness_table
-    from analyses.comparison import compare_with_patching
-    from analyses.components import describe_head, describe_neuron
-    from analyses.encoders import bridge_encoder
-    from analyses.estimators import Estimator, conductance, direct_logit_attribution, eap_ig
+    from analyses.describe import describe_head, describe_neuron
+    from analyses.evaluation.comparison import compare_with_patching
+    from analyses.evaluation.ranking import rank_heads, rank_neurons
     from analyses.graph import flow_graph
-    from analyses.loading import load_model
+    from analyses.methods import Estimator, conductance, direct_logit_attribution, eap_ig
+    from analyses.models.encoders import bridge_encoder
+    from analyses.models.loading import load_model
     from analyses.patching import ablation, activation_patching
-    from analyses.ranking import rank_heads, rank_neurons
     from analyses.tasks import PromptPairs
 
 # The command line answers --help from this package too, so torch and transformers are imported when they are asked for.
 _HOME = {
-    "Estimator": "estimators",
+    "Estimator": "methods",
     "PromptPairs": "tasks",
     "ablation": "patching",
     "activation_patching": "patching",
-    "bridge_encoder": "encoders",
-    "compare_with_patching": "comparison",
-    "conductance": "estimators",
-    "describe_head": "components",
-    "describe_neuron": "components",
-    "direct_logit_attribution": "estimators",
-    "eap_ig": "estimators",
+    "bridge_encoder": "models.encoders",
+    "compare_with_patching": "evaluation.comparison",
+    "conductance": "methods",
+    "describe_head": "describe",
+    "describe_neuron": "describe",
+    "direct_logit_attribution": "methods",
+    "eap_ig": "methods",
     "faithfulness_table": "circuits",
     "flow_graph": "graph",
-    "load_model": "loading",
-    "rank_heads": "ranking",
-    "rank_neurons": "ranking",
+    "load_model": "models.loading",
+    "rank_heads": "evaluation.ranking",
+    "rank_neurons": "evaluation.ranking",
 }
 
 __all__ = [

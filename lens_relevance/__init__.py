@@ -3,13 +3,13 @@
 from lens_relevance._version import __version__
 from lens_relevance.attention_methods import TokenRelevance, TokenSetsRelevance, head_flow, token_relevance
 from lens_relevance.cache import RelevanceCache
-from lens_relevance.coverage import Coverage, coverage
+from lens_relevance.coverage_table import Coverage, coverage
 from lens_relevance.engine import attach, propagate
 from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, RelevanceError
-from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
-from lens_relevance.rulesets import register_ruleset, rulesets
-from lens_relevance.similarity import sentence_embeddings, similarity
-from lens_relevance.targets import Target, continuation, latent, log_prob, logit, logit_diff
+from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
+from lens_relevance.inputs.similarity import sentence_embeddings, similarity
+from lens_relevance.inputs.targets import Target, continuation, latent, log_prob, logit, logit_diff
+from lens_relevance.ruleset_tables import register_ruleset, rulesets
 
 __all__ = [
     "Coverage",

@@ -147,7 +147,7 @@ class RelevanceCache(Mapping[str, Tensor]):
         return self[names[layer]]
 
     def conservation(self) -> pd.DataFrame:
-        """Where the target's value went, one row per example and layer: see lens_relevance.audit."""
+        """Where the target's value went, one row per example and layer: see lens_relevance.conservation."""
         if self.account is None:
             raise NotKeptError("the account was not kept; pass audit=True to propagate")
         return self.account.copy()

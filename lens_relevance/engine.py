@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from lens_relevance._version import __version__
-from lens_relevance.audit import account, audited_points
 from lens_relevance.cache import RelevanceCache
-from lens_relevance.conditions import backward_through, read_conditions
+from lens_relevance.conservation import account, audited_points
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.guest import check_model, frozen
-from lens_relevance.inputs import Inputs, Prompt, read_inputs
-from lens_relevance.references import ReferenceRun, is_inputs, reference_inputs, reference_run
-from lens_relevance.rule_hooks import Session, session
+from lens_relevance.forward import Run, one_pass, positions_of, recording, replaced_embeddings, seed_of, values_of
+from lens_relevance.hooks.conditional import backward_through, read_conditions
+from lens_relevance.hooks.model_state import check_model, frozen
+from lens_relevance.hooks.recording import NamesFilter, Taps, average, collect, wanted
+from lens_relevance.hooks.session import Session, session
+from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
+from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
+from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
 from lens_relevance.rules.base import difference, per_example, share
-from lens_relevance.rulesets import Table, needs_reference, rule_for, ruleset, ruleset_name
-from lens_relevance.runs import Run, one_pass, positions_of, recording, replaced_embeddings, seed_of, values_of
+from lens_relevance.ruleset_tables import Table, needs_reference, rule_for, ruleset, ruleset_name
 from lens_relevance.sites import LOGITS, Anatomy, anatomy
-from lens_relevance.taps import NamesFilter, Taps, average, collect, wanted
-from lens_relevance.targets import Target, as_target, describe, top_prediction
 
 _version = cache(version)  # which looks through the folder of every installed package
 
@@ -58,7 +58,7 @@ def propagate(
         (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
         `-propagate(corrupt, reference=clean)`.
     attention_mask: 1 where a token is real, for padded ids. device: where kept tensors go. audit: fill `.conservation()`.
-    through: only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.conditions.
+    through: only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.hooks.conditional.
     strict: refuse models of which a part has no site.
 
     Raises RelevanceError (a ValueError) for bad input, LivenessError where a rule would have done nothing, CoverageError where

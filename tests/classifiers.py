@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.encoders import bridge_encoder
+from analyses.models.encoders import bridge_encoder
 from tests.models import VOCAB_SIZE, bridge_from_config, random_tokens, randomize
 
 _SIZES: dict[str, object] = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.comparison import compare_with_patching
-from analyses.estimators import eap_ig
+from analyses.evaluation.comparison import compare_with_patching
+from analyses.evaluation.ranking import rank_heads, rank_neurons
+from analyses.methods import eap_ig
 from analyses.patching import COMPONENTS, Node, ablation, activation_patching, path_patching
-from analyses.ranking import rank_heads, rank_neurons
 from lens_relevance import propagate, token_relevance
 from tests.analyses.test_ranking import random_pairs
 from tests.two_devices import CPU, FIRST, SECOND, build, on_two_devices, place

@@ -22,11 +22,11 @@ from transformers.utils import logging
 
 from analyses.benchmarks.engine import interleaved, ratios
 from analyses.benchmarks.tiny_models import FAMILIES, Family
-from analyses.running.progress import watched
+from analyses.datasets.progress import watched
 from lens_relevance import RelevanceError, logit_diff, propagate
-from lens_relevance.coverage import random_inputs
-from lens_relevance.guest import frozen
-from lens_relevance.inputs import Inputs, read_inputs
+from lens_relevance.coverage_table import random_inputs
+from lens_relevance.hooks.model_state import frozen
+from lens_relevance.inputs.prompt import Inputs, read_inputs
 from lens_relevance.sites import anatomy
 
 # What a setting of a tiny family becomes; the rest stays.

@@ -27,7 +27,7 @@ from analyses.circuits import Ablation
 from analyses.edges import attribute_edges
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance import logit_diff
-from lens_relevance.guest import frozen
+from lens_relevance.hooks.model_state import frozen
 
 TARGET = logit_diff(3, 4)
 

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lens_relevance import logit_diff, propagate
-from lens_relevance.guest import frozen
+from lens_relevance.hooks.model_state import frozen
 
 
 def gpt2_shape(layers: int = 12, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

@@ -24,7 +24,7 @@ from rich.progress import track
 from transformers.utils import logging
 
 from analyses.benchmarks.tiny_models import FAMILIES, MORE
-from analyses.running.progress import watched
+from analyses.datasets.progress import watched
 from lens_relevance import RelevanceError, coverage, rulesets
 from lens_relevance.sites import anatomy
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
-from analyses.loading import load_model
+from analyses.models.loading import load_model
 from analyses.perturbation import Attribution, against, areas, attribution, by_attention, perturbation_curves
 from lens_relevance import Target, logit, logit_diff, mean_embedding, random_tokens
 

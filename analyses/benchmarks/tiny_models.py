@@ -12,7 +12,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-from analyses.encoders import ENCODERS, bridge_encoder
+from analyses.models.encoders import ENCODERS, bridge_encoder
 
 _SIZES: dict[str, Any] = dict(
     vocab_size=50, max_position_embeddings=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4

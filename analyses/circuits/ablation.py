@@ -19,7 +19,7 @@ from analyses.circuits.runs import forward
 from analyses.edges.wiring import wiring
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.guest import check_model
+from lens_relevance.hooks.model_state import check_model
 
 Replacement = Literal["corrupt", "mean"]
 BYTES_AT_ONCE = 2**26  # more is slower: the pages are fresh each time

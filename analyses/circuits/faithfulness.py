@@ -19,7 +19,7 @@ from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
 from analyses.circuits.items import Level
 from analyses.circuits.scores import EAP_IG, PATCHING, RANDOM, ItemScores, Order, score_items
-from analyses.running.progress import progress_bar
+from analyses.datasets.progress import progress_bar
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
 

@@ -12,7 +12,7 @@ from analyses.edges.attribution import EdgeAttribution, edges_of, passes
 from analyses.edges.wiring import wiring
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
-from lens_relevance.rulesets import ruleset
+from lens_relevance.ruleset_tables import ruleset
 
 
 def integrated_edges(model: Any, pairs: PromptPairs, steps: int = 20) -> EdgeAttribution:

@@ -15,7 +15,7 @@ from analyses.circuits.integrated import integrated_edges
 from analyses.circuits.items import Items
 from analyses.edges.attribution import EdgeAttribution, attribute_edges
 from lens_relevance.errors import RelevanceError
-from lens_relevance.rulesets import Table, ruleset_name
+from lens_relevance.ruleset_tables import Table, ruleset_name
 
 Run = Literal["corrupt", "clean", "mean"]
 Order = Literal["signed", "absolute"]

@@ -1,6 +1,14 @@
-"""The command `lens-relevance`. Each module registers its commands on `app`; they are listed in the order of these imports."""
+"""The command `lens-relevance`. Each module registers its command on `app`; they are listed in the order of these imports."""
 
-from analyses.cli.options import app  # isort: skip
-from analyses.cli import one_question, methods, models  # isort: skip  # noqa: F401
+from analyses.cli.app import app  # isort: skip
+from analyses.cli import (  # isort: skip  # noqa: F401
+    report_command,
+    explain_command,
+    graph_command,
+    rank_command,
+    compare_command,
+    circuit_command,
+    coverage_command,
+)
 
 __all__ = ["app"]

@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
 # torch and transformers take seconds to import, so each command imports what it needs: --help answers at once.
 
-app = typer.Typer(
-    help="What a language model looks at: relevance of words, heads and neurons, checked by activation patching.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
 Model = Annotated[str, typer.Option(help="'embedded', a folder with a model in Hugging Face format, or a hub name.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code.")]
 Rules = Annotated[str | None, typer.Option(help="Ruleset: deeplift (default), attnlrp, cp_lrp, relp, gim, gradient, ...")]

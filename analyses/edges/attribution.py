@@ -20,12 +20,12 @@ from analyses.edges.writers import sources, writes
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate_in
 from lens_relevance.errors import CoverageError
-from lens_relevance.guest import check_model
-from lens_relevance.inputs import Inputs, Prompt, tokenize
-from lens_relevance.references import reference_run
+from lens_relevance.hooks.model_state import check_model
+from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
+from lens_relevance.inputs.references import reference_run
+from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import working
-from lens_relevance.rulesets import Table, rule_for, ruleset
-from lens_relevance.targets import Target
+from lens_relevance.ruleset_tables import Table, rule_for, ruleset
 
 
 @dataclass(frozen=True, eq=False)

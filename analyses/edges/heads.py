@@ -22,7 +22,7 @@ from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import PairProduct, Reference, Rule, Scale, Scores, UniformScores
 from lens_relevance.rules.base import difference, working
-from lens_relevance.rulesets import Table, rule_for
+from lens_relevance.ruleset_tables import Table, rule_for
 from lens_relevance.sites import Site
 
 Heads = Float[Tensor, "batch pos head d_head"]

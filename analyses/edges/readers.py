@@ -16,7 +16,7 @@ from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Rule
 from lens_relevance.rules.base import working
-from lens_relevance.rulesets import PLAIN, Table, rule_for
+from lens_relevance.ruleset_tables import PLAIN, Table, rule_for
 from lens_relevance.sites import Site
 
 Coefficients = Float[Tensor, "reader batch pos d_model"]

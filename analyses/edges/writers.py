@@ -13,7 +13,7 @@ from analyses.edges.transport import push
 from analyses.edges.wiring import Layer, Wiring, linear
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.rules.base import difference
-from lens_relevance.rulesets import Table, rule_for
+from lens_relevance.ruleset_tables import Table, rule_for
 from lens_relevance.sites import Site
 
 

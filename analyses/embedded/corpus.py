@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from analyses.tasks.fitting import token_lengths
 from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, ioi
-from lens_relevance.targets import TokenTarget
+from lens_relevance.inputs.targets import TokenTarget
 
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
 PREFIXES = ("", "Yesterday, ", "Today, ", "One day, ", "Last week, ", "On Sunday, ", "In the morning, ", "Two days ago, ")

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.embedded.corpus import held_out_pairs, training_pairs
 from analyses.tasks import PromptPairs, induction, ioi
-from lens_relevance.targets import TokenTarget
+from lens_relevance.inputs.targets import TokenTarget
 
 
 def figures(model: TransformerBridge, n: int = 400, seed: int = 1) -> dict[str, Any]:

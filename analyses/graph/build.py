@@ -16,9 +16,9 @@ from analyses.edges.flows import Flows, flows_of
 from analyses.edges.wiring import wiring
 from analyses.graph.flow import FlowGraph, nodes_frame
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs import Inputs, tokenize
-from lens_relevance.rulesets import Table, ruleset
-from lens_relevance.targets import Target
+from lens_relevance.inputs.prompt import Inputs, tokenize
+from lens_relevance.inputs.targets import Target
+from lens_relevance.ruleset_tables import Table, ruleset
 
 NEURONS_KEPT = 10
 

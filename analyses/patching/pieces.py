@@ -12,10 +12,10 @@ from rich.progress import Progress
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.datasets.progress import progress_bar
 from analyses.patching.plan import TOKENS_PER_PASS
 from analyses.patching.readout import Metric, resolve_metric
-from analyses.running.progress import progress_bar
-from lens_relevance.targets import CallableTarget, Target
+from lens_relevance.inputs.targets import CallableTarget, Target
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_relevance.targets import Target
+from lens_relevance.inputs.targets import Target
 
 Metric = Callable[[Tensor], Tensor]
 

@@ -14,7 +14,7 @@ from analyses.perturbation.text import TextRemoval
 from lens_relevance import RelevanceError, Target, mean_embedding, propagate
 from lens_relevance.attention_methods import METHODS, TokenRelevance, token_relevance
 from lens_relevance.attention_methods.methods import ALIASES
-from lens_relevance.rulesets import Table, needs_reference, ruleset, rulesets
+from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, rulesets
 
 Attribution = Callable[[Any, Tensor, Target, Tensor], Tensor]
 

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from analyses.datasets.progress import progress_bar
 from analyses.perturbation.attributions import Attribution, attribution
 from analyses.perturbation.removal import removal_curves
 from analyses.perturbation.removal_runs import Removal
 from analyses.perturbation.text import TextRemoval
-from analyses.running.progress import progress_bar
 from analyses.views.page import View
 from analyses.views.plots import curve_view
 from lens_relevance import RelevanceError, Target
-from lens_relevance.inputs import Inputs, tokenize
-from lens_relevance.targets import as_target, top_prediction
+from lens_relevance.inputs.prompt import Inputs, tokenize
+from lens_relevance.inputs.targets import as_target, top_prediction
 
 
 def perturbation_curves(

@@ -15,9 +15,9 @@ from analyses.perturbation.removal_runs import one_by_one
 from lens_relevance import RelevanceError, Target, propagate
 from lens_relevance.attention_methods import METHODS, TokenSetsRelevance, token_relevance
 from lens_relevance.attention_methods.methods import ALIASES
-from lens_relevance.inputs import read_inputs
-from lens_relevance.rulesets import needs_reference, ruleset, rulesets
-from lens_relevance.targets import as_target, top_prediction
+from lens_relevance.inputs.prompt import read_inputs
+from lens_relevance.inputs.targets import as_target, top_prediction
+from lens_relevance.ruleset_tables import needs_reference, ruleset, rulesets
 
 ImageAttribution = Callable[[Any, Mapping[str, Tensor], Target], Tensor]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
-from lens_relevance.inputs import Prompt, read_inputs
+from lens_relevance.inputs.prompt import Prompt, read_inputs
+from lens_relevance.inputs.targets import positions
 from lens_relevance.sites import anatomy
-from lens_relevance.targets import positions
 
 PATCH_BASELINES = ("zero", "mean_patch", "blur")
 EMBEDDING_BASELINES = ("mean_embedding", "zero_embedding", "other_example")

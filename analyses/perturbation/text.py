@@ -10,11 +10,11 @@ from torch import Tensor
 
 from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
-from lens_relevance.inputs import Prompt
-from lens_relevance.references import mean_embedding, random_tokens, zero_embedding
+from lens_relevance.inputs.prompt import Prompt
+from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
+from lens_relevance.inputs.targets import TokenTarget, positions
 from lens_relevance.sites import anatomy
 from lens_relevance.sites.token_sets import TOKENS
-from lens_relevance.targets import TokenTarget, positions
 
 BASELINES = ("mean_embedding", "zero_embedding", "random_tokens", "pad_token", "delete")
 

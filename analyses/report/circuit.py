@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analyses.circuits import Ablation, faithfulness_curve, score_items
-from analyses.running.progress import progress_bar
+from analyses.datasets.progress import progress_bar
 from analyses.tasks import PromptPairs
 
 N_TRIED = 4  # every size of circuit is tried on each of them

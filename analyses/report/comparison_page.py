@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analyses.comparison import Comparison
+from analyses.evaluation.comparison import Comparison
 from analyses.views import Page, View, scatter_view
 from analyses.views.heads import head_heat_map
 from analyses.views.heatmap import heat_map_view, largest_limit

@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.datasets.progress import watched
+from analyses.evaluation.ranking import rank_heads
 from analyses.graph import FlowGraph, flow_graph
 from analyses.patching import activation_patching
-from analyses.ranking import rank_heads
 from analyses.report.circuit import CircuitCheck, check_circuits
 from analyses.report.question import N_REFERENCES, Question, answer_text, token_text
-from analyses.running.progress import watched
 from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
 from lens_relevance import RelevanceCache, RelevanceError, propagate, random_tokens
 from lens_relevance.attention_methods import head_flow
-from lens_relevance.rulesets import needs_reference, ruleset
+from lens_relevance.ruleset_tables import needs_reference, ruleset
 
 _EDGES_SHOWN = 150
 _Part = TypeVar("_Part")

@@ -10,9 +10,9 @@ import torch
 from analyses.tasks import TASKS, PromptPairs
 from analyses.tasks.prompts import check_rows
 from lens_relevance import RelevanceError, logit, logit_diff, random_tokens
-from lens_relevance.inputs import Prompt, tokenize
-from lens_relevance.outputs import class_names
-from lens_relevance.targets import Target, TokenTarget, describe, token_ids, top_prediction
+from lens_relevance.inputs.class_labels import class_names
+from lens_relevance.inputs.prompt import Prompt, tokenize
+from lens_relevance.inputs.targets import Target, TokenTarget, describe, token_ids, top_prediction
 
 N_REFERENCES = 8
 

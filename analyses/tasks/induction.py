@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
-from lens_relevance.targets import logit_diff
+from lens_relevance.inputs.targets import logit_diff
 
 
 def induction(model: TransformerBridge, n: int = 32, seed: int = 0, length: int = 16) -> PromptPairs:

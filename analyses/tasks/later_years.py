@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.targets import Metric, Target, positions
+from lens_relevance.inputs.targets import Metric, Target, positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import prompts, storage
 from lens_relevance.errors import RelevanceError
-from lens_relevance.targets import Metric, Target, TokenTarget, as_target, logit_diff, token_ids
+from lens_relevance.inputs.targets import Metric, Target, TokenTarget, as_target, logit_diff, token_ids
 
 Rows = int | slice | Sequence[int] | Sequence[bool] | Tensor
 

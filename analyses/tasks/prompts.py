@@ -11,8 +11,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs import tokenize
-from lens_relevance.targets import single_token
+from lens_relevance.inputs.prompt import tokenize
+from lens_relevance.inputs.targets import single_token
 
 __all__ = ["check_rows", "read_columns", "texts", "tokenize", "words"]
 

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.tasks.fitting import most_common, require_tokenizer, single_token_words, token_lengths, tokenize_rows
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
-from lens_relevance.targets import logit_diff
+from lens_relevance.inputs.targets import logit_diff
 
 # fmt: off
 GIRLS = (

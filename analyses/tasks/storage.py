@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.errors import RelevanceError
-from lens_relevance.targets import Target, TokenTarget
+from lens_relevance.inputs.targets import Target, TokenTarget
 
 _FORMAT = "lens_relevance prompt pairs 1"
 TENSORS = ("clean", "corrupt", "clean_mask", "corrupt_mask")

@@ -23,9 +23,9 @@ import typer
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.datasets.progress import progress_bar
 from analyses.perturbation import EMBEDDING_BASELINES, PATCH_BASELINES, areas, curves_of
 from analyses.perturbation.removal_runs import Removal
-from analyses.running.progress import progress_bar
 from analyses.vision_language import FOLDER, load_vision_language
 from analyses.vision_language.methods import (
     Method,

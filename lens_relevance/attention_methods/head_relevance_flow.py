@@ -17,11 +17,11 @@ from lens_relevance.attention_methods.run import check_patterns, token_sets
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs import Inputs
+from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import share, working
-from lens_relevance.rulesets import Table
+from lens_relevance.ruleset_tables import Table
 from lens_relevance.sites import anatomy
-from lens_relevance.targets import Target
 
 
 def head_flow(

@@ -21,7 +21,7 @@ from lens_relevance.rules import (
     UniformScores,
 )
 from lens_relevance.rules.base import share, working
-from lens_relevance.rulesets import Table, rule_for, ruleset
+from lens_relevance.ruleset_tables import Table, rule_for, ruleset
 from lens_relevance.sites import Anatomy, Site
 
 

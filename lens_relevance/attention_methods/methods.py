@@ -26,11 +26,11 @@ from lens_relevance.attention_methods.run import AttentionRun, check_patterns, r
 from lens_relevance.attention_methods.two_sets import check_groups
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
-from lens_relevance.guest import check_model
-from lens_relevance.inputs import Inputs
-from lens_relevance.rulesets import Table, needs_reference, ruleset, ruleset_name
+from lens_relevance.hooks.model_state import check_model
+from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.inputs.targets import Target
+from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy, anatomy
-from lens_relevance.targets import Target
 
 
 def _nothing_more(body: Anatomy, importance: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The softmax itself: with masked rows, and between two runs (see DERIVATION.md)."""
+"""The softmax itself: with masked rows, and between two runs (see docs/derivation.md)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Site:
     caller: a module whose call arguments the operation needs (masks, positions); handed to `on_call` before each forward of it.
     component: the module whose output has to depend on the site, where there is one: the proof that its HookPoints are no decoration.
     rebuilt: where a model computes the operation behind closed doors, the HookPoint at which it is recomputed: the first one from the
-        site's output on that the model goes on with (see lens_relevance/rebuilding.py).
+        site's output on that the model goes on with (see hooks/recomputation.py).
     enabled: says whether the site stands in for its operation right now (a norm has two forms, see rules/normalization.py).
     """
 

@@ -1,7 +1,7 @@
 """Attention that TransformerLens leaves to Hugging Face's own module.
 
 What such a component shows at its scores and pattern HookPoints is not what it goes on with, so the three steps are recomputed from q, k
-and v (see lens_relevance/rebuilding.py), with the mask that the module is called with. A family is one entry of `_FAMILIES`: the module
+and v (see hooks/recomputation.py), with the mask that the module is called with. A family is one entry of `_FAMILIES`: the module
 that is called with the mask, and how it scales and rotates.
 """
 

@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from analyses.comparison import compare
-from analyses.estimators import Component, Estimator, Scores, estimator
-from analyses.ranking import rank_heads, rank_neurons
+from analyses.evaluation.comparison import compare
+from analyses.evaluation.ranking import rank_heads, rank_neurons
+from analyses.methods import Component, Estimator, Scores, estimator
 from analyses.tasks import PromptPairs
 from tests import models
 from tests.analyses.test_ranking import random_pairs
@@ -66,7 +66,7 @@ def stepped(name: str, checkpoint: Path) -> None:
 
 def share(folder: Path) -> None:
     from analyses.cli import app
-    from analyses.running.processes import processes
+    from analyses.datasets.processes import processes
 
     here = processes()
     batches: list[int] = []

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.comparison import compare_with_patching
-from analyses.estimators import atp_star, estimator
+from analyses.evaluation.comparison import compare_with_patching
+from analyses.evaluation.ranking import rank_heads
+from analyses.methods import atp_star, estimator
 from analyses.patching import activation_patching
-from analyses.ranking import rank_heads
 from analyses.tasks import PromptPairs
 from lens_relevance import propagate
 from tests import models

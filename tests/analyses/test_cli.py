@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from analyses.cli import app
-from analyses.comparison import COLUMNS
-from analyses.loading import load_model
+from analyses.evaluation.comparison import COLUMNS
+from analyses.models.loading import load_model
 from lens_relevance import RelevanceError
 from tests.conftest import STORIES
 from tests.models import build_with_words

@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.agreement import agreement, correlation, intervals
-from analyses.comparison import COLUMNS, compare, compare_with_patching
-from analyses.estimators import conductance, direct_logit_attribution, eap_ig, estimator
+from analyses.evaluation.agreement import agreement, correlation, intervals
+from analyses.evaluation.comparison import COLUMNS, compare, compare_with_patching
+from analyses.methods import conductance, direct_logit_attribution, eap_ig, estimator
 from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs, ioi, pronoun
 from lens_relevance import RelevanceError

@@ -10,10 +10,10 @@ import torch
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.components import describe_head, describe_neuron
-from analyses.components.direct_logits import DirectLogits
-from analyses.components.pattern_scores import pattern_scores
-from analyses.ranking import rank_heads, rank_neurons
+from analyses.describe import describe_head, describe_neuron
+from analyses.describe.direct_logits import DirectLogits
+from analyses.describe.pattern_scores import pattern_scores
+from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.tasks import PromptPairs, induction, ioi
 from lens_relevance import CoverageError, RelevanceError, logit, propagate
 from lens_relevance.attention_methods import head_flow
@@ -115,7 +115,7 @@ def test_prompts_without_a_counterpart_and_padding(gpt2: TransformerBridge) -> N
 def test_many_prompts_go_in_batches(gpt2: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_pairs(7)
     whole = describe_head(gpt2, pairs, 1, 0, top_k=5), describe_neuron(gpt2, pairs, 1, 5, top_k=5)
-    monkeypatch.setattr("analyses.running.batches._TOKENS_PER_PASS", 12)
+    monkeypatch.setattr("analyses.datasets.batches._TOKENS_PER_PASS", 12)
     parts = describe_head(gpt2, pairs, 1, 0, top_k=5), describe_neuron(gpt2, pairs, 1, 5, top_k=5)
     for name in ("arcs", "token_pairs", "writes"):
         pd.testing.assert_frame_equal(getattr(whole[0], name), getattr(parts[0], name), rtol=1e-3, atol=1e-6)

@@ -9,7 +9,7 @@ from analyses.benchmarks import costs as module
 from analyses.benchmarks.costs import cost, larger, plain_gradient
 from analyses.benchmarks.tiny_models import FAMILIES
 from lens_relevance import RelevanceError, logit_diff, propagate
-from lens_relevance.coverage import random_inputs
+from lens_relevance.coverage_table import random_inputs
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "T5", "LLaVA"])

@@ -97,7 +97,7 @@ class Refusing(LNRule):
 
 
 def test_a_ruleset_that_does_not_work_is_a_dash_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules["lens_relevance.rulesets"]._RULESETS, "broken", {"norm": Refusing()})
+    monkeypatch.setitem(sys.modules["lens_relevance.ruleset_tables"]._RULESETS, "broken", {"norm": Refusing()})
     table = families(["GPT-2"], torch.float32)
     assert math.isnan(table["broken"][0]) and table["attnlrp"][0] < 1e-4
     text = markdown(table)

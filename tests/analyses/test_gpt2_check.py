@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 from analyses import gpt2_check as module
-from analyses.comparison import compare_with_patching
-from analyses.gpt2_check import KNOWN_HEADS, PUBLISHED, gpt2_check
-from analyses.loading import load_model
-from analyses.ranking import rank_heads
+from analyses.benchmarks.gpt2_check import KNOWN_HEADS, PUBLISHED, gpt2_check
+from analyses.evaluation.comparison import compare_with_patching
+from analyses.evaluation.ranking import rank_heads
+from analyses.models.loading import load_model
 from analyses.tasks import ioi
 from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 from tests.models import build_with_words, randomize

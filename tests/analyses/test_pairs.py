@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import PromptPairs, greater_than, ioi
 from lens_relevance.errors import RelevanceError
-from lens_relevance.targets import logit, logit_diff
+from lens_relevance.inputs.targets import logit, logit_diff
 from tests.models import build_with_words, random_tokens
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"

@@ -21,7 +21,7 @@ from analyses.perturbation import (
     summary,
 )
 from lens_relevance import RelevanceError, log_prob, logit, logit_diff, mean_embedding, propagate, random_tokens
-from lens_relevance.inputs import Prompt
+from lens_relevance.inputs.prompt import Prompt
 from tests import models
 
 TARGET = logit(7)

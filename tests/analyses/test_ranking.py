@@ -10,9 +10,9 @@ import torch
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.estimators import by_ruleset, conductance, eap_ig, estimator
+from analyses.evaluation.ranking import rank_heads, rank_neurons
+from analyses.methods import by_ruleset, conductance, eap_ig, estimator
 from analyses.patching import activation_patching
-from analyses.ranking import rank_heads, rank_neurons
 from analyses.tasks import PromptPairs, induction, ioi
 from lens_relevance import RelevanceError, logit_diff, propagate
 from tests import models

@@ -15,10 +15,10 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits import Ablation, faithfulness_curve, score_items
-from analyses.comparison import compare
 from analyses.embedded import load_embedded
+from analyses.evaluation.comparison import compare
+from analyses.evaluation.ranking import rank_heads
 from analyses.patching import activation_patching
-from analyses.ranking import rank_heads
 from analyses.report import Findings, find, from_pairs, from_prompt, from_task, report_page
 from analyses.report.circuit import CircuitCheck, smallest_faithful
 from analyses.report.comparison_page import comparison_page

@@ -23,12 +23,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from analyses.cli import app
-from analyses.comparison import compare_with_patching
-from analyses.estimators import Estimator, collect, conductance, eap_ig
+from analyses.datasets import progress
+from analyses.datasets.processes import Processes
+from analyses.evaluation.comparison import compare_with_patching
+from analyses.evaluation.ranking import rank_heads, rank_neurons
+from analyses.methods import Estimator, collect, conductance, eap_ig
 from analyses.patching import activation_patching
-from analyses.ranking import rank_heads, rank_neurons
-from analyses.running import progress
-from analyses.running.processes import Processes
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
@@ -234,7 +234,7 @@ class Shared:
                         raise Interruption
 
                 self.monkeypatch.setattr(
-                    "analyses.running.streaming.processes", lambda index=index, player=Player: player(index, self.count)
+                    "analyses.datasets.streaming.processes", lambda index=index, player=Player: player(index, self.count)
                 )
                 try:
                     frames.append(run())
@@ -280,7 +280,7 @@ def test_a_metric_over_all_pairs_cannot_be_shared(gpt2: TransformerBridge, monke
     pairs = random_pairs()
     mean = PromptPairs(pairs.clean, pairs.corrupt, lambda logits: logits[:, -1, 3].mean())
     assert len(rank_heads(gpt2, mean))
-    monkeypatch.setattr("analyses.running.streaming.processes", lambda: Processes(0, 2))
+    monkeypatch.setattr("analyses.datasets.streaming.processes", lambda: Processes(0, 2))
     with pytest.raises(RelevanceError, match="one number for all pairs"):
         rank_heads(gpt2, mean)
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from typer.testing import CliRunner
 
 from analyses.cli import app
-from analyses.loading import load_model
-from analyses.token_explanation import explain_tokens
+from analyses.models.loading import load_model
+from analyses.report.token_explanation import explain_tokens
 from lens_relevance import logit, token_relevance
 from tests import models
 from tests.conftest import STORIES

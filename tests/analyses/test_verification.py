@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.patching import Node, ablation, activation_patching
-from analyses.ranking import rank_heads, rank_neurons
 from analyses.tasks import PromptPairs
 from tests import models
 from tests.analyses.test_ranking import random_pairs

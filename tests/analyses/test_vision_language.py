@@ -19,7 +19,7 @@ from analyses.vision_language.pictures import COLOURS, GRID, N_PATCHES, PATCH, S
 from analyses.vision_language.questions import ANSWERS, PAD, caption, captioned, examples, ids, questions_about, quizzed, words
 from analyses.vision_language.train import accuracies, train
 from lens_relevance import RelevanceError, coverage, logit, propagate, rulesets
-from lens_relevance.rulesets import needs_reference
+from lens_relevance.ruleset_tables import needs_reference
 
 
 @pytest.fixture(scope="module")

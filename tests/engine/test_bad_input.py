@@ -204,7 +204,7 @@ def test_rulesets_are_registered_once_and_checked() -> None:
         with pytest.raises(RelevanceError, match="exists already"):
             register_ruleset(name, {})
     finally:
-        sys.modules["lens_relevance.rulesets"]._RULESETS.pop(name, None)  # type: ignore[attr-defined]
+        sys.modules["lens_relevance.ruleset_tables"]._RULESETS.pop(name, None)  # type: ignore[attr-defined]
     with pytest.raises(RelevanceError, match="unknown operation"):
         register_ruleset("wrong", {"softmax": Rule()})
     assert "wrong" not in rulesets()

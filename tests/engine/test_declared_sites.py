@@ -9,7 +9,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from lens_relevance import LivenessError, RelevanceError, attach, coverage, logit_diff, propagate, rulesets
-from lens_relevance.rulesets import needs_reference
+from lens_relevance.ruleset_tables import needs_reference
 from lens_relevance.sites import activation, attention, declare_sites, linear, norm
 from tests.engine.families import close
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lens_relevance import RelevanceCache, log_prob, logit, logit_diff, mean_embedding, propagate, random_tokens
-from lens_relevance.inputs import Prompt
+from lens_relevance.inputs.prompt import Prompt
 from tests.engine.families import FAMILIES, TARGET, UPCASTING, build, close, exact, inputs_and_reference, unexplained, whole
 from tests.models import build_gpt2, build_llama, build_native
 from tests.precision import no_upcasts

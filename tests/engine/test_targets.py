@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lens_relevance import RelevanceError, continuation, log_prob, logit, logit_diff, propagate
-from lens_relevance.metrics import LogProbs, Metric
+from lens_relevance.inputs.metrics import LogProbs, Metric
 from tests.engine.families import build, close, inputs_and_reference
 
 

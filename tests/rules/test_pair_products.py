@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lens_relevance.metrics import LogProbs
+from lens_relevance.inputs.metrics import LogProbs
 from lens_relevance.rules import AttentionGeometry, Mix, PairProduct, Reference, Scores
 from tests.rules.dense import normal
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import PromptPairs
-from lens_relevance.targets import logit_diff
+from lens_relevance.inputs.targets import logit_diff
 from tests import models
 
 FAMILIES: dict[str, tuple[Callable[[], TransformerBridge], str]] = {

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs
-from lens_relevance.targets import logit_diff
+from lens_relevance.inputs.targets import logit_diff
 from tests.analyses.patching.helpers import make_pairs, run_patched
 
 

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.patching import Node, ablation, activation_patching, path_patching
 from analyses.tasks import PromptPairs
-from lens_relevance.targets import latent
+from lens_relevance.inputs.targets import latent
 from tests.analyses.patching.helpers import last_logit_diff, make_pairs
 
 

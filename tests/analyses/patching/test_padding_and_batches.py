@@ -8,7 +8,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs
-from lens_relevance.targets import logit_diff
+from lens_relevance.inputs.targets import logit_diff
 from tests.analyses.patching.helpers import FAMILIES, last_logit_diff, make_pairs, padded
 
 

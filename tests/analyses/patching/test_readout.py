@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.patching import activation_patching
 from analyses.patching.readout import Readout
-from lens_relevance.targets import continuation
+from lens_relevance.inputs.targets import continuation
 from tests.analyses.patching.helpers import make_pairs
 
 

@@ -1,0 +1,62 @@
+"""circuit: how faithful the circuits of each method are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from analyses.cli.app import app
+from analyses.cli.options import (
+    Model,
+    Number,
+    Pairs,
+    Seed,
+    Task,
+    TrustRemoteCode,
+    asked_question,
+    clean_errors,
+)
+
+
+@app.command()
+@clean_errors
+def circuit(
+    model: Model = "embedded",
+    methods: Annotated[str | None, typer.Option(help="Comma-separated rulesets, eap_ig, patching, random; all if left out.")] = None,
+    level: Annotated[str, typer.Option(help="node or edge: what a circuit is made of.")] = "node",
+    task: Task = None,
+    pairs: Pairs = None,
+    n: Number = 16,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """How faithful the circuits are that each method finds: everything outside a circuit is set to the counterpart's value.
+
+    Circuits are found on one half of the pairs and evaluated on the other.
+    """
+    from analyses.circuits import faithfulness_table
+    from analyses.circuits.faithfulness import METHODS
+    from analyses.models.loading import load_model
+    from analyses.report.terminal import frame_table
+    from lens_relevance import RelevanceError
+
+    if level not in ("node", "edge"):
+        raise RelevanceError(f"level is node or edge, not {level!r}")
+    loaded = load_model(model, trust_remote_code)
+    question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
+    chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
+    half = len(question.pairs) // 2
+    if half == 0:
+        raise RelevanceError("circuits are found on one half of the pairs and evaluated on the other, so there must be two pairs or more")
+    found_on, held_out = question.pairs[slice(0, half)], question.pairs[slice(half, None)]
+    table = faithfulness_table(loaded, found_on, chosen, level, held_out=held_out)  # type: ignore[arg-type]
+    if out is not None:
+        table.to_csv(out, index=False)
+    title = (
+        f"Circuits of {level}s, {question.title}: found on {half} pairs (selection_cmd), CMD (0 is best) and CPR on {len(held_out)} others"
+    )
+    Console().print(frame_table(table.round(4), title))

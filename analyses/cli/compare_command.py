@@ -1,0 +1,72 @@
+"""compare: methods held against activation patching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from analyses.cli.app import app
+from analyses.cli.options import (
+    Checkpoint,
+    Model,
+    Number,
+    Pairs,
+    Seed,
+    Task,
+    TrustRemoteCode,
+    asked_question,
+    clean_errors,
+    typed_command,
+)
+
+
+@app.command()
+@clean_errors
+def compare(
+    model: Model = "embedded",
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated rulesets, eap_ig, conductance, weighted_accumulation, ...; all if left out.")
+    ] = None,
+    components: Annotated[str, typer.Option(help="Comma-separated: resid, attn, mlp, heads.")] = "resid,attn,mlp,heads",
+    direction: Annotated[str, typer.Option(help="The yardstick: denoising, noising, or the mean of both.")] = "mean",
+    task: Task = None,
+    pairs: Pairs = None,
+    n: Number = 64,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="The page to write; with the ending .csv the table alone.")] = Path("comparison.html"),
+    checkpoint: Checkpoint = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Hold every method against activation patching, and write the table as a page."""
+    from analyses.datasets.processes import processes
+    from analyses.evaluation.comparison import METHODS
+    from analyses.evaluation.comparison import compare as compare_methods
+    from analyses.models.loading import load_model
+    from analyses.report.comparison_page import best_methods, comparison_page, correlation_table
+    from analyses.report.terminal import frame_table
+    from lens_relevance import RelevanceError
+    from lens_relevance.inputs.targets import describe
+
+    if direction not in ("denoising", "noising", "mean"):
+        raise RelevanceError(f"direction is denoising, noising or mean, not {direction!r}")
+    chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
+    here = processes()
+    loaded = load_model(model, trust_remote_code)
+    question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
+    wanted = [name.strip() for name in components.split(",")]
+    found = compare_methods(loaded, question.pairs, chosen, wanted, direction, checkpoint=checkpoint)  # type: ignore[arg-type]
+    if here.index:
+        return  # every process has the result; the first one speaks
+    if out.suffix == ".csv":
+        found.table.to_csv(out, index=False)
+    else:
+        comparison_page(found, model, describe(question.pairs.target, loaded), question.words, typed_command()).save(out)
+    console = Console()
+    console.print(
+        frame_table(correlation_table(found.table, brief=True), f"Pearson with activation patching ({direction}), {question.words}")
+    )
+    console.print(frame_table(best_methods(found.table), "Best"))
+    console.print(f"patching itself: {found.patching_seconds:.1f} s; all figures: {out}", markup=False, highlight=False)

@@ -1,0 +1,42 @@
+"""coverage: which rules hold where on a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from analyses.cli.app import app
+from analyses.cli.options import (
+    Model,
+    TrustRemoteCode,
+    clean_errors,
+)
+
+
+@app.command()
+@clean_errors
+def coverage(
+    model: Model = "embedded",
+    sites: Annotated[bool, typer.Option("--sites", help="List every site too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A .csv with all sites and rulesets.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show which rulesets work on a model, and where it has parts without a rule."""
+    from analyses.models.loading import load_model
+    from analyses.report.terminal import frame_table
+    from lens_relevance import coverage as covered
+
+    found = covered(load_model(model, trust_remote_code))
+    console = Console()
+    console.print(frame_table(found.rulesets, f"Rulesets on {model}"))
+    for part, reason in found.uncovered.items():
+        console.print(f"no site: {part}: {reason}", markup=False, highlight=False)
+    if sites:
+        console.print(
+            frame_table(found.sites[["site", "operation", "live", "off", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")
+        )
+    if out is not None:
+        found.sites.to_csv(out, index=False)

@@ -1,0 +1,69 @@
+"""graph: the edges over which relevance flows for one prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from analyses.cli.app import app
+from analyses.cli.options import (
+    Against,
+    Answer,
+    Model,
+    Prompt,
+    Rules,
+    Seed,
+    Task,
+    TrustRemoteCode,
+    Wrong,
+    asked_question,
+    clean_errors,
+)
+
+
+@app.command()
+@clean_errors
+def graph(
+    model: Model = "embedded",
+    rules: Rules = None,
+    prompt: Prompt = None,
+    answer: Answer = None,
+    wrong: Wrong = None,
+    against: Against = None,
+    task: Task = None,
+    top: Annotated[int, typer.Option(min=1, help="How many edges to keep.")] = 300,
+    seed: Seed = 0,
+    out: Annotated[
+        Path, typer.Option(help="Where to: .html, .svg, .png, .json or .graphml; without an ending, .html, .json and .graphml.")
+    ] = Path("graph"),
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Draw the edges over which relevance flows through the model for one prompt, and list the strongest paths."""
+    from analyses.graph import flow_graph
+    from analyses.models.loading import load_model
+    from analyses.report.terminal import frame_table
+    from lens_relevance import RelevanceError, random_tokens
+    from lens_relevance.ruleset_tables import needs_reference, ruleset
+
+    if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
+        raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json or .graphml")
+    files = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
+    loaded = load_model(model, trust_remote_code)
+    question = asked_question(loaded, prompt, answer, wrong, against, task, None, 1, seed)
+    pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
+    counterpart = random_tokens(8) if question.baseline else pair.corrupt
+    reference = counterpart if needs_reference(ruleset(chosen)) else None
+    found = flow_graph(loaded, pair.clean, pair.target, chosen, reference=reference).prune(top=top)
+    for file in files:
+        if file.suffix == ".json":
+            found.to_json(file)
+        elif file.suffix == ".graphml":
+            found.to_graphml(file)
+        else:
+            found.show().save(file)
+    Console().print(frame_table(found.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
+    typer.echo("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(found.tokens)))
+    typer.echo(f"{', '.join(map(str, files))}: {len(found.edges)} edges, {len(found.nodes)} nodes, {question.target_in_words(loaded)}")

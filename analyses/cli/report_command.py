@@ -1,0 +1,52 @@
+"""report: one HTML page about one question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analyses.cli.app import app
+from analyses.cli.options import (
+    Against,
+    Answer,
+    Model,
+    Number,
+    Pairs,
+    Prompt,
+    Rules,
+    Seed,
+    Task,
+    TrustRemoteCode,
+    Wrong,
+    asked_question,
+    clean_errors,
+    typed_command,
+)
+
+
+@app.command()
+@clean_errors
+def report(
+    model: Model = "embedded",
+    rules: Rules = None,
+    prompt: Prompt = None,
+    answer: Answer = None,
+    wrong: Wrong = None,
+    against: Against = None,
+    task: Task = None,
+    pairs: Pairs = None,
+    n: Number = 32,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write one HTML page: words, layers and heads by relevance, beside activation patching, with the account. It opens offline."""
+    from analyses.models.loading import load_model
+    from analyses.report import find, report_page
+
+    loaded = load_model(model, trust_remote_code)
+    found = find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules, with_graph=True)
+    report_page(found, typed_command()).save(out)
+    typer.echo(f"{out}: {found.target}, {found.n_pairs} pair(s), heads agree with activation patching to Pearson {found.pearson:.3f}")

@@ -1,0 +1,1 @@
+"""How far estimates can be trusted: comparison with activation patching, rankings, and checks of a ranking."""

@@ -1,0 +1,242 @@
+"""Which method can be trusted: every estimate held against activation patching, on the same pairs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analyses.datasets.streaming import Stream
+from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
+from analyses.methods import Component, Estimator, Run, estimator
+from analyses.patching import Direction, activation_patching
+from analyses.patching.checks import check_gap
+from analyses.tasks import PromptPairs
+from lens_relevance import RelevanceError
+from lens_relevance.inputs.targets import CallableTarget, as_target
+
+METHODS = (
+    *("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", "eap_ig", "conductance", "direct_logit_attribution"),
+    *("weighted_accumulation", "chefer_2021b"),
+)
+COMPONENTS = ("resid", "attn", "mlp", "heads")
+COLUMNS = (
+    *("method", "component", "pearson", "spearman", "sign_agreement", "top_k_overlap", "magnitude_error", "completeness"),
+    *("forwards", "backwards", "seconds", "pearson_low", "pearson_high", "spearman_low", "spearman_high"),
+)
+_PATCHED = {"resid": "resid_pre", "attn": "attn_out", "mlp": "mlp_out", "heads": "z", "q": "q", "k": "k", "v": "v"}
+_TOKENS_PER_PASS = 2048
+# A pass of patching holds many patches anyway; with few pairs at a time the bar moves, and an interruption costs little.
+_PAIRS_PATCHED = 16
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Estimates and effects, and the table of their agreement.
+
+    Attributes:
+        table: as `compare_with_patching` returns it.
+        scores: one row per component and index: component, layer, position or head (`index`), patching, and one column per method; averaged
+            over pairs.
+        patching_seconds: what the yardstick cost.
+    """
+
+    table: pd.DataFrame
+    scores: pd.DataFrame
+    patching_seconds: float
+    n_pairs: int
+    direction: str
+
+    def heads(self, column: str) -> np.ndarray:
+        """A column of `scores` for the heads, [layer, head]."""
+        rows = self.scores[self.scores["component"] == "heads"]
+        return rows.pivot(index="layer", columns="index", values=column).to_numpy(float)
+
+
+def compare_with_patching(
+    model: Any,
+    pairs: PromptPairs,
+    methods: Sequence[str | Estimator] = METHODS,
+    components: Sequence[str] = COMPONENTS,
+    direction: Direction = "mean",
+    run: Run = "corrupt",
+    top_k: int | None = None,
+    pooled: bool = False,
+    resamples: int = 200,
+    batch_size: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> pd.DataFrame:
+    """How well each method agrees with activation patching: one row per method and component, best mean correlation first.
+
+    Args:
+        methods: names (`analyses.methods`) or Estimators.
+        components: resid, attn and mlp by layer and position; heads (z), q, k and v by layer and head, all positions together.
+        direction: the yardstick: denoising, noising, or the mean of both.
+        run: where the estimates take their coefficients.
+        top_k: size of the sets that top_k_overlap compares; a tenth of the components, 3 at least, by default.
+        pooled: correlate over components x pairs instead of over components of scores averaged over pairs.
+        resamples: bootstrap resamples of the pairs for the 95 % intervals; 0 for none.
+        batch_size: pairs per pass of the estimates.
+        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
+
+    Columns: method, component; pearson, spearman, sign_agreement, top_k_overlap, magnitude_error (see `evaluation.agreement`); completeness
+    (the largest error at any layer of "the residual stream's scores add up to m(clean) - m(corrupt)", as a share of that); forwards and
+    backwards (passes over each pair) and seconds of the method, the same for all its components; pearson_low to spearman_high.
+
+    Under `accelerate launch` each process takes its share of the pairs, and all return the whole table.
+
+    Raises RelevanceError for unknown methods and components, and for no pairs. Warns where the metric cannot tell clean from corrupt.
+    """
+    return compare(model, pairs, methods, components, direction, run, top_k, pooled, resamples, batch_size, checkpoint).table
+
+
+def compare(
+    model: Any,
+    pairs: PromptPairs,
+    methods: Sequence[str | Estimator] = METHODS,
+    components: Sequence[str] = COMPONENTS,
+    direction: Direction = "mean",
+    run: Run = "corrupt",
+    top_k: int | None = None,
+    pooled: bool = False,
+    resamples: int = 200,
+    batch_size: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> Comparison:
+    """`compare_with_patching`, with the scores that its table was made from."""
+    chosen = [estimator(method) for method in methods]
+    for component in components:
+        if component not in _PATCHED:
+            raise RelevanceError(f"unknown component {component!r}; methods are compared on {', '.join(_PATCHED)}")
+    if not chosen or not components or not len(pairs):
+        raise RelevanceError("a comparison needs at least one method, one component and one pair")
+    stream = Stream(
+        model,
+        pairs,
+        batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1]),
+        checkpoint,
+        analysis="comparison",
+        methods=[method.name for method in chosen],
+        components=list(components),
+        direction=direction,
+        run=run,
+    )
+    effects, gap, patching_seconds = _effects(model, stream, components, direction)
+    rows: list[dict[str, Any]] = []
+    columns: dict[tuple[str, str], np.ndarray] = {}
+    for number, method in enumerate(chosen):
+        wanted = [name for name in dict.fromkeys(("resid", *components)) if name in method.components]
+        found, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
+        scores = {name: values.permute(1, 2, 0).numpy() for name, values in found.items()}  # [layer, index, pair]
+        shared = {
+            "completeness": _incompleteness(scores.get("resid"), gap),
+            "forwards": method.forwards * method.passes(run),
+            "backwards": method.backwards * method.passes(run),
+            "seconds": seconds,
+        }
+        for component in [name for name in components if name in wanted]:
+            estimate = scores[component].reshape(-1, len(pairs))
+            rows.append(
+                {"method": method.name, "component": component, **_cell(estimate, effects[component], top_k, pooled, resamples), **shared}
+            )
+            columns[method.name, component] = mean_over_pairs(estimate)
+    table = pd.DataFrame(rows)[list(COLUMNS)]
+    # A method that scores heads alone is not ranked among those that were tried on everything.
+    full = table["method"].map(table["method"].value_counts()) == len(components)
+    best = (
+        table.assign(pearson=table["pearson"].where(full, table["pearson"] - 2))
+        .groupby("method")["pearson"]
+        .mean()
+        .sort_values(ascending=False, kind="stable")
+        .index
+    )
+    table["method"] = pd.Categorical(table["method"], categories=list(best), ordered=True)
+    table = table.sort_values("method", kind="stable").astype({"method": str}).reset_index(drop=True)
+    return Comparison(table, _scores(effects, columns, components, chosen, len(model.blocks)), patching_seconds, len(pairs), direction)
+
+
+def _estimate(model: Any, method: Estimator, components: Sequence[str], run: Run) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
+    """What a method says of a batch."""
+    return lambda batch: method(model, batch, cast(Sequence[Component], components), run)
+
+
+def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
+    """How far the residual stream's scores [layer, pos, pair] are from adding up to the gap, at the worst layer, as a share of the gap."""
+    if resid is None or not gap:
+        return float("nan")
+    return float(np.abs(resid.sum(1).mean(1) - gap).max() / abs(gap))
+
+
+def _effects(model: Any, stream: Stream, components: Sequence[str], direction: Direction) -> tuple[dict[str, np.ndarray], float, float]:
+    """Effects [component, pair] of each kind of component, layer by layer; the mean gap between the runs; and the seconds it took."""
+
+    def step(batch: PromptPairs) -> dict[str, torch.Tensor]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*same value on clean and corrupt")  # said once, below, of all pairs
+            patched = activation_patching(model, batch, tuple(_PATCHED[c] for c in components), direction=direction, progress=False)
+        assert patched.corrupt is not None  # this is patching, not ablation
+        rows = {c: [i for i, node in enumerate(patched.nodes) if node.component == _PATCHED[c]] for c in components}
+        return {c: patched.effect[rows[c]].T for c in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
+
+    # A function as target may hold one answer per row, so it gets all rows at once.
+    whole = isinstance(as_target(stream.pairs.target), CallableTarget)
+    found, seconds = stream.collect("patching", step, "activation patching", max(1, len(stream.pairs)) if whole else _PAIRS_PATCHED)
+    clean, corrupt = found.pop("clean"), found.pop("corrupt")
+    if stream.processes.index == 0:
+        check_gap(clean, corrupt)
+    return {name: values.T.numpy() for name, values in found.items()}, float((clean - corrupt).mean()), seconds
+
+
+def _cell(estimate: np.ndarray, effect: np.ndarray, top_k: int | None, pooled: bool, resamples: int) -> dict[str, float]:
+    if effect.shape[1] == 1 and estimate.shape[1] > 1:
+        # A metric that returns a scalar has one effect for all pairs together.
+        estimate = mean_over_pairs(estimate)[:, None]
+    estimate = np.where(np.isnan(effect), np.nan, estimate)
+    k = top_k or max(3, len(effect) // 10)
+    if pooled:
+        there = ~np.isnan(effect)
+        found = agreement(estimate[there], effect[there], k * effect.shape[1])
+    else:
+        means = [mean_over_pairs(values) for values in (estimate, effect)]
+        there = ~np.isnan(means[1])
+        found = agreement(means[0][there], means[1][there], k)
+    bounds = intervals(estimate, effect, resamples)
+    return {
+        **vars(found),
+        "pearson_low": bounds["pearson"][0],
+        "pearson_high": bounds["pearson"][1],
+        "spearman_low": bounds["spearman"][0],
+        "spearman_high": bounds["spearman"][1],
+    }
+
+
+def _scores(
+    effects: dict[str, np.ndarray],
+    columns: dict[tuple[str, str], np.ndarray],
+    components: Sequence[str],
+    methods: Sequence[Estimator],
+    n_layers: int,
+) -> pd.DataFrame:
+    """Every score averaged over pairs, methods beside the effect of patching."""
+    frames = []
+    for component in components:
+        mean = mean_over_pairs(effects[component])
+        width = len(mean) // n_layers
+        frame = pd.DataFrame(
+            {
+                "component": component,
+                "layer": np.repeat(np.arange(n_layers), width),
+                "index": np.tile(np.arange(width), n_layers),
+                "patching": mean,
+            }
+        )
+        for method in methods:
+            frame[method.name] = columns.get((method.name, component), np.nan)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,147 @@
+"""Reading tensors at HookPoints: which are asked for, which pass, and how they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.session import Session
+from lens_relevance.rules.base import difference, share
+from lens_relevance.sites import Anatomy
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def wanted(body: Anatomy, names_filter: NamesFilter) -> tuple[list[str], set[str]]:
+    """Canonical names to keep, and those among them that were asked for by name."""
+    if names_filter is None:
+        names = [name for roles in body.stacks.roles.values() for listed in roles.values() for name in listed]
+        return [n for n in dict.fromkeys(names) if n in body.points], set()
+    if callable(names_filter):
+        return [n for n in body.points if names_filter(n)], set()
+    listed = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    names = list(dict.fromkeys(body.canonical(n) for n in listed))
+    for name in names:
+        if name in body.decorative:
+            raise RelevanceError(
+                f"{name} is decorative on this model: it fires on another tensor than its name says, or its edits are thrown away"
+            )
+    return names, set(names)
+
+
+class Taps:
+    """Collects the tensors that pass chosen HookPoints, as they leave the point's hooks."""
+
+    def __init__(self, opened: Session, body: Anatomy, names: list[str]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._opened, self._body = opened, body
+        self.names: list[str] = []
+        self.add(names)
+
+    def add(self, names: list[str]) -> None:
+        """Tap more HookPoints."""
+        for name in dict.fromkeys(names):
+            if name not in self.names:
+                self.names.append(name)
+                if name in self._body.decorative:
+                    continue  # not even touched: T5's norms go on with what they find there, if anybody does
+                self._opened.state(self._body.points[name]).taps.append(partial(self._store, name))
+
+    def _store(self, name: str, x: Tensor) -> Tensor | None:
+        """Keep what passes. A HookPoint hands on the tensor it was given, so that two of them may hold the same one: only a view of its
+        own has the coefficient of this point's branch."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        own = x.view_as(x) if x.requires_grad else x
+        self._tensors[name] = own
+        return own
+
+    def take(self) -> dict[str, Tensor]:
+        """The tensors of the forward just run, in the order in which they fired."""
+        taken, self._tensors = self._tensors, {}
+        return taken
+
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
+        """A raw tensor in TransformerLens's layout."""
+        conversion = self._body.conversion(name)
+        return tensor if conversion is None else conversion.convert(tensor)
+
+    def absent(self, tensors: dict[str, Tensor], explicit: Collection[str]) -> dict[str, str]:
+        """Why tapped HookPoints have no coefficient to give; an error for those asked for by name."""
+        absent = {}
+        for name in self.names:
+            if name in self._body.decorative:
+                absent[name] = "decorative on this model: it fires on another tensor than its name says"
+            elif name not in tensors:
+                absent[name] = "did not fire in this forward, or holds integers"
+                remedy = "some HookPoints fire only behind a flag such as model.set_use_attn_result(True)"
+            elif not tensors[name].requires_grad:
+                absent[name] = "is a side branch on this model: the model does not go on with it"
+                remedy = "ask for the component's hook_in or hook_out instead"
+            if name in absent and name in explicit:
+                raise RelevanceError(f"{name} {absent[name]}; {remedy}")
+        return absent
+
+    def check_reached(self, coefficients: dict[str, Tensor], absent: dict[str, str], explicit: Collection[str]) -> None:
+        """Note the HookPoints that no coefficient reached; an error for those asked for by name."""
+        for name in self.names:
+            if name not in coefficients and name not in absent:
+                absent[name] = "nothing flows from the target to this HookPoint, or the model does not go on with what it returns"
+                if name in explicit:
+                    raise RelevanceError(f"{name}: {absent[name]}")
+
+
+def collect(
+    body: Anatomy,
+    names: list[str],
+    taps: dict[str, Tensor],
+    references: dict[str, Tensor] | None,
+    coefficients: dict[str, Tensor],
+    masks: Mapping[str, Tensor],
+    n: int,
+    device: torch.device | str | None,
+) -> dict[str, dict[str, Tensor]]:
+    """Kept tensors in TransformerLens's layout, zero at padding, averaged over n references, moved where the user wants them."""
+    groups: dict[str, dict[str, Tensor]] = {"activations": {}, "coefficients": {}, "reference_activations": {}, "averaged": {}}
+    padded = {stack: not bool((mask == 1).all()) for stack, mask in masks.items()}
+    for name in names:
+        point, stack = body.points[name], body.stack_of(name)
+        conversion = body.conversion(name)
+        convert = conversion.convert if conversion is not None else (lambda x: x)
+        kept = {"activations": taps[name].detach(), "coefficients": coefficients[name].detach()}
+        if references is not None:
+            kept["reference_activations"] = references[name]
+        kept = {group: convert(_batched(tensor, masks.get(stack), n)) for group, tensor in kept.items()}
+        if padded.get(stack) and kept["coefficients"].ndim > 2:  # what a classifier pools has no positions
+            kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], masks[stack].repeat_interleave(n, 0), point.pos_dim)
+        if n > 1:
+            each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
+            kept = {key: average(tensor, n) for key, tensor in kept.items()} | {"averaged": average(each, n)}
+        for group, tensor in kept.items():
+            groups[group][name] = tensor if device is None else tensor.to(device)
+    return groups
+
+
+def _batched(tensor: Tensor, mask: Tensor | None, n: int) -> Tensor:
+    """[rows * pos, d] as [rows, pos, d], of n rows per example: OPT folds positions into the batch around its MLP."""
+    if mask is None or tensor.ndim != 2 or tensor.shape[0] != n * mask.numel():
+        return tensor
+    return tensor.unflatten(0, (-1, mask.shape[1]))
+
+
+def average(rows: Tensor, n: int) -> Tensor:
+    """Mean over the n references of each example."""
+    return rows if n == 1 else rows.unflatten(0, (-1, n)).mean(1)
+
+
+def _zero_at_padding(name: str, coefficient: Tensor, mask: Tensor, pos_dim: int | None) -> Tensor:
+    """Exactly 0 at padding, whatever NaN a fully masked row may hold there. Patterns and scores have their queries at dim -2."""
+    attention = name.endswith(("hook_pattern", "hook_attn_scores"))
+    dim = pos_dim if pos_dim is not None else (-2 if attention else 1)
+    shape = [1] * coefficient.ndim
+    shape[0], shape[dim] = mask.shape
+    return torch.where(mask.bool().reshape(shape).to(coefficient.device), coefficient, torch.zeros_like(coefficient))

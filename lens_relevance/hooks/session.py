@@ -1,0 +1,157 @@
+"""A session: the rules, readers and leaves on the HookPoints of one model, put there together and taken off together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.errors import LivenessError, RelevanceError
+from lens_relevance.hooks.model_state import check_forward, root
+from lens_relevance.hooks.placed_rule import PlacedRule
+from lens_relevance.hooks.recomputation import Rebuilding
+from lens_relevance.hooks.ruled_point import PointState, RuledHookPoint
+from lens_relevance.hooks.substitution import Refusal, bypassed
+from lens_relevance.rules.base import Rule
+from lens_relevance.sites import Site
+
+
+class Session:
+    """Rules, taps and leaves on the HookPoints of one model; everything is undone by `close`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.recording = False
+        self.placed: list[PlacedRule] = []
+        self._states: dict[HookPoint, PointState] = {}
+        self._components: dict[nn.Module, list[PlacedRule]] = {}
+        self._handles: list[Any] = []
+        self._on_begin: list[Callable[[dict[str, Any]], None]] = []
+
+    def state(self, point: HookPoint) -> PointState:
+        """The state of a HookPoint, exchanging its class at the first call."""
+        if point not in self._states:
+            if type(point) is not HookPoint:
+                kind = (
+                    "already carries rules; leave the inner attach or propagate"
+                    if isinstance(point, RuledHookPoint)
+                    else "is of a class of its own"
+                )
+                raise RelevanceError(f"HookPoint {point.name} {kind}: rules are attached to a model once at a time")
+            self._states[point] = PointState(point)
+            point.__dict__["_lens_relevance"] = self._states[point]
+            point.__class__ = RuledHookPoint
+        return self._states[point]
+
+    def place(self, site: Site, rule: Rule) -> None:
+        """Put a rule on a site."""
+        placed = PlacedRule(site, rule, self)
+        self.placed.append(placed)
+        if site.output is not None:
+            self.state(site.output).output_of.append(placed)
+        for index, point in enumerate(site.inputs):
+            self.state(point).input_of.append((placed, index))
+        self.listen(site)
+        if site.component is not None:
+            if site.component not in self._components:
+                self._components[site.component] = []
+                self._handles.append(site.component.register_forward_hook(self._leave, with_kwargs=True))
+            self._components[site.component].append(placed)
+
+    def listen(self, site: Site) -> None:
+        """Hand a site the call arguments of the module it asks for; recompute it where the model does so behind closed doors."""
+        if site.rebuilt is not None:
+            at = self.state(site.rebuilt)
+            at.rebuilding = at.rebuilding or Rebuilding()
+            at.rebuilding.add(site)
+            for point in site.inputs:
+                if at.rebuilding not in self.state(point).feeds:
+                    self.state(point).feeds.append(at.rebuilding)
+            if site.output is not None and site.output is not site.rebuilt:
+                self.state(site.output).rebuilt_by = at.rebuilding
+        if site.caller is not None and site.on_call is not None:
+            on_call = site.on_call
+            self._handles.append(site.caller.register_forward_pre_hook(lambda _, a, k: on_call(a, k), with_kwargs=True))
+
+    def open(self) -> None:
+        """Watch the beginning and the end of each forward of the wrapped model."""
+        module = root(self.model)
+        self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._end))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for point in self._states:
+            point.__class__ = HookPoint
+            del point.__dict__["_lens_relevance"]
+        self._handles.clear()
+        self._states.clear()
+        self._components.clear()
+        self.placed.clear()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for placed in self.placed:
+            placed.reset()
+        check_forward(self.model, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A component returns: what it does with its input has to have passed the rules placed inside it."""
+        wanted = {placed.node: placed for placed in self._components[module] if placed.node is not None}
+        for placed in wanted.values():
+            placed.node = None
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad), None)
+        first = output[0] if isinstance(output, tuple) else output
+        if not wanted or given is None or not isinstance(first, Tensor) or first.grad_fn is None:
+            return
+        source, missing = get_gradient_edge(given).node, set(wanted)
+        found_source, seen, stack = False, {first.grad_fn}, [first.grad_fn]
+        while stack and missing:
+            node = stack.pop()
+            missing.discard(node)
+            found_source = found_source or node is source
+            if node is not source:
+                fresh = [n for n, _ in node.next_functions if n is not None and n not in seen]
+                seen.update(fresh)
+                stack += fresh
+        if missing and found_source:  # an intervention that cuts the component off from its input leaves nothing to pass
+            decorative = wanted[missing.pop()]
+            first.register_hook(Refusal(bypassed(decorative.site, decorative.rule)))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for placed in self.placed:
+            if placed.site.output is None:
+                output = _with_logits(output, placed.substitute)
+        silent = [p.site for p in self.placed if p.fired == 0 and p.site.enabled()]
+        if silent:
+            raise LivenessError(
+                f"{len(silent)} site(s) never fired in this forward, so their rules did nothing: "
+                + "; ".join(f"{s.name} ({s.points})" for s in silent[:3])
+                + ". Declare these sites at HookPoints that fire, or leave them out with strict=False"
+            )
+        return output
+
+
+def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:
+    """What a model returned (a tensor, a tuple or an output object), with its logits substituted."""
+    if isinstance(output, Tensor):
+        return substitute(output)
+    if isinstance(output, tuple):
+        return (substitute(output[0]), *output[1:])
+    output.logits = substitute(output.logits)
+    return output
+
+
+@contextmanager
+def session(model: Any) -> Iterator[Session]:
+    """A Session that is closed whatever happens."""
+    opened = Session(model)
+    try:
+        opened.open()
+        yield opened
+    finally:
+        opened.close()

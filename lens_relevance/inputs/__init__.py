@@ -1,0 +1,1 @@
+"""What is explained and what it is compared with: prompts, references, targets."""

@@ -1,0 +1,178 @@
+"""What a run is compared with: other tokens, or the same positions with a baseline in place of the token embeddings.
+
+A single prompt has no counterpart; `mean_embedding()` and `random_tokens()` stand in for one. BOS is kept as it is. A baseline so flat
+that a norm's variance is not well above its eps makes 1/sqrt(variance) huge and the comparison meaningless; the engine refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.model_state import root
+from lens_relevance.inputs.prompt import Prompt, read_inputs
+from lens_relevance.sites.token_sets import DECODER, TOKENS
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """n reference runs per example, row by row: how the model is called, and token embeddings that are replaced meanwhile.
+
+    embeddings: by stack, where (bool [rows, pos]) and by what ([d_model] or [rows, pos, d_model]). Rows are ordered example by example:
+    the n references of the first example come first.
+    """
+
+    prompt: Prompt
+    embeddings: dict[str, tuple[Bool[Tensor, "rows pos"], Float[Tensor, "... d_model"]]] = field(default_factory=dict)
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A reference made for any prompt; see `mean_embedding`, `random_tokens`, `zero_embedding`."""
+
+    kind: str
+    n: int = 1
+    seed: int = 0
+
+    def run(self, model: Any, prompt: Prompt, tail: int = 0) -> ReferenceRun:
+        """The reference runs for these prompts; the last `tail` tokens of each are part of the answer and stay."""
+        if not prompt.ids:
+            raise RelevanceError(f"{self} replaces tokens, and this model is called with none: give another image as the reference")
+        replaced = _replaced(model, prompt, tail)
+        if self.kind == "random_tokens":
+            generator, many, drawn = torch.Generator().manual_seed(self.seed), prompt.repeat(self.n), {}
+            allowed = _ordinary_tokens(model)
+            for stack, ids in many.ids.items():
+                other = allowed[torch.randint(len(allowed), ids.shape, generator=generator)].to(ids.device)
+                drawn[stack] = torch.where(replaced[stack].repeat_interleave(self.n, 0), other, ids)
+            return ReferenceRun(many.with_ids(drawn), n=self.n)
+        baselines = {}
+        for stack, where in replaced.items():
+            table = embedding_table(model, stack)
+            baselines[stack] = (where, table.mean(0) if self.kind == "mean_embedding" else torch.zeros_like(table[0]))
+        return ReferenceRun(prompt, baselines)
+
+    def __str__(self) -> str:
+        return f"random_tokens(n={self.n}, seed={self.seed})" if self.kind == "random_tokens" else f"{self.kind}()"
+
+
+def mean_embedding() -> Baseline:
+    """Every token embedding but BOS replaced by the mean over the vocabulary."""
+    return Baseline("mean_embedding")
+
+
+def zero_embedding() -> Baseline:
+    """Every token embedding but BOS replaced by zeros. Without position embeddings this is degenerate, and refused when it is used."""
+    return Baseline("zero_embedding")
+
+
+def random_tokens(n: int = 8, seed: int = 0) -> Baseline:
+    """Every token but BOS replaced by a random one; relevance is the average over n such references (n times the work, in one batch)."""
+    if n < 1:
+        raise RelevanceError(f"random_tokens needs at least one reference, got n={n}")
+    return Baseline("random_tokens", n, seed)
+
+
+def is_inputs(reference: Any) -> bool:
+    """Whether a reference was given as other inputs: text, token ids, an image or keyword arguments."""
+    if isinstance(reference, Tensor):
+        return not reference.is_floating_point() or reference.ndim > 3
+    return isinstance(reference, str | list | tuple | Mapping)
+
+
+def reference_inputs(model: Any, reference: Any, prompt: Prompt) -> Prompt:
+    """A reference given as other inputs for these prompts; raises RelevanceError where the two do not fit."""
+    given = read_inputs(model, reference)
+    if prompt.ids and given.tokens.shape != prompt.tokens.shape:
+        raise RelevanceError(
+            f"the reference has shape {tuple(given.tokens.shape)}, the inputs {tuple(prompt.tokens.shape)}: pass a reference of the same "
+            "number of rows and tokens, or mean_embedding() or random_tokens() where the prompt has no counterpart"
+        )
+    mine, its = ({name: tuple(value.shape) for name, value in p.arguments.items() if "mask" not in name} for p in (prompt, given))
+    if mine != its:
+        raise RelevanceError(f"the reference has the arguments {its}, the inputs {mine}: pass the same ones, of the same shapes")
+    if not isinstance(reference, Tensor) and not torch.equal(given.mask, prompt.mask):
+        raise RelevanceError("the prompts and their references differ in length row by row; pair prompts of equally many tokens")
+    if not prompt.arguments:
+        return Prompt(given.tokens, prompt.mask)
+    return Prompt(given.tokens, prompt.mask, given.arguments | {name: value for name, value in prompt.arguments.items() if "mask" in name})
+
+
+def reference_run(model: Any, reference: Any, prompt: Prompt, tail: int = 0) -> ReferenceRun:
+    """A ReferenceRun from other inputs, a Baseline or embeddings ([d_model] or [batch, pos, d_model]) of the tokens.
+
+    The last `tail` tokens of each row stay as they are under a baseline.
+    """
+    if is_inputs(reference):
+        return ReferenceRun(reference_inputs(model, reference, prompt))
+    if isinstance(reference, Baseline):
+        return reference.run(model, prompt, tail)
+    if not isinstance(reference, Tensor):
+        kind = type(reference).__name__
+        raise RelevanceError(f"a reference is text, token ids, embeddings or a baseline such as mean_embedding(), not {kind}")
+    if set(prompt.ids) != {TOKENS}:
+        raise RelevanceError("embeddings as a reference need a model with one stack of tokens; give other inputs, or a baseline")
+    width = _embedding(model, TOKENS).embedding_dim
+    if reference.shape[-1] != width:
+        raise RelevanceError(f"reference embeddings have {reference.shape[-1]} features, the model {width}")
+    if reference.ndim == 1:
+        return ReferenceRun(prompt, {TOKENS: (_replaced(model, prompt, tail)[TOKENS], reference)})
+    if reference.shape[:-1] != prompt.tokens.shape:
+        raise RelevanceError(f"reference embeddings are {list(reference.shape)}; give [d_model] or {[*prompt.tokens.shape, width]}")
+    return ReferenceRun(prompt, {TOKENS: (torch.ones_like(prompt.mask, dtype=torch.bool), reference)})
+
+
+@torch.no_grad()
+def embedding_table(model: Any, stack: str) -> Float[Tensor, "vocab d_model"]:
+    """What a stack's token embedding gives for every id, scaled where the model scales it."""
+    original = _embedding(model, stack)
+    return original(torch.arange(original.num_embeddings, device=original.weight.device))
+
+
+def _embedding(model: Any, stack: str) -> nn.Embedding:
+    component = getattr(model, "decoder_embed" if stack == DECODER and hasattr(model, "decoder_embed") else "embed", None)
+    original = getattr(component, "original_component", None)
+    if not isinstance(original, nn.Embedding):
+        raise RelevanceError(f"{type(model).__name__} has no token embedding to take a baseline from: give other inputs as the reference")
+    return original
+
+
+def _replaced(model: Any, prompt: Prompt, tail: int) -> dict[str, Tensor]:
+    """True where a baseline takes the token's place, by stack: real tokens but those that begin or (BERT's [CLS], [SEP]) frame a text, and
+    not the last `tail`."""
+    tokenizer = getattr(model, "tokenizer", None)
+    begins = {getattr(tokenizer, "bos_token_id", None)}
+    frames = [i for i in (getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")) if i is not None]
+    frames += _image_token(model)
+    if DECODER in prompt.ids:
+        begins.add(getattr(getattr(root(model), "config", None), "decoder_start_token_id", None))
+    found = {}
+    for stack, ids in prompt.ids.items():
+        mask = prompt.masks[stack]
+        kept = (mask.cumsum(1) == 1) & (mask == 1) & torch.isin(ids, torch.tensor([b for b in begins if b is not None], device=ids.device))
+        kept = kept | torch.isin(ids, torch.tensor(frames, device=ids.device))
+        last = tail if stack in (TOKENS, DECODER) else 0
+        found[stack] = (mask == 1) & (mask.cumsum(1) <= mask.sum(1, keepdim=True) - last) & ~kept
+    return found
+
+
+def _image_token(model: Any) -> list[int]:
+    """The id whose places an image's patches take, where a model reads images among its tokens."""
+    found = getattr(getattr(root(model), "config", None), "image_token_id", None)
+    return [] if found is None else [int(found)]
+
+
+def _ordinary_tokens(model: Any) -> Tensor:
+    """Token ids that a random prompt may hold: the vocabulary without special tokens."""
+    everything = torch.arange(int(model.cfg.d_vocab))
+    special = [*(getattr(getattr(model, "tokenizer", None), "all_special_ids", []) or []), *_image_token(model)]
+    keep = torch.ones_like(everything, dtype=torch.bool)
+    keep[[i for i in special if i < len(everything)]] = False
+    return everything[keep]

@@ -1,0 +1,293 @@
+"""What is explained: a scalar per example, from the logits or from a latent.
+
+Tokens are strings (each must be one token) or ids, one for all examples or one per example; of a classifier they are the names or numbers
+of its classes. Positions count each row's real tokens, so that -1 is the last real token whatever the padding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_relevance.errors import RelevanceError
+from lens_relevance.inputs.class_labels import class_names, class_number, is_headless
+from lens_relevance.inputs.metrics import LatentValue, LogitCombination, LogProbs, Metric
+
+Logits = Float[Tensor, "batch pos vocab"]
+Tokens = Any  # str | int | sequence of them | Int[Tensor, "batch"]; checked by token_ids with messages of its own
+
+
+class Target(ABC):
+    """A scalar per example that relevance is propagated from; `point` names the HookPoint it is a function of, None the logits."""
+
+    point: str | None = None
+
+    @abstractmethod
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        """The target as a function of the logits of these tokens."""
+
+    def select(self, rows: Any) -> Target:
+        """The target of some rows (slice, list or index tensor) of the batch."""
+        return self
+
+    def extend(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs with what the target itself adds to them (a continuation); by default nothing."""
+        return tokens, attention_mask
+
+
+def token_ids(model: Any, tokens: Tokens, batch: int, what: str) -> Int[Tensor, "batch n"]:
+    """Token ids, one row per example; each string must be a single token."""
+    if isinstance(tokens, str | int) or (isinstance(tokens, Tensor) and tokens.ndim == 0):
+        tokens = [tokens] * batch
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    if len(tokens) == 1 and batch > 1:
+        tokens = list(tokens) * batch
+    if len(tokens) != batch:
+        raise RelevanceError(f"{what}: {len(tokens)} given for {batch} example(s); give one per example, or one for all")
+    rows = [[single_token(model, t, what) for t in (row if isinstance(row, list | tuple) else [row])] for row in tokens]
+    if len({len(row) for row in rows}) > 1:
+        raise RelevanceError(f"{what}: every example needs the same number of tokens, got {[len(row) for row in rows]}")
+    return torch.tensor(rows, dtype=torch.long, device=_device(model))
+
+
+def single_token(model: Any, token: str | int | Tensor, what: str = "token") -> int:
+    """The id of one token, or the number of a classifier's class; a string of several pieces is refused with the pieces shown."""
+    classes = class_names(model)
+    if classes is not None:
+        return class_number(classes, token, what)
+    vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
+    if isinstance(token, str):
+        if getattr(model, "tokenizer", None) is None:
+            raise RelevanceError(f"{what} {token!r}: the model has no tokenizer; give token ids")
+        ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
+        if len(ids) != 1:
+            pieces = [model.tokenizer.decode([i]) for i in ids]
+            raise RelevanceError(
+                f"{what} {token!r} is {len(ids)} tokens {pieces}; give one of them (often with a leading space), "
+                "or continuation(...) for an answer of several tokens"
+            )
+        if model.tokenizer.unk_token_id is not None and ids[0] == model.tokenizer.unk_token_id:
+            raise RelevanceError(f"{what} {token!r} is not in the vocabulary of this tokenizer")
+        return int(ids[0])
+    index = int(token)
+    if not 0 <= index < vocabulary:
+        raise RelevanceError(f"{what} id {index} is outside the vocabulary of {vocabulary}")
+    return index
+
+
+def positions(position: int, tokens: Tensor, attention_mask: Tensor | None) -> Int[Tensor, " batch"]:
+    """Index of the position-th real token of each row; negative positions count from the end."""
+    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens.device).long()
+    real = mask.sum(1)
+    wanted = position if position >= 0 else real + position
+    if bool(((torch.as_tensor(wanted) < 0) | (torch.as_tensor(wanted) >= real)).any()):
+        raise RelevanceError(f"position {position} is outside the prompt: rows have {sorted(set(real.tolist()))} real tokens")
+    return ((mask.cumsum(1) == (torch.as_tensor(wanted, device=tokens.device) + 1).reshape(-1, 1)) & (mask == 1)).long().argmax(1)
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _rows(tokens: Tokens, rows: Any) -> Tokens:
+    if isinstance(tokens, str | int) or (isinstance(tokens, Tensor) and tokens.ndim == 0) or len(tokens) == 1:
+        return tokens
+    if isinstance(tokens, Tensor) or isinstance(rows, slice):
+        return tokens[rows]
+    picked = torch.as_tensor(rows)
+    return [tokens[int(i)] for i in (picked.nonzero().flatten() if picked.dtype == torch.bool else picked)]
+
+
+@dataclass(frozen=True)
+class TokenTarget(Target):
+    """Logits or log-probabilities of given tokens at one position; built by `logit`, `logit_diff` and `log_prob`."""
+
+    kind: Literal["logit", "logit_diff", "log_prob"]
+    answer: Tokens
+    wrong: Tokens = None
+    position: int = -1
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        if is_headless(model):
+            raise RelevanceError(
+                "this model has no head: its output is the last hidden state, and no token or class has a logit there; "
+                "explain similarity(...), latent(...), or a function of the output"
+            )
+        batch = tokens.shape[0]
+        at = positions(self.position, tokens, attention_mask)
+        answer = token_ids(model, self.answer, batch, "answer")
+        if self.kind == "log_prob":
+            if answer.shape[1] > 1:
+                raise RelevanceError("log_prob takes one token per example; continuation(...) sums over several")
+            return LogProbs(at.unsqueeze(1), answer)
+        return LogitCombination(at, answer, None if self.wrong is None else token_ids(model, self.wrong, batch, "wrong answer"))
+
+    def select(self, rows: Any) -> TokenTarget:
+        return replace(self, answer=_rows(self.answer, rows), wrong=None if self.wrong is None else _rows(self.wrong, rows))
+
+
+def logit(token: Tokens, position: int = -1) -> TokenTarget:
+    """The logit of a token, or of a classifier's class (the mean, where an example gives a tuple of several) at a position.
+
+    Units: logits. Raises RelevanceError for a string that is not one token, or not one class.
+    """
+    return TokenTarget("logit", token, position=position)
+
+
+def logit_diff(answer: Tokens, wrong: Tokens, position: int = -1) -> TokenTarget:
+    """logit(answer) - logit(wrong) at a position, the field's usual metric. Units: logits."""
+    return TokenTarget("logit_diff", answer, wrong, position)
+
+
+def log_prob(token: Tokens, position: int = -1) -> TokenTarget:
+    """log softmax(logits)[token] at a position. Units: nats. Not linear in the logits: see `pair_coefficients`."""
+    return TokenTarget("log_prob", token, position=position)
+
+
+@dataclass(frozen=True)
+class CallableTarget(Target):
+    """Any function from logits [batch, pos, vocab] to a scalar or [batch]."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        def checked(logits: Tensor) -> Tensor:
+            value = self.function(logits)
+            if not isinstance(value, Tensor) or value.ndim > 1 or (value.ndim == 1 and value.shape[0] != logits.shape[0]):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise RelevanceError(f"a target must give a scalar or one value per example [{logits.shape[0]}], got {shape}")
+            return value
+
+        return Metric(checked)
+
+
+@dataclass(frozen=True)
+class Continuation(Target):
+    """The summed log-probability of an answer of several tokens; built by `continuation`."""
+
+    text: Any
+
+    def _answers(self, model: Any, batch: int) -> list[Tensor]:
+        if class_names(model) is not None:
+            raise RelevanceError("continuation: nothing follows the inputs of a classifier; explain a class, as in logit('cat')")
+        given = [self.text] * batch if isinstance(self.text, str) or _is_ids(self.text) else list(self.text)
+        if len(given) != batch:
+            raise RelevanceError(f"continuation: {len(given)} given for {batch} example(s); give one per example, or one for all")
+        device = _device(model)
+        answers = [model.to_tokens(a, prepend_bos=False)[0] if isinstance(a, str) else torch.as_tensor(a, device=device) for a in given]
+        if any(a.numel() == 0 for a in answers):
+            raise RelevanceError("continuation: an answer is empty")
+        if len({len(a) for a in answers}) > 1:
+            raise RelevanceError(f"continuation: answers need equally many tokens within a batch, got {[len(a) for a in answers]}")
+        return [a.to(device) for a in answers]
+
+    def extend(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        from lens_relevance.inputs.prompt import pad
+
+        rows = zip(tokens, attention_mask.bool(), self._answers(model, tokens.shape[0]), strict=True)
+        return pad([torch.cat([row[real], answer[:-1]]) for row, real, answer in rows], model)
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        answers = torch.stack(self._answers(model, tokens.shape[0]))
+        n = answers.shape[1]
+        at = torch.stack([positions(i - n, tokens, attention_mask) for i in range(n)], 1)
+        return LogProbs(at, answers)
+
+    def select(self, rows: Any) -> Continuation:
+        return self if _is_ids(self.text) else replace(self, text=_rows(self.text, rows))
+
+
+def _is_ids(given: Any) -> bool:
+    """Whether this is one row of token ids, meant for all examples."""
+    return (isinstance(given, Tensor) and given.ndim == 1) or (isinstance(given, list | tuple) and all(isinstance(i, int) for i in given))
+
+
+def continuation(text: Any) -> Continuation:
+    """The summed log-probability of several tokens that follow the prompt, e.g. continuation(" went home"). Units: nats.
+
+    text: a string, a row of token ids, or one of these per example (equally many tokens). All but its last token are appended to the
+    inputs, so results have that many more positions.
+    """
+    return Continuation(text)
+
+
+@dataclass(frozen=True, eq=False)
+class Latent(Target):
+    """A latent instead of the output; built by `latent`."""
+
+    point: str | None = None
+    head: int | None = None
+    unit: int | None = None
+    direction: Float[Tensor, " d"] | None = None
+    position: int = -1
+
+    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+        return LatentValue(str(self.point), positions(self.position, tokens, attention_mask), self.head, self.unit, self.direction)
+
+
+def latent(
+    name: str, unit: int | None = None, head: int | None = None, direction: Float[Tensor, " d"] | None = None, position: int = -1
+) -> Latent:
+    """Start from a unit, or a direction, at a HookPoint (of one head, where the layout is [.., head, d_head]) at a position.
+
+    Units: those of the activation.
+    """
+    return Latent(name, head, unit, direction, position)
+
+
+def top_prediction(logits: Float[Tensor, "batch *pos vocab"], tokens: Tensor, mask: Tensor | None) -> TokenTarget:
+    """Each row's most likely next token (or class) against its runner-up, where there is one."""
+    rows = torch.arange(tokens.shape[0], device=logits.device)
+    last = logits if logits.ndim == 2 else logits[rows, positions(-1, tokens, mask).to(logits.device)]
+    if last.shape[-1] == 1:
+        return logit(0)
+    top = last.detach().topk(2, -1).indices
+    return logit_diff(top[:, 0], top[:, 1])
+
+
+def as_target(target: Target | Callable[[Tensor], Tensor]) -> Target:
+    """A Target from what the user gave."""
+    if isinstance(target, Target):
+        return target
+    if callable(target):
+        return CallableTarget(target)
+    raise RelevanceError(
+        f"target must be a Target (logit, logit_diff, log_prob, ...), a function of the logits or None, got {type(target).__name__}"
+    )
+
+
+def describe(target: Target | Callable[[Tensor], Tensor] | None, model: Any | None = None) -> str:
+    """A target in words, for tables and pages."""
+    if isinstance(target, Latent):
+        return f"latent({target.point}, head={target.head}, unit={target.unit})"
+    if isinstance(target, Continuation):
+        return f"continuation({target.text!r})"
+    if isinstance(target, CallableTarget):
+        return getattr(target.function, "__name__", "metric")
+    if not isinstance(target, TokenTarget):
+        return type(target).__name__ if isinstance(target, Target) else getattr(target, "__name__", "top prediction")
+
+    def words(tokens: Tokens) -> str:
+        first, several = tokens, False
+        while not isinstance(first, str | int) and getattr(first, "ndim", 1) > 0:
+            first, several = first[0], several or len(first) > 1
+        return repr(word(first)) + (" ..." if several else "")
+
+    def word(token: Any) -> Any:
+        classes = None if model is None else class_names(model)
+        if isinstance(token, str):
+            return token
+        if classes is not None:
+            return classes.get(int(token), int(token))
+        return int(token) if getattr(model, "tokenizer", None) is None else model.tokenizer.decode([int(token)])  # type: ignore[union-attr]
+
+    if target.wrong is not None:
+        return f"logit({words(target.answer)}) - logit({words(target.wrong)})"
+    return f"{target.kind}({words(target.answer)})"
