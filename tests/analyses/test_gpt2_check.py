@@ -10,7 +10,7 @@ import typer
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
-from analyses import gpt2_check as module
+from analyses.benchmarks import gpt2_check as module
 from analyses.benchmarks.gpt2_check import KNOWN_HEADS, PUBLISHED, gpt2_check
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
