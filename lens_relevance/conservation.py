@@ -81,6 +81,7 @@ def account(
     anatomy: Anatomy,
     placed: list[tuple[Site, Rule]],
     activations: dict[str, Tensor],
+    *,
     references: dict[str, Tensor] | None,
     coefficients: dict[str, Tensor],
     value: Tensor,

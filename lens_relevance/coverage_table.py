@@ -46,7 +46,9 @@ class Coverage:
     uncovered: dict[str, str]
 
 
-def coverage(model: Any, names: Sequence[str] | None = None, positions: int = 8, seed: int = 0, inputs: Inputs | None = None) -> Coverage:
+def coverage(
+    model: Any, names: Sequence[str] | None = None, positions: int = 8, *, seed: int = 0, inputs: Inputs | None = None
+) -> Coverage:
     """Run each ruleset, with the audit, and list every site of the model. The model is left as it was.
 
     names: rulesets to try, all registered ones by default. inputs: what `propagate` takes; pair rules then compare it with its own rows in
@@ -58,7 +60,7 @@ def coverage(model: Any, names: Sequence[str] | None = None, positions: int = 8,
     body = anatomy(model)
     if inputs is None:
         generator = torch.Generator().manual_seed(seed)
-        inputs, other = (random_inputs(model, 1, positions, generator) for _ in range(2))
+        inputs, other = (random_inputs(model, 1, positions, generator=generator) for _ in range(2))
     else:
         other = _reversed(inputs)
     listed = list(names) if names is not None else list(rulesets())
@@ -67,7 +69,7 @@ def coverage(model: Any, names: Sequence[str] | None = None, positions: int = 8,
     for name in listed:
         reference = other if needs_reference(ruleset(name)) else None
         try:
-            cache = propagate(model, inputs, target, name, names_filter=lambda _: True, reference=reference, audit=True)
+            cache = propagate(model, inputs, target, rules=name, names_filter=lambda _: True, reference=reference, audit=True)
         except RelevanceError as error:
             rows.append((name, False, float("nan"), str(error)))
             continue
@@ -93,7 +95,7 @@ def coverage(model: Any, names: Sequence[str] | None = None, positions: int = 8,
     return Coverage(sites, table, dict(body.uncovered))
 
 
-def random_inputs(model: Any, batch: int, positions: int, generator: torch.Generator) -> Inputs:
+def random_inputs(model: Any, batch: int, positions: int, *, generator: torch.Generator) -> Inputs:
     """What the model can be called with: token ids [batch, positions], an image, or both; raises RelevanceError where that is not known."""
     device, config = next(model.parameters()).device, getattr(root(model), "config", None)
     vision = getattr(config, "vision_config", config)

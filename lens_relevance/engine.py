@@ -34,6 +34,7 @@ def propagate(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     names_filter: NamesFilter = None,
     reference: Any = None,
@@ -65,26 +66,7 @@ def propagate(
     strict and the ruleset would hold only for part of the model. The model is left exactly as it was.
     """
     check_model(model)
-    return propagate_in(
-        anatomy(model), model, inputs, target, rules, names_filter, reference, attention_mask, device, audit, through, strict
-    )
-
-
-def propagate_in(
-    body: Anatomy,
-    model: Any,
-    inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
-    rules: str | Table | None = None,
-    names_filter: NamesFilter = None,
-    reference: Any = None,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str | None = None,
-    audit: bool = False,
-    through: Mapping[str, Any] | None = None,
-    strict: bool = True,
-) -> RelevanceCache:
-    """`propagate` where the anatomy of the model is known already."""
+    body = anatomy(model)
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
     table = _table(rules, reference)
     given = prompt = read_inputs(model, inputs, attention_mask)
@@ -106,15 +88,15 @@ def propagate_in(
         before = None
         if other is not None:
             with torch.no_grad(), recording(opened), replaced_embeddings(opened, body, other):
-                before = one_pass(model, other.prompt, taps, point)
-        run = one_pass(model, prompt.repeat(n), taps, point)
-        tokens, mask = positions_of(prompt, body, point, run)
+                before = one_pass(model, other.prompt, taps, point=point)
+        run = one_pass(model, prompt.repeat(n), taps, point=point)
+        tokens, mask = positions_of(prompt, body, point, run=run)
         if target is None:
             target = top_prediction(run.root[::n], tokens, mask)
         metric = target.metric(model, tokens, mask)
-        seed = seed_of(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n)
+        seed = seed_of(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n=n)
         absent = taps.absent(run.tensors, explicit)
-        coefficients = backward_through(run.root, seed, run.tensors, conditions)
+        coefficients = backward_through(run.root, seed, run.tensors, conditions=conditions)
         taps.check_reached(coefficients, absent, explicit)
     with torch.no_grad():
         value = values_of(metric, run.root.detach(), n)
@@ -125,7 +107,16 @@ def propagate_in(
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
             ledger = _ledger(body, table, run, before, coefficients, seed, value, reference_value, n)
         references = None if before is None else before.tensors
-        groups = collect(body, [k for k in names if k in coefficients], run.tensors, references, coefficients, prompt.masks, n, device)
+        groups = collect(
+            body,
+            [k for k in names if k in coefficients],
+            run.tensors,
+            references=references,
+            coefficients=coefficients,
+            masks=prompt.masks,
+            n=n,
+            device=device,
+        )
     return RelevanceCache(
         **groups,
         value=average(value, n),
@@ -145,7 +136,7 @@ def propagate_in(
 
 
 @contextmanager
-def attach(model: Any, rules: str | Table, reference: Any = None, strict: bool = True) -> Iterator[None]:
+def attach(model: Any, rules: str | Table, reference: Any = None, *, strict: bool = True) -> Iterator[None]:
     """Rules on a model's HookPoints while the block lasts: every gradient tool, TransformerLens's too, then propagates relevance.
 
         with attach(model, "relp"):
@@ -223,11 +214,11 @@ def _ledger(
         body,
         [(site, rule_for(table, site)) for site in body.sites if site.enabled()],
         {**{name: tensor.detach() for name, tensor in run.tensors.items()}, LOGITS: run.logits.detach()},
-        references,
-        {**coefficients, LOGITS: seed},
-        whole.to(at_logits.dtype),
-        whole.to(at_logits.dtype) - at_logits,
-        lambda rows: average(rows, n),
+        references=references,
+        coefficients={**coefficients, LOGITS: seed},
+        value=whole.to(at_logits.dtype),
+        target_sink=whole.to(at_logits.dtype) - at_logits,
+        average=lambda rows: average(rows, n),
     )
 
 

@@ -58,7 +58,7 @@ def _swap(where: Tensor, value: Tensor, x: Tensor) -> Tensor:
     return torch.where(where.to(x.device).unsqueeze(-1), value.to(x), x)
 
 
-def one_pass(model: Any, prompt: Prompt, taps: Taps, point: str | None) -> Run:
+def one_pass(model: Any, prompt: Prompt, taps: Taps, *, point: str | None) -> Run:
     logits = prompt.call(model)
     tensors = taps.take()
     if point is None:
@@ -68,7 +68,7 @@ def one_pass(model: Any, prompt: Prompt, taps: Taps, point: str | None) -> Run:
     return Run(tensors, logits, taps.convert(point, tensors[point]))
 
 
-def positions_of(prompt: Prompt, body: Anatomy, point: str | None, run: Run) -> tuple[Tensor, Tensor]:
+def positions_of(prompt: Prompt, body: Anatomy, point: str | None, *, run: Run) -> tuple[Tensor, Tensor]:
     """Ids and mask of the positions that the target chooses from; a classifier has one."""
     if point is None:
         tokens, mask = prompt.tokens, prompt.mask
@@ -81,7 +81,7 @@ def positions_of(prompt: Prompt, body: Anatomy, point: str | None, run: Run) -> 
     return nothing, torch.ones_like(nothing)
 
 
-def seed_of(metric: Metric, root: Tensor, reference: Tensor | None, n: int) -> Tensor:
+def seed_of(metric: Metric, root: Tensor, reference: Tensor | None, *, n: int) -> Tensor:
     """The coefficients that the target gives its root; rows of one example's n references are n apart."""
     seed = torch.empty_like(root)
     for i in range(n):

@@ -37,18 +37,20 @@ def test_the_stand_in_refuses_what_pytorch_refuses() -> None:
 
 
 def relevance(model: TransformerBridge) -> Tensor:
-    cache = propagate(model, PAIRS.clean, PAIRS.target, "deeplift", reference=PAIRS.corrupt, audit=True)
+    cache = propagate(model, PAIRS.clean, PAIRS.target, rules="deeplift", reference=PAIRS.corrupt, audit=True)
     account = torch.tensor(cache.conservation().drop(columns=["example", "layer"]).to_numpy(float)).float()
     parts = (cache.heads(), cache.residual(), cache.tokens(), cache.neurons(1), account)
     return torch.cat([part.cpu().flatten() for part in parts])
 
 
 def single(model: TransformerBridge) -> Tensor:
-    return propagate(model, PAIRS.clean, PAIRS.target, "attnlrp").heads().cpu()
+    return propagate(model, PAIRS.clean, PAIRS.target, rules="attnlrp").heads().cpu()
 
 
 def from_attention(model: TransformerBridge) -> Tensor:
-    found = [token_relevance(model, PAIRS.clean, PAIRS.target, method) for method in ("weighted_accumulation", "rollout", "chefer_2021a")]
+    found = [
+        token_relevance(model, PAIRS.clean, PAIRS.target, method=method) for method in ("weighted_accumulation", "rollout", "chefer_2021a")
+    ]
     return torch.cat([part.cpu().flatten() for one in found for part in (one.scores, one.heads)])
 
 

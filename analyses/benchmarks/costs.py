@@ -72,12 +72,12 @@ def cost(family: Family, repeats: int = 9, batch: int = 4, positions: int = 64) 
     """Ratios to the plain gradient by ruleset, and the seconds of the plain gradient."""
     model = larger(family).build(torch.float32)
     generator = torch.Generator().manual_seed(1)
-    one, other = (random_inputs(model, batch, positions, generator) for _ in range(2))
+    one, other = (random_inputs(model, batch, positions, generator=generator) for _ in range(2))
     target = logit_diff(0, 1)
     cases: dict[str, Callable[[], Any]] = {"plain": lambda: plain_gradient(model, one)}
     for rules in _SINGLE:
-        cases[rules] = lambda rules=rules: propagate(model, one, target, rules)  # type: ignore[misc]
-    cases["deeplift"] = lambda: propagate(model, one, target, "deeplift", reference=other)
+        cases[rules] = lambda rules=rules: propagate(model, one, target, rules=rules)  # type: ignore[misc]
+    cases["deeplift"] = lambda: propagate(model, one, target, rules="deeplift", reference=other)
     table = ratios(interleaved(cases, repeats, "cpu"), "plain").set_index("case")
     measured = {str(name): float(ratio) for name, ratio in table["ratio"].drop("plain").items()}
     return measured | {"plain, s": float(table["seconds"]["plain"])}

@@ -104,7 +104,7 @@ def first_token(model: Any, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
     for name in RULESETS:
         shares = []
         for table in (rulesets()[name], {**rulesets()[name], **PLAIN_NORMS}):
-            relevance = propagate(model, tokens, None, table, names_filter="embed.hook_out").tokens().abs()
+            relevance = propagate(model, tokens, None, rules=table, names_filter="embed.hook_out").tokens().abs()
             shares.append(float((relevance[:, 0] / relevance.sum(1)).mean()))
         rows.append((name, *shares))
     return pd.DataFrame(rows, columns=["ruleset", "before", "after"])

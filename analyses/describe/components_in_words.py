@@ -131,7 +131,16 @@ def describe_head(
     direct: DirectLogits | None = None
     pairs, total, n = [], 0.0, 0
     for batch in batches(model, prompts, target):
-        flow = head_flow(model, batch.tokens, batch.target, rules, "value", [layer], batch.reference, batch.mask)[:, 0, head]
+        flow = head_flow(
+            model,
+            batch.tokens,
+            batch.target,
+            rules=rules,
+            path="value",
+            layers=[layer],
+            reference=batch.reference,
+            attention_mask=batch.mask,
+        )[:, 0, head]
         direct = direct or DirectLogits(model, layer, "attn")
         pattern, v = (f"blocks.{layer}.attn.hook_{name}" for name in ("pattern", "v"))
         with torch.no_grad():
@@ -191,7 +200,15 @@ def describe_neuron(
     strongest: _Strongest | None = None
     total, n = 0.0, 0
     for batch in batches(model, prompts, target):
-        cache = propagate(model, batch.tokens, batch.target, rules, [name, *direct.norms], batch.reference, batch.mask)
+        cache = propagate(
+            model,
+            batch.tokens,
+            batch.target,
+            rules=rules,
+            names_filter=[name, *direct.norms],
+            reference=batch.reference,
+            attention_mask=batch.mask,
+        )
         relevance, activation = cache[name][..., neuron], cache.activations[name][..., neuron]
         counterpart = cache.reference_activations[name][..., neuron] if batch.reference is not None else None
         norms = {point: cache.activations[point] for point in direct.norms}

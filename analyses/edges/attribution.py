@@ -18,9 +18,8 @@ from analyses.edges.stream import Stream
 from analyses.edges.wiring import Wiring, points, wiring
 from analyses.edges.writers import sources, writes
 from lens_relevance.cache import RelevanceCache
-from lens_relevance.engine import propagate_in
+from lens_relevance.engine import propagate
 from lens_relevance.errors import CoverageError
-from lens_relevance.hooks.model_state import check_model
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import reference_run
 from lens_relevance.inputs.targets import Target
@@ -116,7 +115,6 @@ def passes(
     flows: bool = False,
 ) -> Iterator[tuple[RelevanceCache, Constants]]:
     """One backward pass per reference run, with everything kept that edges need; `flows`: also what flows inside heads and MLPs need."""
-    check_model(model)
     wanted = set(points(found, flows))
     tokens, mask = tokenize(model, inputs, attention_mask)
     references = [reference]
@@ -125,7 +123,9 @@ def passes(
         references = [runs.prompt.tokens[i :: runs.n] for i in range(runs.n)]
     for each in references:
         with rotary_constants(found) as constants:
-            cache = propagate_in(found.body, model, tokens, target, rules, lambda name: name in wanted, each, attention_mask=mask)
+            cache = propagate(
+                model, tokens, target, rules=rules, names_filter=lambda name: name in wanted, reference=each, attention_mask=mask
+            )
         missing = sorted(wanted - set(cache.coefficients))
         if missing:
             raise CoverageError(f"edges need {', '.join(missing[:3])}, but {cache.absent.get(missing[0], 'it was not kept')}")

@@ -34,7 +34,13 @@ def atp_star() -> Estimator:
         heads = points(model, ["heads"]) if corrected else []
         names = list(dict.fromkeys([*points(model, components), *heads]))
         cache = propagate(
-            model, pairs.corrupt, pairs.target, "gradient", names_filter=names, reference=pairs.clean, attention_mask=pairs.corrupt_mask
+            model,
+            pairs.corrupt,
+            pairs.target,
+            rules="gradient",
+            names_filter=names,
+            reference=pairs.clean,
+            attention_mask=pairs.corrupt_mask,
         )
         found = collect(model, plain, lambda point: -cache[point])
         z = {point: cache.activations[cache.canonical(point)] for point in heads}

@@ -17,7 +17,7 @@ def by_attention(method: str) -> Estimator:
     """
 
     def scores(model: Any, pairs: PromptPairs, components: Sequence[Component]) -> Scores:
-        found = token_relevance(model, pairs.clean, pairs.target, method, attention_mask=pairs.clean_mask)
+        found = token_relevance(model, pairs.clean, pairs.target, method=method, attention_mask=pairs.clean_mask)
         return {"heads": found.heads} if components else {}
 
     return Estimator(method, scores, forwards=1, backwards=1, components=("heads",), single_run=True)

@@ -23,7 +23,9 @@ def direct_logit_attribution() -> Estimator:
 
     def scores(model: Any, pairs: PromptPairs, components: Sequence[Component]) -> Scores:
         final = f"blocks.{len(model.blocks) - 1}.hook_resid_post"
-        cache = propagate(model, pairs.corrupt, pairs.target, {"norm": LNRule()}, names_filter=final, attention_mask=pairs.corrupt_mask)
+        cache = propagate(
+            model, pairs.corrupt, pairs.target, rules={"norm": LNRule()}, names_filter=final, attention_mask=pairs.corrupt_mask
+        )
         g, names = cache.coefficients[cache.canonical(final)], points(model, components)
         clean, corrupt = activations(model, pairs.clean, names, pairs), activations(model, pairs.corrupt, names, pairs)
 

@@ -65,5 +65,5 @@ def _between(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Activation and gradient at each name, the corrupt embeddings moved by a share of `change`."""
     with model.hooks(fwd_hooks=[(EMBEDDINGS, lambda embeddings, hook: embeddings + share * change)]):
-        cache = propagate(model, pairs.corrupt, pairs.target, "gradient", names_filter=names, attention_mask=pairs.corrupt_mask)
+        cache = propagate(model, pairs.corrupt, pairs.target, rules="gradient", names_filter=names, attention_mask=pairs.corrupt_mask)
     return {name: (cache.activations[cache.canonical(name)], cache.coefficients[cache.canonical(name)]) for name in names}

@@ -19,7 +19,7 @@ def by_ruleset(rules: str | Table, name: str | None = None) -> Estimator:
             model,
             pairs.corrupt,
             pairs.target,
-            rules,
+            rules=rules,
             names_filter=points(model, components),
             reference=pairs.clean,
             attention_mask=pairs.corrupt_mask,

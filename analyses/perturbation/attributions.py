@@ -41,7 +41,9 @@ def attribution(method: str | Attribution) -> Attribution:
 
 def by_ruleset(rules: str | Table) -> Attribution:
     """Relevance at the token embeddings under a ruleset for single runs."""
-    return lambda model, tokens, target, mask: propagate(model, tokens, target, rules, ["embed.hook_out"], attention_mask=mask).tokens()
+    return lambda model, tokens, target, mask: propagate(
+        model, tokens, target, rules=rules, names_filter=["embed.hook_out"], attention_mask=mask
+    ).tokens()
 
 
 def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
@@ -53,7 +55,10 @@ def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
         raise RelevanceError("against() needs at least one reference, such as mean_embedding() or random_tokens(8)")
 
     def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
-        runs = [propagate(model, tokens, target, rules, ["embed.hook_out"], one, mask).tokens() for one in references]
+        runs = [
+            propagate(model, tokens, target, rules=rules, names_filter=["embed.hook_out"], reference=one, attention_mask=mask).tokens()
+            for one in references
+        ]
         return torch.stack(runs).mean(0)
 
     return scores
@@ -63,7 +68,7 @@ def by_attention(method: str, importance: str = "relevance", rules: str | Table 
     """Scores of `token_relevance`."""
 
     def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
-        found = token_relevance(model, tokens, target, method, importance, rules, mask)
+        found = token_relevance(model, tokens, target, method=method, importance=importance, rules=rules, attention_mask=mask)
         if not isinstance(found, TokenRelevance):
             raise RelevanceError("this test removes the tokens of one set; for two, see analyses.perturbation.EmbeddingRemoval")
         return found.scores

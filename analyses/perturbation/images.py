@@ -75,9 +75,9 @@ def _scores(model: Any, given: Mapping[str, Tensor], target: Target, method: str
     if method in rulesets():
         pair = needs_reference(ruleset(method))
         reference = {**given, image: fillers(given[image], "mean_patch", patch)} if pair else None
-        return propagate(model, given, target, method, reference=reference).tokens(stack)
+        return propagate(model, given, target, rules=method, reference=reference).tokens(stack)
     if method in METHODS or method in ALIASES:
-        found = token_relevance(model, given, target, method)
+        found = token_relevance(model, given, target, method=method)
         if not isinstance(found, TokenSetsRelevance):
             return found.scores
         if stack not in found.scores:

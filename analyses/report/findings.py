@@ -177,14 +177,14 @@ def _propagate(model: Any, question: Question, rules: str, pair_rules: bool) -> 
     """The example under the rules, against its counterpart where the rules compare two runs."""
     rows = question.pairs[question.example if pair_rules else slice(0, 1)]
     reference = rows.corrupt if pair_rules else None
-    return propagate(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask, audit=True)
+    return propagate(model, rows.clean, rows.target, rules=rules, reference=reference, attention_mask=rows.clean_mask, audit=True)
 
 
 def _flow(model: Any, question: Question, rules: str, pair_rules: bool) -> Tensor:
     """The heads' flow in the example."""
     rows = question.pairs[question.example if pair_rules else slice(0, 1)]
     reference = rows.corrupt if pair_rules else None
-    return head_flow(model, rows.clean, rows.target, rules, reference=reference, attention_mask=rows.clean_mask)
+    return head_flow(model, rows.clean, rows.target, rules=rules, reference=reference, attention_mask=rows.clean_mask)
 
 
 def _graph(model: Any, question: Question, rules: str, pair_rules: bool) -> FlowGraph:
@@ -201,7 +201,15 @@ def _words(model: Any, question: Question, rules: str, pair_rules: bool, cache: 
     if question.baseline:
         return {f"{rules}: against random words": cache.tokens().mean(0)}
     row = question.pairs[slice(0, 1)]
-    own = propagate(model, row.clean, row.target, rules, "embed.hook_out", random_tokens(N_REFERENCES), row.clean_mask)
+    own = propagate(
+        model,
+        row.clean,
+        row.target,
+        rules=rules,
+        names_filter="embed.hook_out",
+        reference=random_tokens(N_REFERENCES),
+        attention_mask=row.clean_mask,
+    )
     return {f"{rules}: against the counterpart": cache.tokens()[0], f"{rules}: against random words": own.tokens()[0]}
 
 

@@ -53,7 +53,7 @@ class Question:
         target = self.pairs[slice(0, 1)].target
         if not isinstance(target, TokenTarget):
             return []
-        rows = [token_ids(model, tokens, 1, "answer")[0] for tokens in (target.answer, target.wrong) if tokens is not None]
+        rows = [token_ids(model, tokens, 1, what="answer")[0] for tokens in (target.answer, target.wrong) if tokens is not None]
         return [answer_text(model, int(row[0])) for row in rows] if all(len(row) == 1 for row in rows) else []
 
 

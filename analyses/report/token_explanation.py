@@ -39,7 +39,7 @@ def explain_tokens(model: Any, prompt: str | Tensor, target: Target | None, meth
 
     prompt: text, or token ids [1, pos]; an encoder-decoder reads it in its encoder, and its decoder holds the start token.
     """
-    found = token_relevance(model, prompt, target, method, rules=rules)
+    found = token_relevance(model, prompt, target, method=method, rules=rules)
     read = read_inputs(model, prompt)
     head = Text(f"{found.method} ({rules}), target {found.value[0].item():.3f}; compare scores within a column", style="bold")
     if isinstance(found, TokenRelevance):

@@ -105,7 +105,7 @@ class PromptPairs:
         if isinstance(self.target, TokenTarget):
             for name, tokens in (("answer", self.target.answer), ("wrong", self.target.wrong)):
                 if tokens is not None:
-                    columns[name] = prompts.words(model, token_ids(model, tokens, len(self), name))
+                    columns[name] = prompts.words(model, token_ids(model, tokens, len(self), what=name))
         return pd.DataFrame(columns)
 
     def save(self, path: str | Path) -> None:

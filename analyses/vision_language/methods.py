@@ -75,7 +75,7 @@ def by_attention(method: str, importance: str = "relevance", rules: str = "gradi
     """Scores of `token_relevance`."""
 
     def scores(model: VisionLanguageModel, asked: Examples, target: Target) -> Scores:
-        found = token_relevance(model, inputs_of(asked), target, method, importance, rules)
+        found = token_relevance(model, inputs_of(asked), target, method=method, importance=importance, rules=rules)
         assert isinstance(found, TokenSetsRelevance)
         return found.scores
 
@@ -100,5 +100,5 @@ def random_order(model: VisionLanguageModel, asked: Examples, target: Target) ->
 
 
 def _at_embeddings(model: VisionLanguageModel, asked: Examples, target: Target, rules: str, reference: dict[str, Tensor] | None) -> Scores:
-    cache = propagate(model, inputs_of(asked), target, rules, reference=reference)
+    cache = propagate(model, inputs_of(asked), target, rules=rules, reference=reference)
     return {name: cache.tokens(stack=name) for name in (IMAGE, QUESTION)}

@@ -186,14 +186,23 @@ def _sites(name: str, module: nn.Module) -> Iterator[DeclaredSite]:
     """The sites of one component; its HookPoints are named after it."""
     at = f"{name}.hook_"
     if isinstance(module, Norm):
-        yield from norm(name, f"{at}in", f"{at}out", module.weight, module.bias, module.eps)
+        yield from norm(name, f"{at}in", f"{at}out", weight=module.weight, bias=module.bias, eps=module.eps)
     elif isinstance(module, Attention):
-        inner = f"{at}q", f"{at}k", f"{at}v", f"{at}scores", f"{at}pattern", f"{at}z"
-        yield from attention(name, *inner, n_heads=N_HEADS, d_head=D_HEAD)
+        yield from attention(
+            name,
+            f"{at}q",
+            f"{at}k",
+            hook_v=f"{at}v",
+            hook_scores=f"{at}scores",
+            hook_pattern=f"{at}pattern",
+            hook_z=f"{at}z",
+            n_heads=N_HEADS,
+            d_head=D_HEAD,
+        )
         for part, source, result in (("q", "in", "q"), ("k", "source", "k"), ("v", "source", "v"), ("o", "z", "out")):
             yield from _linear(f"{name}.{part}", at + source, at + result, getattr(module, part))
     elif isinstance(module, MLP):
-        yield from activation(name, f"{at}pre", f"{at}post", nn.functional.gelu)
+        yield from activation(name, f"{at}pre", f"{at}post", function=nn.functional.gelu)
         yield from _linear(f"{name}.up", f"{at}in", f"{at}pre", module.up)
         yield from _linear(f"{name}.down", f"{at}post", f"{at}out", module.down)
     elif isinstance(module, Mapper):
@@ -201,4 +210,4 @@ def _sites(name: str, module: nn.Module) -> Iterator[DeclaredSite]:
 
 
 def _linear(name: str, hook_in: str, hook_out: str, layer: nn.Linear) -> list[DeclaredSite]:
-    return linear(name, hook_in, hook_out, layer.weight, layer.bias)
+    return linear(name, hook_in, hook_out, weight=layer.weight, bias=layer.bias)

@@ -28,6 +28,7 @@ def head_flow(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     path: Literal["value", "key"] = "value",
     layers: Sequence[int] | None = None,
@@ -60,10 +61,18 @@ def head_flow(
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
     if path == "key":
         with rotary_constants(model, body, chosen) as constants:
-            cache = propagate(model, inputs, target, rules, key_points(body, chosen), reference, attention_mask)
-        return torch.stack([key_flow(body, cache, constants, layer, rules) for layer in chosen], 1)
+            cache = propagate(
+                model,
+                inputs,
+                target,
+                rules=rules,
+                names_filter=key_points(body, chosen),
+                reference=reference,
+                attention_mask=attention_mask,
+            )
+        return torch.stack([key_flow(body, cache, constants, layer=layer, rules=rules) for layer in chosen], 1)
     names = [f"blocks.{layer}.attn.{point}" for layer in chosen for point in ("hook_pattern", "v.hook_out", "hook_z")]
-    cache = propagate(model, inputs, target, rules, names, reference, attention_mask)
+    cache = propagate(model, inputs, target, rules=rules, names_filter=names, reference=reference, attention_mask=attention_mask)
     return torch.stack([_of_layer(cache, layer) for layer in chosen], 1)
 
 

@@ -50,7 +50,7 @@ def rotary_constants(model: Any, body: Anatomy, layers: Sequence[int]) -> Iterat
 
 
 def key_flow(
-    body: Anatomy, cache: RelevanceCache, constants: dict[str, Tensor], layer: int, rules: str | Table
+    body: Anatomy, cache: RelevanceCache, constants: dict[str, Tensor], *, layer: int, rules: str | Table
 ) -> Float[Tensor, "batch head query key"]:
     """(k[s] - k'[s]) . scale * q[t] * (coefficient at the raw score of t and s); k' = 0 where there is no reference.
 

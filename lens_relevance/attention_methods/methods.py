@@ -68,6 +68,7 @@ def token_relevance(
     model: Any,
     inputs: Inputs | Mapping[str, Any],
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     method: str = "weighted_accumulation",
     importance: str = "relevance",
     rules: str | Table = "gradient",
@@ -116,10 +117,10 @@ def token_relevance(
     names = list(dict.fromkeys([*run_points(body), *chosen.points(body, importance)]))
     mask = None if isinstance(attention_mask, Mapping) else attention_mask
     device = next(model.parameters()).device  # a model spread over several leaves its layers' tensors on each
-    cache = propagate(model, inputs, target, rules, names, attention_mask=mask, device=device)
+    cache = propagate(model, inputs, target, rules=rules, names_filter=names, attention_mask=mask, device=device)
     plain = cache
     if chosen.two_gradients and ruleset_name(rules) != "gradient":
-        plain = propagate(model, inputs, target, "gradient", run_points(body), attention_mask=mask, device=device)
+        plain = propagate(model, inputs, target, rules="gradient", names_filter=run_points(body), attention_mask=mask, device=device)
     known = dict(zip(sets, cache.masks.values(), strict=False)) if len(sets) == 1 else cache.masks  # none for an image
     masks = read_masks(body, cache, {**known, **(attention_mask if isinstance(attention_mask, Mapping) else {})})
     run = AttentionRun(body, cache, importance, plain, masks)

@@ -79,7 +79,7 @@ class TwoSets(Accumulation):
         r = r.swapped() if swapped else r
         if len(steps) == 2:
             (other, back, its_weights) = steps[1]
-            r = co_attention(r, attention, back, weights, its_weights)
+            r = co_attention(r, attention, back, weights_s=weights, weights_q=its_weights)
         else:
             r = (self_attention if one.queries == one.sources else cross_attention)(r, attention, weights)
         return r.swapped() if swapped else r

@@ -76,6 +76,7 @@ def co_attention(
     r: Relevancies,
     s_to_q: Float[Tensor, "batch s q"],
     q_to_s: Float[Tensor, "batch q s"],
+    *,
     weights_s: Weights | None = None,
     weights_q: tuple[Float[Tensor, "batch q"], Float[Tensor, "batch q"]] | None = None,
 ) -> Relevancies:

@@ -69,7 +69,7 @@ def read_conditions(anatomy: Anatomy, through: Mapping[str, Any] | None) -> list
     return conditions
 
 
-def backward_through(root: Tensor, seed: Tensor, tensors: dict[str, Tensor], conditions: list[Condition]) -> dict[str, Tensor]:
+def backward_through(root: Tensor, seed: Tensor, tensors: dict[str, Tensor], *, conditions: list[Condition]) -> dict[str, Tensor]:
     """Coefficients at the tapped tensors, from `seed` at `root` by way of every condition, the one that fired last first.
 
     One backward pass; a condition adds one from its HookPoint downward.

@@ -99,6 +99,7 @@ def collect(
     body: Anatomy,
     names: list[str],
     taps: dict[str, Tensor],
+    *,
     references: dict[str, Tensor] | None,
     coefficients: dict[str, Tensor],
     masks: Mapping[str, Tensor],

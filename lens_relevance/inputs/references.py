@@ -105,7 +105,7 @@ def reference_inputs(model: Any, reference: Any, prompt: Prompt) -> Prompt:
     return Prompt(given.tokens, prompt.mask, given.arguments | {name: value for name, value in prompt.arguments.items() if "mask" in name})
 
 
-def reference_run(model: Any, reference: Any, prompt: Prompt, tail: int = 0) -> ReferenceRun:
+def reference_run(model: Any, reference: Any, prompt: Prompt, *, tail: int = 0) -> ReferenceRun:
     """A ReferenceRun from other inputs, a Baseline or embeddings ([d_model] or [batch, pos, d_model]) of the tokens.
 
     The last `tail` tokens of each row stay as they are under a baseline.

@@ -41,7 +41,7 @@ class Target(ABC):
         return tokens, attention_mask
 
 
-def token_ids(model: Any, tokens: Tokens, batch: int, what: str) -> Int[Tensor, "batch n"]:
+def token_ids(model: Any, tokens: Tokens, batch: int, *, what: str) -> Int[Tensor, "batch n"]:
     """Token ids, one row per example; each string must be a single token."""
     if isinstance(tokens, str | int) or (isinstance(tokens, Tensor) and tokens.ndim == 0):
         tokens = [tokens] * batch
@@ -122,12 +122,12 @@ class TokenTarget(Target):
             )
         batch = tokens.shape[0]
         at = positions(self.position, tokens, attention_mask)
-        answer = token_ids(model, self.answer, batch, "answer")
+        answer = token_ids(model, self.answer, batch, what="answer")
         if self.kind == "log_prob":
             if answer.shape[1] > 1:
                 raise RelevanceError("log_prob takes one token per example; continuation(...) sums over several")
             return LogProbs(at.unsqueeze(1), answer)
-        return LogitCombination(at, answer, None if self.wrong is None else token_ids(model, self.wrong, batch, "wrong answer"))
+        return LogitCombination(at, answer, None if self.wrong is None else token_ids(model, self.wrong, batch, what="wrong answer"))
 
     def select(self, rows: Any) -> TokenTarget:
         return replace(self, answer=_rows(self.answer, rows), wrong=None if self.wrong is None else _rows(self.wrong, rows))
@@ -233,7 +233,7 @@ class Latent(Target):
 
 
 def latent(
-    name: str, unit: int | None = None, head: int | None = None, direction: Float[Tensor, " d"] | None = None, position: int = -1
+    name: str, unit: int | None = None, head: int | None = None, *, direction: Float[Tensor, " d"] | None = None, position: int = -1
 ) -> Latent:
     """Start from a unit, or a direction, at a HookPoint (of one head, where the layout is [.., head, d_head]) at a position.
 

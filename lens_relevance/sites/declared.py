@@ -12,8 +12,8 @@
             return self.out(self.act_out(torch.relu(self.act_in(x))))
 
     model = Tiny().eval()
-    declare_sites(model, [activation("relu", "act_in", "act_out", torch.relu)], embeddings=["hook_embed"])
-    propagate(model, tokens, logit(3), "attnlrp").tokens()
+    declare_sites(model, [activation("relu", "act_in", "act_out", function=torch.relu)], embeddings=["hook_embed"])
+    propagate(model, tokens, logit(3), rules="attnlrp").tokens()
 
 Every operation that is not linear needs a site: without one it keeps its plain gradient, and the conservation account shows what that
 leaves unexplained. Linear layers need one only to have their biases named in the account. A site named `blocks.2.mlp` stands in the
@@ -53,6 +53,7 @@ def norm(
     name: str,
     hook_in: str,
     hook_out: str,
+    *,
     weight: Float[Tensor, " d"] | None = None,
     bias: Float[Tensor, " d"] | None = None,
     eps: float = 1e-5,
@@ -62,18 +63,18 @@ def norm(
     return [DeclaredSite(name, Norm(weight, bias, eps, centred=not rms), (hook_in,), hook_out)]
 
 
-def activation(name: str, hook_in: str, hook_out: str, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
+def activation(name: str, hook_in: str, hook_out: str, *, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
     """An element-wise function."""
     return [DeclaredSite(name, Activation(function), (hook_in,), hook_out)]
 
 
-def gated_activation(name: str, hook_gate: str, hook_up: str, hook_out: str, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
+def gated_activation(name: str, hook_gate: str, hook_up: str, *, hook_out: str, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
     """function(gate) * up."""
     return [DeclaredSite(name, GatedActivation(function), (hook_gate, hook_up), hook_out)]
 
 
 def linear(
-    name: str, hook_in: str, hook_out: str, weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
+    name: str, hook_in: str, hook_out: str, *, weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
 ) -> list[DeclaredSite]:
     """y = x weight^T + bias."""
     return [DeclaredSite(name, Linear(weight, bias), (hook_in,), hook_out)]
@@ -83,6 +84,7 @@ def attention(
     name: str,
     hook_q: str,
     hook_k: str,
+    *,
     hook_v: str,
     hook_scores: str,
     hook_pattern: str,
@@ -109,6 +111,7 @@ def declare_sites(
     model: Any,
     sites: Sequence[DeclaredSite | Sequence[DeclaredSite]],
     embeddings: Names,
+    *,
     residual: Names = (),
     z: Names = (),
     neurons: Names = (),
@@ -140,19 +143,20 @@ def declare_sites(
         Site(d.name, d.name.split(":")[0].rsplit(".", 1)[-1], d.operation, tuple(points[n] for n in d.inputs), points[d.output])
         for d in listed
     ]
-    stacks = _stacks(embeddings, residual, z, neurons)
+    stacks = _stacks(embeddings=embeddings, residual=residual, z=z, neurons=neurons)
     remember(model, Anatomy(built, points, {name: name for name in points}, stacks=stacks, attentions=list(attentions)))
 
 
-def _stacks(*given: Names) -> Stacks:
-    """Stacks from what was declared, each role as names, or as names by stack."""
-    if not any(isinstance(names, Mapping) for names in given):
-        return one_stack(*(list(names) for names in given))
-    if not all(isinstance(names, Mapping) or not names for names in given):
+def _stacks(**given: Names) -> Stacks:
+    """Stacks from what was declared: each role as names, or as names by stack."""
+    if not any(isinstance(names, Mapping) for names in given.values()):
+        return one_stack(roles(**{role: list(names) for role, names in given.items()}))
+    if not all(isinstance(names, Mapping) or not names for names in given.values()):
         raise RelevanceError("declare_sites: give embeddings, residual, z and neurons all by stack ({'image': [...], ...}) or none of them")
-    by_stack = [dict(names) if isinstance(names, Mapping) else {} for names in given]
+    by_stack = {role: names for role, names in given.items() if isinstance(names, Mapping)}
     found = {
-        stack: roles(*(list(names.get(stack, [])) for names in by_stack)) for stack in dict.fromkeys(k for names in by_stack for k in names)
+        stack: roles(**{role: list(names.get(stack, [])) for role, names in by_stack.items()})
+        for stack in dict.fromkeys(stack for names in by_stack.values() for stack in names)
     }
     return Stacks(found, [Cut("embed", tuple(names["embeddings"][0] for names in found.values() if names["embeddings"]))])
 

@@ -129,10 +129,10 @@ def delegated_sites(name: str, component: Any) -> list[Site]:
         bias=bias,
         adds_bias=family.position_bias is not None,
     )
-    return rebuilt_sites(name, component, geometry, module, on_call)
+    return rebuilt_sites(name, component, geometry, caller=module, on_call=on_call)
 
 
-def rebuilt_sites(name: str, component: Any, geometry: AttentionGeometry, caller: nn.Module, on_call: Callable[..., None]) -> list[Site]:
+def rebuilt_sites(name: str, component: Any, geometry: AttentionGeometry, *, caller: nn.Module, on_call: Callable[..., None]) -> list[Site]:
     """Scores, pattern and z, recomputed where z comes out."""
     scores, pattern, z = component.hook_attn_scores, component.hook_pattern, component.o.hook_in
     queries_keys = (component.q.hook_out, component.k.hook_out)

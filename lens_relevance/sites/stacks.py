@@ -8,6 +8,7 @@ embeddings; from there on it is the decoder's residual stream with the encoder's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +39,13 @@ class Stacks:
     grid: tuple[int, int] | None = None
 
 
-def one_stack(embeddings: list[str], residual: list[str], z: list[str], neurons: list[str]) -> Stacks:
+def one_stack(names: Roles) -> Stacks:
     """The stacks of a model with one set of positions."""
-    cuts = [Cut("embed", tuple(embeddings[:1]))]
+    residual, cuts = names["residual"], [Cut("embed", tuple(names["embeddings"][:1]))]
     if residual:
         rows = [*(str(i) for i in range(len(residual) - 1)), "output"]
         cuts += [Cut(row, (name,)) for row, name in zip(rows, residual, strict=True)]
-    return Stacks({TOKENS: roles(embeddings, residual, z, neurons)}, cuts)
+    return Stacks({TOKENS: names}, cuts)
 
 
 def bridge_stacks(model: Any, embeddings: list[str]) -> Stacks:
@@ -53,11 +54,11 @@ def bridge_stacks(model: Any, embeddings: list[str]) -> Stacks:
         return _encoder_decoder(model, embeddings)
     n = len(model.blocks) if hasattr(model, "blocks") else 0
     if not n:
-        return one_stack(embeddings, [], [], [])
+        return one_stack(roles(embeddings=embeddings))
     blocks = [f"blocks.{i}" for i in range(n)]
     if reads_images(model):
         embeddings = [f"{blocks[0]}.hook_in"]
-    found = one_stack(embeddings, _residual(blocks), [f"{b}.attn.o.hook_in" for b in blocks], _neurons(blocks))
+    found = one_stack(_block_roles(embeddings, blocks, "attn"))
     found.grid = _grid(model)
     return found
 
@@ -77,9 +78,19 @@ def _grid(model: Any) -> tuple[int, int] | None:
     return height // down, width // across
 
 
-def roles(embeddings: list[str], residual: list[str], z: list[str], neurons: list[str]) -> Roles:
+def roles(*, embeddings: Sequence[str] = (), residual: Sequence[str] = (), z: Sequence[str] = (), neurons: Sequence[str] = ()) -> Roles:
     """The roles of one stack."""
     return {"embeddings": list(embeddings), "residual": list(residual), "z": list(z), "neurons": list(neurons)}
+
+
+def _block_roles(embeddings: Sequence[str], blocks: list[str], attention: str) -> Roles:
+    """The roles of a stack of blocks whose self-attention is the child `attention`."""
+    return roles(
+        embeddings=embeddings,
+        residual=_residual(blocks),
+        z=[f"{b}.{attention}.o.hook_in" for b in blocks],
+        neurons=[f"{b}.mlp.out.hook_in" for b in blocks],
+    )
 
 
 def _encoder_decoder(model: Any, embeddings: list[str]) -> Stacks:
@@ -98,16 +109,12 @@ def _encoder_decoder(model: Any, embeddings: list[str]) -> Stacks:
     cuts += [Cut(f"decoder {i}", (f"{b}.hook_in", *(n for pair in reads[i:] for n in pair))) for i, b in enumerate(decoder)]
     cuts += [Cut("output", (f"{decoder[-1]}.hook_out",))]
     by_stack = {
-        ENCODER: roles(below, _residual(encoder), [f"{b}.attn.o.hook_in" for b in encoder], _neurons(encoder)),
-        DECODER: roles(beside, _residual(decoder), [f"{b}.self_attn.o.hook_in" for b in decoder], _neurons(decoder)),
-        CROSS: roles([], [], [f"{b}.cross_attn.o.hook_in" for b in decoder], []),
+        ENCODER: _block_roles(below, encoder, "attn"),
+        DECODER: _block_roles(beside, decoder, "self_attn"),
+        CROSS: roles(z=[f"{b}.cross_attn.o.hook_in" for b in decoder]),
     }
     return Stacks(by_stack, cuts)
 
 
 def _residual(blocks: list[str]) -> list[str]:
     return [*(f"{b}.hook_in" for b in blocks), f"{blocks[-1]}.hook_out"]
-
-
-def _neurons(blocks: list[str]) -> list[str]:
-    return [f"{b}.mlp.out.hook_in" for b in blocks]

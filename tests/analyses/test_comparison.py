@@ -122,7 +122,7 @@ def test_token_relevance_scores_heads_alone(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     found = compare(gpt2, pairs, ["weighted_accumulation", "relp"], ["attn", "heads"], resamples=0)
     assert list(found.table["method"]) == ["relp", "relp", "weighted_accumulation"] and found.table["component"].iloc[2] == "heads"
-    expected = token_relevance(gpt2, pairs.clean, pairs.target, "weighted_accumulation").heads.mean(0)
+    expected = token_relevance(gpt2, pairs.clean, pairs.target, method="weighted_accumulation").heads.mean(0)
     np.testing.assert_allclose(found.heads("weighted_accumulation"), expected.detach(), rtol=1e-4, atol=1e-6)
     for run in ("corrupt", "clean", "both"):
         assert torch.equal(*(estimator("rollout")(gpt2, pairs, ["heads"], way)["heads"] for way in (run, "clean")))  # type: ignore[arg-type]

@@ -101,7 +101,7 @@ def test_arcs_are_those_of_head_flow(gpt2: TransformerBridge) -> None:
 def test_prompts_without_a_counterpart_and_padding(gpt2: TransformerBridge) -> None:
     tokens = models.random_tokens(3)
     alone = describe_head(gpt2, tokens, 0, 1, logit(torch.tensor([1, 2, 3])), top_k=4)
-    cache = propagate(gpt2, tokens, logit(torch.tensor([1, 2, 3])), "attnlrp")
+    cache = propagate(gpt2, tokens, logit(torch.tensor([1, 2, 3])), rules="attnlrp")
     assert alone.relevance == pytest.approx(float(cache.heads()[:, :, 0, 1].sum(1).mean()), rel=1e-4)
     assert "reference_attention" not in alone.arcs
     filler, ones = torch.full((3, 2), 9), torch.ones_like(tokens)

@@ -16,8 +16,8 @@ from lens_relevance.coverage_table import random_inputs
 def test_the_plain_gradient_is_that_of_the_ruleset_without_rules(family: str) -> None:
     """So that both sides of a ratio do the same work."""
     model = FAMILIES[family].build(torch.float64)
-    inputs = random_inputs(model, 2, 5, torch.Generator().manual_seed(0))
-    cache = propagate(model, inputs, logit_diff(0, 1), "gradient")
+    inputs = random_inputs(model, 2, 5, generator=torch.Generator().manual_seed(0))
+    cache = propagate(model, inputs, logit_diff(0, 1), rules="gradient")
     expected = [cache.coefficients[roles["embeddings"][0]] for roles in cache.stacks.values() if roles["embeddings"]]
     plain = [gradient for gradient in plain_gradient(model, inputs) if gradient is not None]
     assert len(plain) >= len(expected)

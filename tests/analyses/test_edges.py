@@ -77,7 +77,7 @@ def test_what_enters_the_readers_is_what_autograd_delivers_below_the_norm(family
     with no_upcasts():
         edges = attribute_edges(model, tokens, TARGET, "attnlrp")
         names = ["blocks.1.ln1.hook_in", "blocks.1.ln2.hook_in", "blocks.1.hook_out"]
-        cache = propagate(model, tokens, TARGET, "attnlrp", names_filter=names)
+        cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
     reads = [i for i, name in enumerate(edges.readers) if name.startswith("L1H")]
     assert torch.allclose(edges.reader_scores[:, :, reads].sum(-1), cache[names[0]].sum(-1), atol=1e-12)
     assert torch.allclose(edges.reader_scores[:, :, edges.readers.index("L1.mlp.in")], cache[names[1]].sum(-1), atol=1e-12)
@@ -87,7 +87,7 @@ def test_what_enters_the_readers_is_what_autograd_delivers_below_the_norm(family
 def test_what_enters_q_is_its_relevance_less_the_shares_of_bias_and_beta() -> None:
     model, tokens = models.build_gpt2(dtype=torch.float64), models.random_tokens()
     edges = attribute_edges(model, tokens, TARGET, "attnlrp")
-    cache = propagate(model, tokens, TARGET, "attnlrp", names_filter=["blocks.1.attn.q.hook_out"])
+    cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=["blocks.1.attn.q.hook_out"])
     coefficient = cache.coefficients["blocks.1.attn.q.hook_out"]
     q, beta = model.blocks[1].attn.q.original_component, model.blocks[1].ln1.original_component.bias
     weight = q.weight if q.weight.shape[0] == 16 and not type(q).__name__ == "Conv1D" else q.weight.T
@@ -103,7 +103,7 @@ def test_scores_of_heads_and_mlps_are_those_of_the_cache() -> None:
         model, tokens, other = FAMILIES[family](dtype=torch.float64), models.random_tokens(), models.random_tokens(seed=1)
         with no_upcasts():
             edges = attribute_edges(model, tokens, TARGET, "deeplift", other)
-            cache = propagate(model, tokens, TARGET, "deeplift", reference=other)
+            cache = propagate(model, tokens, TARGET, rules="deeplift", reference=other)
         for layer in range(2):
             for head in range(4):
                 mine = edges.writer_scores[:, :, edges.writers.index(f"L{layer}H{head}")]
@@ -152,7 +152,7 @@ def test_batches_and_padding_change_nothing() -> None:
 def test_several_references_are_averaged() -> None:
     model, tokens = models.build_gpt2(dtype=torch.float64), models.random_tokens(1)
     edges = attribute_edges(model, tokens, TARGET, "deeplift", random_tokens(3, seed=5))
-    cache = propagate(model, tokens, TARGET, "deeplift", reference=random_tokens(3, seed=5))
+    cache = propagate(model, tokens, TARGET, rules="deeplift", reference=random_tokens(3, seed=5))
     assert worst(edges) < 1e-9
     assert torch.allclose(edges.writer_scores[:, :, edges.writers.index("L1H2")], cache.heads()[:, :, 1, 2], atol=1e-12)
 

@@ -75,7 +75,7 @@ def test_what_the_readme_calls_refused_is_refused(readme: str) -> None:
         assert rows(markdown(families([family])), "refused")[family] == refused[family]
         model = FAMILIES[family].build(torch.float32)
         with pytest.raises(RelevanceError) as refusal:
-            propagate(model, torch.tensor([[1, 2, 3]]), lambda logits: logits[:, -1, 0], "attnlrp")
+            propagate(model, torch.tensor([[1, 2, 3]]), lambda logits: logits[:, -1, 0], rules="attnlrp")
         assert refused[family][0].split(";")[0] in str(refusal.value)
 
 

@@ -30,7 +30,7 @@ def test_what_the_switch_takes_away_is_what_hangs_on_the_length_of_a_key() -> No
     names = [f"blocks.2.attn.k_norm.{point}" for point in ("hook_in", "hook_out")]
     with no_upcasts():
         kept = {
-            which: propagate(model, tokens, None, {**rulesets()["attnlrp"], **extra}, names_filter=names)
+            which: propagate(model, tokens, None, rules={**rulesets()["attnlrp"], **extra}, names_filter=names)
             for which, extra in (("before", {}), ("after", PLAIN_NORMS))
         }
     at_in, at_out = (kept["before"][name].sum(-1) for name in names)  # [batch, head, pos]

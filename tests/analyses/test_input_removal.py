@@ -98,7 +98,7 @@ def test_methods_by_name_on_an_image_classifier():
     first = curves[(curves["order"] == "LeRF") & (curves["removed"] == 1)].set_index(["method", "example"])["value"]
     target = logit_diff(*model(pictures).detach().topk(2, -1).indices.T)
     reference = fillers(pictures, "mean_patch", 4)
-    scores = propagate(model, pictures, target, "deeplift", reference=reference).tokens()[:, 1:]
+    scores = propagate(model, pictures, target, rules="deeplift", reference=reference).tokens()[:, 1:]
     removal = PatchRemoval(model, {"pixel_values": pictures}, target, "mean_patch", patch=4)
     least = removal(torch.arange(2), torch.nn.functional.one_hot(scores.argmin(1), 4).bool())[0]
     np.testing.assert_allclose(first["deeplift"], least, atol=1e-5)

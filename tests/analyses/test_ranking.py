@@ -32,7 +32,7 @@ def by_hand(model: TransformerBridge, pairs: PromptPairs, method: str) -> torch.
     rows = []
     for i in range(len(pairs)):
         pair = pairs[i]
-        cache = propagate(model, pair.corrupt, pair.target, method, reference=pair.clean)
+        cache = propagate(model, pair.corrupt, pair.target, rules=method, reference=pair.clean)
         rows.append(-cache.heads().sum(1)[0])
     return torch.stack(rows).double()
 
@@ -108,7 +108,7 @@ def test_padding_does_not_matter(gpt2: TransformerBridge) -> None:
 def test_neurons_are_those_of_the_cache(build: object) -> None:
     model, pairs = build(), random_pairs()  # type: ignore[operator]
     ranking = rank_neurons(model, pairs, "relp", batch_size=2)
-    cache = propagate(model, pairs.corrupt, pairs.target, "relp", reference=pairs.clean)
+    cache = propagate(model, pairs.corrupt, pairs.target, rules="relp", reference=pairs.clean)
     for layer in range(2):
         expected = -cache.neurons(layer).sum(1).mean(0)
         rows = ranking[ranking["layer"] == layer].sort_values("neuron")

@@ -157,7 +157,7 @@ def test_everything_adds_up_to_the_difference_of_the_runs(found: Findings) -> No
 
 def test_the_flow_of_a_head_adds_up_to_its_relevance(model: TransformerBridge, found: Findings) -> None:
     row = found.question.pairs[0]
-    cache = propagate(model, row.clean, row.target, "deeplift", reference=row.corrupt)
+    cache = propagate(model, row.clean, row.target, rules="deeplift", reference=row.corrupt)
     assert found.flow is not None
     torch.testing.assert_close(found.flow.sum(3).permute(2, 0, 1), cache.heads()[0], rtol=1e-4, atol=1e-4)
     assert float(found.flow.triu(1).abs().max()) == 0.0
@@ -181,14 +181,14 @@ def test_a_prompt_against_another(model: TransformerBridge) -> None:
 
 def test_a_prompt_on_its_own_is_held_against_random_words(model: TransformerBridge) -> None:
     found = find(model, from_prompt(model, PROMPT, "Mary", "John"))
-    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), "deeplift", reference=random_tokens(8))
+    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), rules="deeplift", reference=random_tokens(8))
     torch.testing.assert_close(found.words["deeplift: against random words"], expected.tokens()[0], rtol=1e-4, atol=1e-4)
     assert found.heads.iloc[0]["patching"] != 0 and found.n_pairs == 8
 
 
 def test_rules_without_a_reference_explain_the_prompt_itself(model: TransformerBridge) -> None:
     found = find(model, from_prompt(model, PROMPT, "Mary", "John", AGAINST), "attnlrp")
-    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), "attnlrp", audit=True)
+    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), rules="attnlrp", audit=True)
     torch.testing.assert_close(found.words["attnlrp: the prompt on its own"], expected.tokens()[0])
     assert found.reference_value is None
     np.testing.assert_allclose(found.account["softmax"], expected.conservation()["softmax"], rtol=1e-4, atol=1e-6)
@@ -198,7 +198,7 @@ def test_rules_without_a_reference_explain_the_prompt_itself(model: TransformerB
 
 def test_without_an_answer_the_top_prediction_is_explained(model: TransformerBridge) -> None:
     question = from_prompt(model, PROMPT)
-    cache = propagate(model, PROMPT, None, "attnlrp")
+    cache = propagate(model, PROMPT, None, rules="attnlrp")
     assert question.target_in_words(model) == cache.info["target"]
 
 

@@ -87,7 +87,7 @@ def test_the_forward_is_left_alone_and_deeplift_adds_up() -> None:
     other = {IMAGE: examples(3, 6).images.double(), QUESTION: examples(3, 8).questions.roll(1, 0)}
     logits = model(**inputs)
     for rules, table in rulesets().items():
-        cache = propagate(model, inputs, logit(2), rules, reference=other if needs_reference(table) else None)
+        cache = propagate(model, inputs, logit(2), rules=rules, reference=other if needs_reference(table) else None)
         assert torch.equal(cache.logits, logits), rules
         if rules == "deeplift":
             assert cache.reference_value is not None

@@ -94,8 +94,8 @@ def test_all_sources_of_a_large_model():
 
 
 def test_flow_of_a_model_is_that_of_its_rollout_graph(gpt2, tokens):
-    flow = token_relevance(gpt2, tokens, logit(7), "attention_flow")
-    rollout = token_relevance(gpt2, tokens, logit(7), "rollout")
+    flow = token_relevance(gpt2, tokens, logit(7), method="attention_flow")
+    rollout = token_relevance(gpt2, tokens, logit(7), method="rollout")
     torch.testing.assert_close(flow.layers, rollout.layers)
     torch.testing.assert_close(flow.scores, flow.matrix[:, -1])
     assert (flow.scores >= rollout.scores - 1e-6).all()  # rollout's row is one feasible flow for each source

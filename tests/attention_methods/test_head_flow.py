@@ -38,9 +38,9 @@ def runs(family: str, rules: str, tokens: torch.Tensor):
     with no_upcasts():
         model = build(family)
         names = [f"blocks.{i}.attn.hook_z" for i in range(2)] + ([] if rules == "cp_lrp" else keys)
-        cache = propagate(model, tokens, TARGET, rules, names, reference)
-        values = head_flow(model, tokens, TARGET, rules, reference=reference)
-        key = head_flow(model, tokens, TARGET, rules, "key", reference=reference) if rules != "cp_lrp" else None
+        cache = propagate(model, tokens, TARGET, rules=rules, names_filter=names, reference=reference)
+        values = head_flow(model, tokens, TARGET, rules=rules, reference=reference)
+        key = head_flow(model, tokens, TARGET, rules=rules, path="key", reference=reference) if rules != "cp_lrp" else None
     return cache, values, key, keys
 
 
@@ -79,7 +79,7 @@ def test_bad_input(gpt2, tokens):
     with pytest.raises(RelevanceError, match="holds 4; use mean_embedding"):
         head_flow(gpt2, tokens, TARGET, reference=random_tokens(4))
     with pytest.raises(RelevanceError, match="compares two runs"):
-        head_flow(gpt2, tokens, TARGET, "deeplift")
+        head_flow(gpt2, tokens, TARGET, rules="deeplift")
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
@@ -89,8 +89,8 @@ def test_keys_of_latent_attention_and_of_attention_with_a_sink(rules, tokens):
         names = [f"blocks.{i}.{point}" for i in range(2)]
         with no_upcasts():
             model = build_wider(family)
-            cache = propagate(model, tokens, TARGET, rules, names, other)
-            flow = head_flow(model, tokens, TARGET, rules, "key", reference=other)
+            cache = propagate(model, tokens, TARGET, rules=rules, names_filter=names, reference=other)
+            flow = head_flow(model, tokens, TARGET, rules=rules, path="key", reference=other)
         for layer, name in enumerate(names):
             at_keys = cache[name].sum(-1) if family == "deepseek_v3" else cache[name].sum(-1).mT  # [batch, kv_head, pos]
             found = flow[:, layer].sum(-2).unflatten(1, (at_keys.shape[1], -1)).sum(2)

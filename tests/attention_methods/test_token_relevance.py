@@ -37,7 +37,7 @@ def post_norm_models():
 def test_chefer_equals_a_loop(tokens):
     model = models.build_gpt2(torch.float64, n_layers=3)
     expected = chefer_2021b(*patterns_and_gradients(model, tokens, 7))
-    found = token_relevance(model, tokens, TARGET, "chefer_2021b")
+    found = token_relevance(model, tokens, TARGET, method="chefer_2021b")
     assert expected.std() > 1e-3
     torch.testing.assert_close(found.matrix, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.scores, expected[:, -1], rtol=0, atol=1e-12)
@@ -46,8 +46,8 @@ def test_chefer_equals_a_loop(tokens):
 @pytest.mark.parametrize("rules", ["gradient", "attnlrp"])
 def test_equal_importance_is_chefer(tokens, rules):
     model = models.build_neox(dtype=torch.float64)
-    chefer = token_relevance(model, tokens, TARGET, "chefer", rules=rules)
-    equal = token_relevance(model, tokens, TARGET, "weighted_accumulation", "equal", rules)
+    chefer = token_relevance(model, tokens, TARGET, method="chefer", rules=rules)
+    equal = token_relevance(model, tokens, TARGET, method="weighted_accumulation", importance="equal", rules=rules)
     torch.testing.assert_close(equal.matrix, chefer.matrix, rtol=0, atol=1e-12)
     torch.testing.assert_close(equal.heads, chefer.heads, rtol=0, atol=1e-12)
     assert not torch.allclose(token_relevance(model, tokens, TARGET, rules=rules).scores, chefer.scores, atol=1e-3)
@@ -58,7 +58,7 @@ def test_weighted_accumulation_equals_a_loop(tokens, importance):
     model = models.build_gpt2(torch.float64)
     patterns, gradients = patterns_and_gradients(model, tokens, 7)
     names = [f"blocks.{i}.{p}" for i in range(2) for p in ("hook_resid_pre", "hook_attn_out")]
-    cache = propagate(model, tokens, TARGET, "gradient", names)
+    cache = propagate(model, tokens, TARGET, rules="gradient", names_filter=names)
     r = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
     for layer in range(2):
         before = cache.activations[cache.canonical(f"blocks.{layer}.hook_resid_pre")]
@@ -85,19 +85,19 @@ def test_chefer_2021a_multiplies_gradient_and_lrp_relevance(tokens):
     model = models.build_gpt2(torch.float64)
     patterns, gradients = patterns_and_gradients(model, tokens, 7)
     names = [f"blocks.{i}.attn.hook_pattern" for i in range(2)]
-    lrp = propagate(model, tokens, TARGET, "attnlrp", names)
+    lrp = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
     r = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
     for name, gradient in zip(names, gradients, strict=True):
         r = r + (gradient * lrp[name]).clamp(min=0).mean(1) @ r
-    found = token_relevance(model, tokens, TARGET, "chefer_2021a", rules="attnlrp")
+    found = token_relevance(model, tokens, TARGET, method="chefer_2021a", rules="attnlrp")
     torch.testing.assert_close(found.matrix, r, rtol=0, atol=1e-12)
-    plain = token_relevance(model, tokens, TARGET, "chefer_2021a").layers[:, 1]
+    plain = token_relevance(model, tokens, TARGET, method="chefer_2021a").layers[:, 1]
     expected = (gradients[1] ** 2 * patterns[1]).mean(1) * ((patterns[1] > 0).any(1)) + torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(plain, expected, rtol=0, atol=1e-12)
 
 
 def test_rollout_rows_sum_to_one_and_equal_a_loop(llama, tokens):
-    found = token_relevance(llama, tokens, TARGET, "rollout")
+    found = token_relevance(llama, tokens, TARGET, method="rollout")
     torch.testing.assert_close(found.matrix.sum(-1), torch.ones(2, 6))
     patterns, _ = patterns_and_gradients(llama, tokens, 7)
     r = torch.eye(6).expand(2, 6, 6)
@@ -126,7 +126,7 @@ def globenc_by_hand(model, tokens, layer, parallel):
 @pytest.mark.parametrize("parallel", [False, True])
 def test_globenc_equals_the_definition(tokens, parallel):
     model = models.build_neox(parallel=True, dtype=torch.float64) if parallel else models.build_gpt2(torch.float64)
-    found = token_relevance(model, tokens, TARGET, "globenc")
+    found = token_relevance(model, tokens, TARGET, method="globenc")
     with torch.no_grad():
         expected = [globenc_by_hand(model, tokens, layer, parallel) for layer in range(2)]
     torch.testing.assert_close(found.layers, torch.stack(expected, 1), rtol=1e-9, atol=1e-9)
@@ -136,7 +136,7 @@ def test_globenc_equals_the_definition(tokens, parallel):
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_globenc_passes_a_norm_on_the_attention_output(tokens, family):
     model = post_norm_models()[family]
-    found = token_relevance(model, tokens, TARGET, "globenc").layers
+    found = token_relevance(model, tokens, TARGET, method="globenc").layers
     _, cache = model.run_with_cache(tokens)
     for layer in range(2):
         z = torch.einsum(
@@ -166,13 +166,13 @@ def test_an_image_classifier():
     image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     with no_upcasts():
         out = own.double().eval()(image, output_attentions=True)
-        found = token_relevance(model, image, logit(1), "chefer")
+        found = token_relevance(model, image, logit(1), method="chefer")
     gradients = torch.autograd.grad(out.logits[:, 1].sum(), out.attentions)
     expected = chefer_2021b([a.detach() for a in out.attentions], list(gradients))
     assert found.mask.shape == (2, 5) and found.explained[:, 0].eq(1).all() and len(found.to_frame()) == 10
     torch.testing.assert_close(found.matrix, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.scores, expected[:, 0], rtol=0, atol=1e-12)
-    torch.testing.assert_close(token_relevance(model, image, logit(1), "rollout").matrix.sum(-1), torch.ones(2, 5).double())
+    torch.testing.assert_close(token_relevance(model, image, logit(1), method="rollout").matrix.sum(-1), torch.ones(2, 5).double())
 
 
 def test_sums_over_layers(tokens):
@@ -181,9 +181,9 @@ def test_sums_over_layers(tokens):
     allowed = torch.ones(6, 6).tril()
     product = sum((a * g).mean(1) for a, g in zip(patterns, gradients, strict=True))
     positive = sum((g.clamp(min=0) * allowed).mean(1) for g in gradients)
-    gradient_attention = token_relevance(model, tokens, TARGET, "gradient_attention")
-    legrad = token_relevance(model, tokens, TARGET, "legrad")
-    raw = token_relevance(model, tokens, TARGET, "raw_attention")
+    gradient_attention = token_relevance(model, tokens, TARGET, method="gradient_attention")
+    legrad = token_relevance(model, tokens, TARGET, method="legrad")
+    raw = token_relevance(model, tokens, TARGET, method="raw_attention")
     torch.testing.assert_close(gradient_attention.matrix, product)
     torch.testing.assert_close(gradient_attention.scores, product.sum(1))
     torch.testing.assert_close(legrad.matrix, positive)
@@ -196,7 +196,7 @@ def test_sums_over_layers(tokens):
 @pytest.mark.parametrize("method", CHAINS)
 def test_heads_add_up_to_the_attention_part_of_each_layer(tokens, method):
     model = models.build_gpt2(torch.float64, n_layers=3)
-    result = token_relevance(model, tokens, TARGET, method)
+    result = token_relevance(model, tokens, TARGET, method=method)
     layers, chain = result.layers, result.accumulation
     for layer in range(3):
         row = torch.zeros(2, 6, dtype=torch.float64)
@@ -223,9 +223,9 @@ def test_padding_changes_nothing_and_gets_exactly_zero(gpt2, method, side):
     padded = torch.cat([filler, short] if side == "left" else [short, filler], 1)
     mask = torch.tensor([n, [1] * 6])
     rules = "attnlrp" if method == "weighted_accumulation" else "gradient"
-    both = token_relevance(gpt2, torch.cat([padded, long]), TARGET, method, rules=rules, attention_mask=mask)
-    alone = token_relevance(gpt2, short, TARGET, method, rules=rules)
-    other = token_relevance(gpt2, long, TARGET, method, rules=rules)
+    both = token_relevance(gpt2, torch.cat([padded, long]), TARGET, method=method, rules=rules, attention_mask=mask)
+    alone = token_relevance(gpt2, short, TARGET, method=method, rules=rules)
+    other = token_relevance(gpt2, long, TARGET, method=method, rules=rules)
     real = mask[0].bool()
     assert (both.scores[0, ~real] == 0).all()
     assert (both.matrix[0, ~real] == 0).all() and (both.matrix[0, :, ~real] == 0).all() and (both.layers[0, :, :, ~real] == 0).all()
@@ -238,16 +238,16 @@ def test_padding_changes_nothing_and_gets_exactly_zero(gpt2, method, side):
 
 
 def test_the_explained_row_is_the_one_the_target_reads(gpt2, tokens):
-    middle = token_relevance(gpt2, tokens, logit(7, position=2), "chefer")
+    middle = token_relevance(gpt2, tokens, logit(7, position=2), method="chefer")
     assert middle.explained[:, 2].eq(1).all() and middle.explained.sum() == 2
     assert (middle.scores[:, 3:] == 0).all() and (middle.scores[:, :3] > 0).all()
-    two = token_relevance(gpt2, tokens, lambda logits: logits[:, 2, 7] + logits[:, 4, 7], "rollout")
+    two = token_relevance(gpt2, tokens, lambda logits: logits[:, 2, 7] + logits[:, 4, 7], method="rollout")
     torch.testing.assert_close(two.scores, two.matrix[:, [2, 4]].mean(1))
 
 
 def test_native_models_run_what_needs_most(native, tokens):
     for method in ("weighted_accumulation", "globenc"):
-        result = token_relevance(native, tokens, TARGET, method, rules="relp")
+        result = token_relevance(native, tokens, TARGET, method=method, rules="relp")
         assert torch.isfinite(result.scores).all() and result.scores.abs().sum() > 0, method
 
 
@@ -290,14 +290,14 @@ def test_bad_input(gpt2, tokens):
     with pytest.raises(RelevanceError, match="encoder, decoder.*this model has one"):
         token_relevance(gpt2, {"encoder": tokens, "decoder": tokens}, TARGET)
     with pytest.raises(RelevanceError, match="attention_flow has no per-head parts"):
-        _ = token_relevance(gpt2, tokens, TARGET, "attention_flow").heads
+        _ = token_relevance(gpt2, tokens, TARGET, method="attention_flow").heads
     with pytest.raises(RelevanceError, match="reads no position"):
-        token_relevance(gpt2, tokens, logit_diff(7, 7), "chefer")
+        token_relevance(gpt2, tokens, logit_diff(7, 7), method="chefer")
 
 
 def test_a_delegated_attention_has_patterns_too(tokens):
     config = GPTJConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
-    found = token_relevance(models.bridge_from_config(GPTJForCausalLM, config), tokens, TARGET, "rollout")
+    found = token_relevance(models.bridge_from_config(GPTJForCausalLM, config), tokens, TARGET, method="rollout")
     torch.testing.assert_close(found.matrix.sum(-1), torch.ones(found.matrix.shape[:2]))
 
 

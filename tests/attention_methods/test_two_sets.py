@@ -90,7 +90,7 @@ def test_chefer_equals_a_loop_over_the_models_own_attentions(family):
     with no_upcasts():
         model = build(family)
         attentions = attentions_of(family, INPUTS)
-        found = token_relevance(model, INPUTS, logit(ANSWER), "chefer")
+        found = token_relevance(model, INPUTS, logit(ANSWER), method="chefer")
         equal = token_relevance(model, INPUTS, logit(ANSWER), importance="equal")
     assert isinstance(found, TokenSetsRelevance) and isinstance(equal, TokenSetsRelevance)
     assert len(found.attentions) == len(attentions) == 6
@@ -121,7 +121,7 @@ def test_weighted_accumulation_equals_a_loop(family, importance):
             for point, attention in zip(before, ("self_attn", "cross_attn"), strict=True)
         ]
         names = [*encoder, *decoder]
-        cache = propagate(model, INPUTS, logit(ANSWER), "gradient", [n for pair in names for n in pair])
+        cache = propagate(model, INPUTS, logit(ANSWER), rules="gradient", names_filter=[n for pair in names for n in pair])
         found = token_relevance(model, INPUTS, logit(ANSWER), importance=importance)
     for example in range(2):
         weights = []
@@ -144,7 +144,7 @@ def test_heads_are_their_attentions_part_of_the_scores():
     with no_upcasts():
         model = build("t5")
         attentions = attentions_of("t5", INPUTS)
-        found = token_relevance(model, INPUTS, logit(ANSWER), "chefer").heads
+        found = token_relevance(model, INPUTS, logit(ANSWER), method="chefer").heads
     steps = positive(attentions, 0)
     _, sums = loop(steps)
     for i, (q, s, a, g) in enumerate(attentions):
@@ -162,7 +162,7 @@ def test_rollout_over_two_sets_equals_a_loop_and_its_rows_sum_to_one():
     with no_upcasts():
         model = build("bart")
         attentions = attentions_of("bart", INPUTS)
-        found = token_relevance(model, INPUTS, logit(ANSWER), "rollout")
+        found = token_relevance(model, INPUTS, logit(ANSWER), method="rollout")
     joint = torch.eye(8).double().expand(2, 8, 8)
     span = {"encoder": slice(0, 5), "decoder": slice(5, 8)}
     for q, s, a, _ in attentions:
@@ -183,7 +183,7 @@ def test_padding_changes_nothing_and_gets_exactly_zero(method):
     short = {"input_ids": INPUTS["input_ids"][:1, :3], "decoder_input_ids": INPUTS["decoder_input_ids"][:1]}
     padded = {**INPUTS, "input_ids": INPUTS["input_ids"].clone(), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5])}
     padded["input_ids"][0, 3:] = 0
-    both, alone = (token_relevance(model, given, logit(ANSWER), method) for given in (padded, short))
+    both, alone = (token_relevance(model, given, logit(ANSWER), method=method) for given in (padded, short))
     assert (both.scores["encoder"][0, 3:] == 0).all() and (both.across["decoder", "encoder"][0, :, 3:] == 0).all()
     torch.testing.assert_close(both.scores["encoder"][:1, :3], alone.scores["encoder"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(both.scores["decoder"][:1], alone.scores["decoder"], rtol=1e-4, atol=1e-5)
@@ -201,7 +201,7 @@ def test_a_model_of_ones_own():
         kept.append(x)
         return x
 
-    found = token_relevance(model, inputs, logit(2), "chefer")
+    found = token_relevance(model, inputs, logit(2), method="chefer")
     with model.hooks(fwd_hooks=[(name, keep) for name in found.attentions]):
         order = sorted(range(len(found.attentions)), key=lambda i: not found.attentions[i].startswith("text"))  # as they fire
         gradients = torch.autograd.grad(model(**inputs)[:, -1, 2].sum(), kept)
@@ -252,7 +252,7 @@ def test_bad_input():
     with pytest.raises(RelevanceError, match="one token set; this one has encoder and decoder"):
         head_flow(model, INPUTS, logit(ANSWER))
     with pytest.raises(RelevanceError, match="attention_flow has no per-head parts"):
-        _ = token_relevance(model, INPUTS, logit(ANSWER), "attention_flow").heads
+        _ = token_relevance(model, INPUTS, logit(ANSWER), method="attention_flow").heads
 
 
 def test_what_cannot_be_accumulated_is_refused():

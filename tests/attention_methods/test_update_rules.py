@@ -93,8 +93,8 @@ def test_weighted_updates_equal_a_loop_and_stay_positive(seed):
     (self_s,), (s_to_q,), (q_to_s,) = maps(1, seed, S, S), maps(1, seed + 10, S, Q), maps(1, seed + 20, Q, S)
     (alpha, beta), (alpha_q, beta_q) = weights(seed + 30, S), weights(seed + 40, Q)
     r = self_attention(start(), self_s, (alpha, beta))
-    r = co_attention(r, s_to_q, q_to_s, (alpha, beta), (alpha_q, beta_q))
-    again = co_attention(r, s_to_q, q_to_s, (alpha, beta), (alpha_q, beta_q))
+    r = co_attention(r, s_to_q, q_to_s, weights_s=(alpha, beta), weights_q=(alpha_q, beta_q))
+    again = co_attention(r, s_to_q, q_to_s, weights_s=(alpha, beta), weights_q=(alpha_q, beta_q))
     assert all(bool((getattr(again, name) >= 0).all()) for name in ("ss", "qq", "sq", "qs"))
     for b in range(2):
         p = torch.eye(S, dtype=torch.float64)

@@ -39,12 +39,12 @@ def test_every_ruleset_conserves_and_leaves_the_forward_alone(family: str) -> No
         logits = model(inputs)
     assert logits.shape == (2, 5)
     for rules in RULESETS:
-        cache = propagate(model, inputs, TARGET, rules, reference=reference_for(rules, other), audit=True)
+        cache = propagate(model, inputs, TARGET, rules=rules, reference=reference_for(rules, other), audit=True)
         assert torch.equal(cache.logits, logits), rules
         close(cache.value, logits[:, 0] - logits[:, 2], 1e-12)
         assert unexplained(cache) < 1e-5, rules
         with no_upcasts():
-            cache = propagate(model, inputs, TARGET, rules, reference=reference_for(rules, other), audit=True)
+            cache = propagate(model, inputs, TARGET, rules=rules, reference=reference_for(rules, other), audit=True)
         assert unexplained(cache) < 1e-9, rules
         assert float(cache.tokens().abs().sum()) > 0
         if rules == "deeplift":
@@ -63,7 +63,7 @@ def test_cp_lrp_conserves_without_biases(family: str) -> None:
                 for name, parameter in model.original_model.named_parameters():
                     if "position_embeddings" in name or "token_type" in name:
                         parameter.zero_()
-        cache = propagate(model, inputs, logit("dog"), "cp_lrp")
+        cache = propagate(model, inputs, logit("dog"), rules="cp_lrp")
     close(cache.tokens().sum(1), cache.value, 1e-9)
     close(cache.residual().sum(1), cache.value.unsqueeze(1).expand(-1, 3), 1e-9)
 
@@ -83,7 +83,7 @@ def test_a_class_goes_by_name_or_by_number(family: str) -> None:
     by_name = propagate(model, inputs, logit("bird"))
     close(by_name.tokens(), propagate(model, inputs, logit(3)).tokens(), 1e-12)
     assert by_name.info["target"] == "logit('bird')" == propagate(model, inputs, logit(torch.tensor([3, 3]))).info["target"][:-5] + ")"
-    probable = propagate(model, inputs, log_prob("bird"), "deeplift", reference=other)
+    probable = propagate(model, inputs, log_prob("bird"), rules="deeplift", reference=other)
     close(probable.value, model(inputs).log_softmax(-1)[:, 3], 1e-12)
     close(probable.residual().sum(1)[:, -1], whole(probable), 1e-9)
     top = model(inputs).topk(2, -1).values
@@ -115,7 +115,7 @@ def test_patches_lie_where_they_lie_in_the_image(family: str, tmp_path: Any) -> 
     other = image.clone()
     other[:, :, 4:8, 8:12] += 1
     with no_upcasts():
-        cache = propagate(model, image, TARGET, "deeplift", reference=other)
+        cache = propagate(model, image, TARGET, rules="deeplift", reference=other)
     patches = cache.patches()
     assert patches.shape == (2, 2, 3) and cache.tokens().shape == (2, 8 if family == "deit" else 7)
     close(patches[:, 1, 2], whole(cache), 1e-9)
@@ -132,8 +132,8 @@ def test_a_model_of_tokens_has_no_patches() -> None:
 
 def test_a_single_image_is_one_row() -> None:
     model, (images, other) = build_classifier("vit"), inputs_for("vit")
-    alone = propagate(model, images[0], TARGET, "deeplift", reference=other[0])
-    together = propagate(model, {"pixel_values": images}, TARGET, "deeplift", reference={"pixel_values": other})
+    alone = propagate(model, images[0], TARGET, rules="deeplift", reference=other[0])
+    together = propagate(model, {"pixel_values": images}, TARGET, rules="deeplift", reference={"pixel_values": other})
     close(alone.tokens(), together.tokens()[:1], 1e-9)
 
 
@@ -169,7 +169,7 @@ def test_patches_that_are_masked_have_no_relevance() -> None:
     model, (images, other) = build_classifier("vit"), inputs_for("vit")
     mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1]] * 2)
     with no_upcasts():
-        cache = propagate(model, images, TARGET, "deeplift", reference=other, attention_mask=mask, audit=True)
+        cache = propagate(model, images, TARGET, rules="deeplift", reference=other, attention_mask=mask, audit=True)
     close(cache.logits, model(images, attention_mask=mask), 1e-6)
     assert float((cache.logits - model(images)).detach().abs().max()) > 1e-3
     assert unexplained(cache) < 1e-9 and float(cache.tokens()[:, 3:5].abs().max()) == 0
@@ -182,9 +182,15 @@ def test_padding_of_a_text_has_no_relevance_and_changes_none() -> None:
     padded, padded_other = (torch.cat([t, torch.full((1, 2), 9)], 1) for t in (short, other))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
     for rules in ("attnlrp", "cp_lrp", "relp", "deeplift"):
-        alone = propagate(model, short, TARGET, rules, reference=reference_for(rules, other))
+        alone = propagate(model, short, TARGET, rules=rules, reference=reference_for(rules, other))
         together = propagate(
-            model, padded, TARGET, rules, lambda _: True, reference=reference_for(rules, padded_other), attention_mask=mask
+            model,
+            padded,
+            TARGET,
+            rules=rules,
+            names_filter=lambda _: True,
+            reference=reference_for(rules, padded_other),
+            attention_mask=mask,
         )
         close(together.tokens()[:, :4], alone.tokens(), 1e-4)
         assert float(together.tokens()[:, 4:].abs().max()) == 0
@@ -224,7 +230,7 @@ def test_a_pooler_whose_hook_points_do_not_hold_is_refused(fault: str, message: 
 
     monkeypatch.setattr(type(pooler), "forward", forward)
     with pytest.raises(LivenessError, match=message):
-        propagate(model, inputs, TARGET, "attnlrp")
+        propagate(model, inputs, TARGET, rules="attnlrp")
 
 
 def test_a_model_without_a_head_has_no_logits_and_is_covered_all_the_same() -> None:

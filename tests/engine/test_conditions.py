@@ -32,9 +32,9 @@ def test_a_partition_of_heads_gives_back_what_passes_the_layer(family: str) -> N
     model, (tokens, _) = build(family), inputs_and_reference()
     name = "blocks.1.attn.hook_z"
     with exact(family):
-        parts = [propagate(model, tokens, TARGET, "attnlrp", through={name: {"head": [h]}}).tokens() for h in range(4)]
-        together = propagate(model, tokens, TARGET, "attnlrp", through={name: {"head": range(4)}}).tokens()
-        whole = propagate(model, tokens, TARGET, "attnlrp").tokens()
+        parts = [propagate(model, tokens, TARGET, rules="attnlrp", through={name: {"head": [h]}}).tokens() for h in range(4)]
+        together = propagate(model, tokens, TARGET, rules="attnlrp", through={name: {"head": range(4)}}).tokens()
+        whole = propagate(model, tokens, TARGET, rules="attnlrp").tokens()
     close(sum(parts[1:], parts[0]), together, 1e-10)
     assert not torch.allclose(together, whole)  # what flows around the heads is left out
 
@@ -45,18 +45,18 @@ def test_what_passes_a_head_is_the_relevance_that_the_head_has() -> None:
 
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     zero_all_that_keeps(model)
-    whole = propagate(model, tokens, TARGET, "cp_lrp")
-    part = propagate(model, tokens, TARGET, "cp_lrp", through={"blocks.1.attn.hook_z": {"head": [2]}})
+    whole = propagate(model, tokens, TARGET, rules="cp_lrp")
+    part = propagate(model, tokens, TARGET, rules="cp_lrp", through={"blocks.1.attn.hook_z": {"head": [2]}})
     close(part.tokens().sum(1), whole.heads()[:, :, 1, 2].sum(1), 1e-10)
 
 
 def test_conditions_on_two_layers_are_passed_one_after_the_other() -> None:
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     both = {"blocks.1.attn.hook_z": {"head": [0]}, "blocks.0.mlp.hook_post": {"unit": range(5)}}
-    one = propagate(model, tokens, TARGET, "relp", through=both)
-    other = propagate(model, tokens, TARGET, "relp", through=dict(reversed(both.items())))
+    one = propagate(model, tokens, TARGET, rules="relp", through=both)
+    other = propagate(model, tokens, TARGET, rules="relp", through=dict(reversed(both.items())))
     close(one.tokens(), other.tokens(), 1e-12)  # the order in which they are named does not matter
-    neurons = propagate(model, tokens, TARGET, "relp", through={"blocks.1.attn.hook_z": {"head": [0]}}).neurons(0)
+    neurons = propagate(model, tokens, TARGET, rules="relp", through={"blocks.1.attn.hook_z": {"head": [0]}}).neurons(0)
     close(one.neurons(0)[..., :5], neurons[..., :5], 1e-12)
     assert float(one.neurons(0)[..., 5:].abs().max()) == 0
 
@@ -72,12 +72,12 @@ def test_conditions_on_two_layers_are_passed_one_after_the_other() -> None:
 )
 def test_bad_conditions_are_refused(through: dict[str, object], said: str) -> None:
     with pytest.raises(RelevanceError, match=said):
-        propagate(build("gpt2"), inputs_and_reference()[0], TARGET, "attnlrp", through=through)  # type: ignore[arg-type]
+        propagate(build("gpt2"), inputs_and_reference()[0], TARGET, rules="attnlrp", through=through)  # type: ignore[arg-type]
 
 
 def test_a_latent_target_is_the_gradient_of_that_unit() -> None:
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
-    cache = propagate(model, tokens, latent("blocks.1.mlp.hook_post", unit=3, position=2), "gradient")
+    cache = propagate(model, tokens, latent("blocks.1.mlp.hook_post", unit=3, position=2), rules="gradient")
     _, activations = model.run_with_cache(tokens)
     close(cache.value, activations["blocks.1.mlp.hook_post"][:, 2, 3], 1e-12)
     embedding = cache.activations["embed.hook_out"].clone().requires_grad_(True)
@@ -97,7 +97,7 @@ def test_latents_of_a_head_and_along_a_direction_are_complete_between_two_runs()
     model, (tokens, other) = build("gpt2"), inputs_and_reference()
     direction = torch.linspace(-1, 1, 16, dtype=torch.float64)
     for target in (latent("blocks.1.attn.hook_z", unit=1, head=2), latent("blocks.1.hook_resid_pre", direction=direction)):
-        cache = propagate(model, tokens, target, "deeplift", reference=other)
+        cache = propagate(model, tokens, target, rules="deeplift", reference=other)
         assert cache.reference_value is not None
         gap = cache.value - cache.reference_value
         close(cache.tokens().sum(1) + cache.positions().sum(1), gap, 1e-10)
@@ -113,7 +113,7 @@ def test_bad_latents_are_refused() -> None:
         latent("no.such.point", unit=0),
     ):
         with pytest.raises(RelevanceError):
-            propagate(model, tokens, target, "attnlrp")
+            propagate(model, tokens, target, rules="attnlrp")
 
 
 @pytest.mark.parametrize("point", ["q_norm.hook_out", "hook_pattern"])
@@ -123,7 +123,7 @@ def test_heads_that_come_before_the_positions(point: str) -> None:
     tokens, _ = inputs_and_reference()
 
     def through(**units: list[int]) -> Tensor:
-        return propagate(model, tokens, TARGET, "attnlrp", through={name: units}, names_filter=[name]).coefficients[name]
+        return propagate(model, tokens, TARGET, rules="attnlrp", through={name: units}, names_filter=[name]).coefficients[name]
 
     one, everything = through(head=[3]), sum((through(head=[h]) for h in range(1, 4)), through(head=[0]))
     assert float(one[:, :3].abs().max()) == 0 and float(one[:, 3].abs().max()) > 0

@@ -52,13 +52,23 @@ def _declared(**options: bool) -> HandMade:
     model = HandMade(**options).eval()
     sites = [
         norm("blocks.0.norm", "hook_norm_in", "hook_norm_out", eps=1e-5, rms=True),
-        attention("blocks.0.attn", "hook_q", "hook_k", "hook_v", "hook_scores", "hook_pattern", "hook_z", n_heads=2, d_head=4),
-        activation("blocks.0.mlp", "hook_pre", "hook_post", torch.relu),
-        linear("blocks.0.q", "hook_norm_out", "hook_q", model.to_q.weight, model.to_q.bias),
-        linear("blocks.0.k", "hook_norm_out", "hook_k", model.to_k.weight, model.to_k.bias),
-        linear("blocks.0.v", "hook_norm_out", "hook_v", model.to_v.weight, model.to_v.bias),
-        linear("blocks.0.out", "hook_z", "hook_out", model.to_out.weight, model.to_out.bias),
-        linear("blocks.0.up", "hook_resid_mid", "hook_pre", model.up.weight, model.up.bias),
+        attention(
+            "blocks.0.attn",
+            "hook_q",
+            "hook_k",
+            hook_v="hook_v",
+            hook_scores="hook_scores",
+            hook_pattern="hook_pattern",
+            hook_z="hook_z",
+            n_heads=2,
+            d_head=4,
+        ),
+        activation("blocks.0.mlp", "hook_pre", "hook_post", function=torch.relu),
+        linear("blocks.0.q", "hook_norm_out", "hook_q", weight=model.to_q.weight, bias=model.to_q.bias),
+        linear("blocks.0.k", "hook_norm_out", "hook_k", weight=model.to_k.weight, bias=model.to_k.bias),
+        linear("blocks.0.v", "hook_norm_out", "hook_v", weight=model.to_v.weight, bias=model.to_v.bias),
+        linear("blocks.0.out", "hook_z", "hook_out", weight=model.to_out.weight, bias=model.to_out.bias),
+        linear("blocks.0.up", "hook_resid_mid", "hook_pre", weight=model.up.weight, bias=model.up.bias),
     ]
     cuts = ["hook_resid", "hook_final"]
     declare_sites(model, sites, embeddings=["hook_embed"], residual=cuts, z=["hook_z"], neurons=["hook_post"])
@@ -73,7 +83,7 @@ def test_every_ruleset_runs_and_leaves_the_forward_alone(rules: str) -> None:
     model = _declared()
     reference = OTHER if needs_reference(rulesets()[rules]) else None
     logits = model(TOKENS)
-    cache = propagate(model, TOKENS, TARGET, rules, reference=reference)
+    cache = propagate(model, TOKENS, TARGET, rules=rules, reference=reference)
     assert torch.equal(cache.logits, logits)
     assert cache.tokens().shape == (2, 4) and cache.residual().shape == (2, 4, 2) and cache.neurons(0).shape == (2, 4, 12)
     if rules == "deeplift":
@@ -86,10 +96,10 @@ def test_what_has_no_site_shows_in_the_account() -> None:
     model = _declared()
     with torch.no_grad():
         model.down.bias.zero_()
-    assert propagate(model, TOKENS, TARGET, "attnlrp", audit=True).conservation()["unexplained"].abs().max() < 1e-12
+    assert propagate(model, TOKENS, TARGET, rules="attnlrp", audit=True).conservation()["unexplained"].abs().max() < 1e-12
     with torch.no_grad():
         model.down.bias.fill_(0.5)
-    assert propagate(model, TOKENS, TARGET, "attnlrp", audit=True).conservation()["unexplained"].abs().max() > 1e-3
+    assert propagate(model, TOKENS, TARGET, rules="attnlrp", audit=True).conservation()["unexplained"].abs().max() > 1e-3
 
 
 def test_attach_works_too() -> None:
@@ -98,7 +108,7 @@ def test_attach_works_too() -> None:
     with attach(model, "attnlrp"), model.hooks(bwd_hooks=[hook]):
         logits = model(TOKENS)
         (logits[:, -1, 3] - logits[:, -1, 4]).sum().backward()
-    close(gradients["z"], propagate(model, TOKENS, TARGET, "attnlrp").coefficients["hook_z"], 1e-12)
+    close(gradients["z"], propagate(model, TOKENS, TARGET, rules="attnlrp").coefficients["hook_z"], 1e-12)
 
 
 def test_coverage_of_a_model_without_a_config() -> None:
@@ -118,7 +128,7 @@ def test_coverage_shows_a_declaration_that_does_not_hold() -> None:
     model = _declared()
     wrong = [
         norm("blocks.0.norm", "hook_norm_in", "hook_norm_out", eps=0.3, rms=True),
-        activation("mlp", "hook_pre", "hook_post", torch.tanh),
+        activation("mlp", "hook_pre", "hook_post", function=torch.tanh),
     ]
     declare_sites(model, wrong, embeddings=["hook_embed"])
     sites = coverage(model, ["cp_lrp"], inputs=TOKENS).sites.set_index("site")
@@ -134,13 +144,13 @@ def test_coverage_asks_for_inputs_where_it_cannot_make_them() -> None:
 
 def test_a_decorative_hookpoint_is_refused() -> None:
     with pytest.raises(LivenessError, match="hook_pattern"):
-        propagate(_declared(decorative=True), TOKENS, TARGET, "cp_lrp")
+        propagate(_declared(decorative=True), TOKENS, TARGET, rules="cp_lrp")
 
 
 def test_bad_declarations_are_refused() -> None:
     with pytest.raises(RelevanceError, match="not a HookPoint"):
-        declare_sites(HandMade(), [activation("mlp", "hook_pre", "hook_pots", torch.relu)], embeddings=["hook_embed"])
+        declare_sites(HandMade(), [activation("mlp", "hook_pre", "hook_pots", function=torch.relu)], embeddings=["hook_embed"])
     with pytest.raises(RelevanceError, match="embeddings"):
         declare_sites(HandMade(), [], embeddings=[])
     with pytest.raises(RelevanceError, match="declare_sites"):
-        propagate(HandMade().eval(), TOKENS, TARGET, "attnlrp")
+        propagate(HandMade().eval(), TOKENS, TARGET, rules="attnlrp")

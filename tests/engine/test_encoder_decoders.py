@@ -38,7 +38,7 @@ def test_t5_equals_lrp_written_out_by_hand(rules: str) -> None:
             for source, target in zip(inputs["input_ids"], inputs["decoder_input_ids"], strict=True)
         ]
         names = sorted({n for n, r in explained[0].relevance.items() if r.abs().max() > 0})
-        cache = propagate(model, inputs, TARGET, rules, names_filter=names)
+        cache = propagate(model, inputs, TARGET, rules=rules, names_filter=names)
     close(cache.logits, torch.stack([one.logits for one in explained]), 1e-12)
     cross = {f"decoder_blocks.1.cross_attn.{point}" for point in ("v.hook_in", "v.hook_out", "o.hook_in")}
     if rules == "attnlrp":
@@ -54,13 +54,15 @@ def test_every_ruleset_conserves_over_every_cut_and_leaves_the_forward_alone(fam
     with torch.no_grad():
         logits = model(inputs["input_ids"], decoder_input=inputs["decoder_input_ids"])
     for rules in RULESETS:
-        cache = propagate(model, inputs, TARGET, rules, reference=other if reference_for(rules, logits) is not None else None, audit=True)
+        cache = propagate(
+            model, inputs, TARGET, rules=rules, reference=other if reference_for(rules, logits) is not None else None, audit=True
+        )
         assert torch.equal(cache.logits, logits), rules
         assert unexplained(cache) < 1e-5, rules
         assert all(float(cache.tokens(stack).abs().sum()) > 0 for stack in ("encoder", "decoder"))
     with no_upcasts():
         for rules in ("attnlrp", "deeplift"):
-            cache = propagate(model, inputs, TARGET, rules, reference=other if rules == "deeplift" else None, audit=True)
+            cache = propagate(model, inputs, TARGET, rules=rules, reference=other if rules == "deeplift" else None, audit=True)
             assert unexplained(cache) < 1e-9
 
 
@@ -70,7 +72,7 @@ def test_deeplift_is_complete_at_every_cut(family: str, reference: str) -> None:
     model, (inputs, other) = build_encoder_decoder(family), sources_and_targets()
     given = {"other": other, "mean_embedding": mean_embedding(), "random_tokens": random_tokens(2)}[reference]
     with no_upcasts():
-        cache = propagate(model, inputs, TARGET, "deeplift", reference=given, names_filter=all_cuts(model))
+        cache = propagate(model, inputs, TARGET, rules="deeplift", reference=given, names_filter=all_cuts(model))
     sums = cut_sums(cache, model)
     if family == "bart":  # below the first block, the positions are the same in both runs
         assert "pos_embed.hook_out" not in cache
@@ -86,7 +88,7 @@ def test_cp_lrp_conserves_at_the_tokens_without_biases(family: str) -> None:
             if "embed_positions" in name:
                 parameter.zero_()
     with no_upcasts():
-        cache = propagate(model, inputs, logit(7), "cp_lrp")
+        cache = propagate(model, inputs, logit(7), rules="cp_lrp")
     close(cache.tokens("encoder").sum(1) + cache.tokens("decoder").sum(1), cache.value, 1e-9)
 
 
@@ -100,8 +102,8 @@ def test_padding_has_no_relevance_and_changes_none(family: str) -> None:
     )
     for rules in ("attnlrp", "cp_lrp", "relp", "deeplift"):
         pair = rules == "deeplift"
-        alone = propagate(model, inputs, TARGET, rules, reference=other if pair else None)
-        together = propagate(model, padded, TARGET, rules, reference=padded_other if pair else None)
+        alone = propagate(model, inputs, TARGET, rules=rules, reference=other if pair else None)
+        together = propagate(model, padded, TARGET, rules=rules, reference=padded_other if pair else None)
         close(together.tokens("encoder")[:, :7], alone.tokens("encoder"), 1e-4)
         close(together.tokens("decoder"), alone.tokens("decoder"), 1e-4)
         close(together.heads("cross"), alone.heads("cross"), 1e-4)
@@ -111,9 +113,9 @@ def test_padding_has_no_relevance_and_changes_none(family: str) -> None:
 def test_rows_of_a_batch_do_not_mix() -> None:
     """BART's decoder positions are one row for the whole batch."""
     model, (inputs, _) = build_encoder_decoder("bart"), sources_and_targets()
-    together = propagate(model, inputs, TARGET, "attnlrp")
+    together = propagate(model, inputs, TARGET, rules="attnlrp")
     for i in range(2):
-        alone = propagate(model, {name: value[i : i + 1] for name, value in inputs.items()}, TARGET, "attnlrp")
+        alone = propagate(model, {name: value[i : i + 1] for name, value in inputs.items()}, TARGET, rules="attnlrp")
         for stack in ("encoder", "decoder"):
             close(together.positions(stack)[i : i + 1], alone.positions(stack), 1e-9)
             close(together.residual(stack)[i : i + 1], alone.residual(stack), 1e-9)
@@ -160,7 +162,7 @@ def test_ids_alone_are_the_source_and_the_decoder_begins() -> None:
 def test_a_continuation_extends_the_decoder() -> None:
     model, (inputs, other) = build_encoder_decoder("t5"), sources_and_targets()
     answer = torch.tensor([8, 9, 10])
-    cache = propagate(model, inputs, continuation(answer), "deeplift", reference=other)
+    cache = propagate(model, inputs, continuation(answer), rules="deeplift", reference=other)
     full = torch.cat([inputs["decoder_input_ids"], answer[:2].expand(2, 2)], 1)
     with torch.no_grad():
         logits = model(inputs["input_ids"], decoder_input=full).log_softmax(-1)
@@ -201,6 +203,6 @@ def test_bad_arguments_are_refused(given: dict[str, torch.Tensor], message: str)
 def test_references_that_do_not_fit_are_refused() -> None:
     model, (inputs, other) = build_encoder_decoder("t5", torch.float32), sources_and_targets()
     with pytest.raises(RelevanceError, match="arguments"):
-        propagate(model, inputs, TARGET, "deeplift", reference={**other, "input_ids": other["input_ids"][:, :5]})
+        propagate(model, inputs, TARGET, rules="deeplift", reference={**other, "input_ids": other["input_ids"][:, :5]})
     with pytest.raises(RelevanceError, match="one stack of tokens"):
-        propagate(model, inputs, TARGET, "deeplift", reference=torch.zeros(16))
+        propagate(model, inputs, TARGET, rules="deeplift", reference=torch.zeros(16))

@@ -28,7 +28,7 @@ def explained(name: str, gamma: float, bare: bool = False) -> tuple[RelevanceCac
     if bare:
         zero_all_that_keeps(model)
     with no_upcasts():
-        cache = propagate(model, inputs, TARGET, with_gamma(gamma), names_filter=lambda _: True, audit=True)
+        cache = propagate(model, inputs, TARGET, rules=with_gamma(gamma), names_filter=lambda _: True, audit=True)
         assert torch.equal(cache.logits, model(inputs))
     return cache, [site for site in anatomy(model).sites if isinstance(site.operation, Linear)]
 
@@ -74,7 +74,7 @@ def test_gamma_zero_is_attnlrp_and_a_large_one_is_alpha_one_beta_zero(name: str)
     none, layers = explained(name, 0.0)
     model, inputs = (build("gpt2"), inputs_and_reference()[0]) if name == "gpt2" else (build_classifier("vit"), inputs_for("vit")[0])
     with no_upcasts():
-        plain = propagate(model, inputs, TARGET, "attnlrp")
+        plain = propagate(model, inputs, TARGET, rules="attnlrp")
     close(none.tokens(), plain.tokens(), 1e-9)
     large, _ = explained(name, 1e8)
     site = next(s for s in layers if s.name == "blocks.1.mlp.out")

@@ -31,12 +31,12 @@ def test_every_ruleset_conserves_and_leaves_the_forward_alone() -> None:
     with no_upcasts():
         for rules in RULESETS:
             reference = OTHER if reference_for(rules, ONE["input_ids"]) is not None else None
-            cache = propagate(model, ONE, TARGET, rules, reference=reference, audit=True)
+            cache = propagate(model, ONE, TARGET, rules=rules, reference=reference, audit=True)
             assert unexplained(cache) < 1e-9, rules
             if rules in ("cp_lrp", "deeplift"):  # Llama without biases: all of it is at the embeddings of patches and words
                 close(cache.tokens().sum(1), whole(cache), 1e-9)
                 close(cache.residual().sum(1), whole(cache).unsqueeze(1).expand(-1, 3), 1e-9)
-    cache = propagate(model, ONE, TARGET, "attnlrp")
+    cache = propagate(model, ONE, TARGET, rules="attnlrp")
     assert torch.equal(cache.logits, logits)
     patches = cache.tokens()[ONE["input_ids"] == IMAGE].unflatten(0, (2, PATCHES))
     assert float(patches.abs().min()) > 0
@@ -47,7 +47,7 @@ def test_another_image_is_another_reference() -> None:
     """The same words and another image: the words' own embeddings do not differ, so all relevance is at the patches."""
     model = FAMILIES["LLaVA"].build()
     with no_upcasts():
-        cache = propagate(model, ONE, TARGET, "deeplift", reference=ONE | {"pixel_values": OTHER["pixel_values"]})
+        cache = propagate(model, ONE, TARGET, rules="deeplift", reference=ONE | {"pixel_values": OTHER["pixel_values"]})
     seen = ONE["input_ids"] == IMAGE
     assert float(cache.tokens()[~seen].abs().max()) == 0
     close((cache.tokens() * seen).sum(1), whole(cache), 1e-9)
@@ -57,7 +57,7 @@ def test_another_image_is_another_reference() -> None:
 def test_a_baseline_of_words_leaves_the_image_where_it_is(baseline: object) -> None:
     model = FAMILIES["LLaVA"].build()
     with no_upcasts():
-        cache = propagate(model, ONE, TARGET, "deeplift", reference=baseline)
+        cache = propagate(model, ONE, TARGET, rules="deeplift", reference=baseline)
     assert float(cache.tokens()[ONE["input_ids"] == IMAGE].abs().max()) == 0
     close(cache.tokens().sum(1), whole(cache), 1e-9)
 
@@ -65,4 +65,4 @@ def test_a_baseline_of_words_leaves_the_image_where_it_is(baseline: object) -> N
 def test_an_image_that_does_not_reach_the_tokens_is_an_error() -> None:
     model = FAMILIES["LLaVA"].build(torch.float32)
     with pytest.raises((RelevanceError, ValueError), match="[Ii]mage"):
-        propagate(model, {"input_ids": ONE["input_ids"][:, :3], "pixel_values": ONE["pixel_values"].float()}, TARGET, "attnlrp")
+        propagate(model, {"input_ids": ONE["input_ids"][:, :3], "pixel_values": ONE["pixel_values"].float()}, TARGET, rules="attnlrp")

@@ -166,8 +166,8 @@ def test_decorative_points_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) 
     model = build_wider("bert", torch.float32)
     monkeypatch.setattr("lens_relevance.sites.delegated_attention._FAMILIES", {})
     with pytest.raises(RelevanceError, match="decorative"):
-        propagate(model, TOKENS, TARGET, "gradient", names_filter="blocks.0.attn.hook_attn_scores", strict=False)
-    cache = propagate(model, TOKENS, TARGET, "gradient", names_filter=lambda name: name.startswith("blocks.0.attn"), strict=False)
+        propagate(model, TOKENS, TARGET, rules="gradient", names_filter="blocks.0.attn.hook_attn_scores", strict=False)
+    cache = propagate(model, TOKENS, TARGET, rules="gradient", names_filter=lambda name: name.startswith("blocks.0.attn"), strict=False)
     assert "blocks.0.attn.hook_attn_scores" not in cache and "blocks.0.attn.hook_z" in cache
     with pytest.raises(KeyError, match="decorative"):
         cache["blocks.0.attn.hook_attn_scores"]
@@ -179,7 +179,7 @@ def test_a_norm_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     norm = model.blocks[1].ln2.original_component
     monkeypatch.setattr(norm, "forward", lambda x: norm.weight * (x - x.mean(-1, keepdim=True)))
     with pytest.raises(CoverageError, match="blocks.1.ln2: LlamaRMSNorm computes neither"):
-        propagate(model, TOKENS, TARGET, "attnlrp")
+        propagate(model, TOKENS, TARGET, rules="attnlrp")
 
 
 def test_a_part_without_a_site_is_refused_by_name() -> None:

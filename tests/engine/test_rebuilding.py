@@ -26,7 +26,12 @@ def test_coefficients_at_the_pattern_are_those_of_its_product_with_the_values(fa
     """g_A[t, s] = part * g_z[t] . v[s], v the mean of both runs under pair rules; rows of the pattern sum to 1."""
     model, (tokens, other) = build_any(family), inputs_and_reference()
     cache = propagate(
-        model, tokens, TARGET, rules, names_filter=[SCORES, PATTERN, Z, "blocks.1.attn.v.hook_out"], reference=reference_for(rules, other)
+        model,
+        tokens,
+        TARGET,
+        rules=rules,
+        names_filter=[SCORES, PATTERN, Z, "blocks.1.attn.v.hook_out"],
+        reference=reference_for(rules, other),
     )
     v, part = cache.activations["blocks.1.attn.v.hook_out"], 0.5 if rules in ("attnlrp", "gim") else 1.0
     if rules == "deeplift":
@@ -41,7 +46,7 @@ def test_coefficients_at_the_pattern_are_those_of_its_product_with_the_values(fa
 @pytest.mark.parametrize("family", DELEGATED)
 def test_under_the_plain_gradient_the_rebuilt_steps_are_the_models_own(family: str) -> None:
     model, (tokens, _) = build_any(family), inputs_and_reference()
-    ours = propagate(model, tokens, TARGET, "gradient", names_filter=["blocks.0.hook_in"])
+    ours = propagate(model, tokens, TARGET, rules="gradient", names_filter=["blocks.0.hook_in"])
     x: list[Tensor] = []
 
     def leaf(t: Tensor, hook: Any) -> Tensor:
@@ -86,4 +91,4 @@ def test_a_module_that_computes_something_else_is_refused(rules: str, monkeypatc
         _Family(scale=lambda m: 0.5, caller=entry.caller, mask=entry.mask, rotate=entry.rotate, n_heads=entry.n_heads),
     )
     with pytest.raises(LivenessError, match="blocks.1.attn:z does not compute"):
-        propagate(model, tokens, TARGET, rules, reference=reference_for(rules, other))
+        propagate(model, tokens, TARGET, rules=rules, reference=reference_for(rules, other))

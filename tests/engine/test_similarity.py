@@ -48,7 +48,7 @@ def test_every_ruleset_accounts_for_the_cosine(pair: tuple[TransformerBridge, Te
     for rules in RULESETS:
         reference = reference_for(rules, random_ids(seed=1))
         with no_upcasts():
-            cache = propagate(model, tokens, target, rules, reference=reference, attention_mask=mask, audit=True)
+            cache = propagate(model, tokens, target, rules=rules, reference=reference, attention_mask=mask, audit=True)
         assert unexplained(cache) < 1e-9, rules
         account = cache.conservation()
         assert float(account["target"].abs().max()) < 1e-12, rules
@@ -66,7 +66,7 @@ def test_cp_lrp_conserves_the_cosine_at_the_tokens_without_biases(pair: tuple[Tr
             if "position_embeddings" in name or "token_type" in name:
                 parameter.zero_()
     with no_upcasts():
-        cache = propagate(model, tokens, similarity(sentence_embeddings(model, tokens).flip(0)), "cp_lrp")
+        cache = propagate(model, tokens, similarity(sentence_embeddings(model, tokens).flip(0)), rules="cp_lrp")
     close(cache.tokens().sum(1), cache.value, 1e-9)
 
 
@@ -97,7 +97,7 @@ def test_a_function_of_both_texts_at_once(pair: tuple[TransformerBridge, Tensor,
         return functional.cosine_similarity(hidden[0].mean(0), hidden[1].mean(0), 0)
 
     with no_upcasts():
-        cache = propagate(model, tokens, cosine, "deeplift", reference=random_ids(seed=1), audit=True)
+        cache = propagate(model, tokens, cosine, rules="deeplift", reference=random_ids(seed=1), audit=True)
     assert cache.value.shape == (2,) and float(cache.value[0]) == float(cache.value[1])
     close(cache.tokens().sum(), whole(cache)[0], 1e-4)
     assert unexplained(cache) < 1e-9
@@ -127,7 +127,7 @@ def test_a_real_encoder_finds_texts_similar_for_the_words_they_share(minilm: Tra
     close(propagate(minilm, TEXTS, target).value, functional.cosine_similarity(*embeddings, 0).expand(2), 1e-5)
     runs = [("attnlrp", None), ("cp_lrp", None), ("relp", None), ("deeplift", random_tokens(4)), ("deeplift", mean_embedding())]
     for rules, reference in runs:
-        cache = propagate(minilm, TEXTS, target, rules, reference=reference, audit=True)
+        cache = propagate(minilm, TEXTS, target, rules=rules, reference=reference, audit=True)
         assert unexplained(cache) < 1e-5, rules
         if rules == "deeplift":
             close(cache.tokens().sum(1), whole(cache), 1e-5)
@@ -143,10 +143,10 @@ def test_a_real_encoder_is_exact_in_double_precision(minilm: TransformerBridge) 
     try:
         target = similarity(sentence_embeddings(minilm, TEXTS).flip(0))
         for rules in ("attnlrp", "cp_lrp"):
-            cache = propagate(minilm, TEXTS, target, rules, audit=True)
+            cache = propagate(minilm, TEXTS, target, rules=rules, audit=True)
             assert unexplained(cache) < 1e-9
             close(cache.residual()[:, :, -1].sum(1), cache.value, 1e-9)
-        cache = propagate(minilm, TEXTS, target, "deeplift", reference=mean_embedding())
+        cache = propagate(minilm, TEXTS, target, rules="deeplift", reference=mean_embedding())
         close(cache.residual().sum(1), whole(cache).unsqueeze(1).expand(-1, 7), 1e-9)
     finally:
         minilm.original_model.float()

@@ -70,10 +70,10 @@ def test_any_other_function_is_averaged_over_the_straight_path() -> None:
 
 def test_what_the_path_average_leaves_is_the_sink_target() -> None:
     model, (tokens, _other) = build("gpt2"), inputs_and_reference()
-    cache = propagate(model, tokens, lambda logits: (logits[:, -1, 3] * 2).relu(), "attnlrp", audit=True)
+    cache = propagate(model, tokens, lambda logits: (logits[:, -1, 3] * 2).relu(), rules="attnlrp", audit=True)
     account = cache.conservation()
     assert account["unexplained"].abs().max() < 1e-9
-    nonlinear = propagate(model, tokens, lambda logits: logits[:, -1, 3].exp(), "attnlrp", audit=True).conservation()
+    nonlinear = propagate(model, tokens, lambda logits: logits[:, -1, 3].exp(), rules="attnlrp", audit=True).conservation()
     assert nonlinear["target"].abs().max() > 1e-3 and nonlinear["unexplained"].abs().max() < 1e-9
 
 
@@ -91,4 +91,4 @@ def test_what_the_path_average_leaves_is_the_sink_target() -> None:
 )
 def test_bad_targets_are_refused(target: object, said: str) -> None:
     with pytest.raises(RelevanceError, match=said):
-        propagate(build("gpt2"), inputs_and_reference()[0], target, "attnlrp")  # type: ignore[arg-type]
+        propagate(build("gpt2"), inputs_and_reference()[0], target, rules="attnlrp")  # type: ignore[arg-type]

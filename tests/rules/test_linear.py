@@ -71,7 +71,7 @@ def test_a_ruleset_of_ones_own_puts_gamma_on_chosen_layers() -> None:
 
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     table = {**rulesets()["attnlrp"], "linear@in": GammaRule(0.25), "linear@out": EpsilonRule(1e-3)}
-    cache = propagate(model, tokens, TARGET, table, audit=True)
+    cache = propagate(model, tokens, TARGET, rules=table, audit=True)
     assert unexplained(cache) < 1e-9
     assert torch.equal(cache.logits, model(tokens))
-    assert not torch.allclose(cache.tokens(), propagate(model, tokens, TARGET, "attnlrp").tokens())
+    assert not torch.allclose(cache.tokens(), propagate(model, tokens, TARGET, rules="attnlrp").tokens())
