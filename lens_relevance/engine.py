@@ -83,8 +83,7 @@ def propagate(
         taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
         if audit:
             taps.add(audited_points(body, [s for s in body.sites if s.enabled()]))
-        for name in body.leaves:
-            opened.state(body.points[name]).starts_graph = len(prompt.tokens) * n
+        opened.start_at([body.points[name] for name in body.leaves], len(prompt.tokens) * n)
         before = None
         if other is not None:
             with torch.no_grad(), recording(opened), replaced_embeddings(opened, body, other):

@@ -15,6 +15,7 @@ from hatchling.builders.wheel import WheelBuilder
 import lens_relevance
 from analyses.tasks.fitting import tokenize_rows
 from analyses.tasks.later_years import LaterYears
+from lens_relevance.hooks.versions import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +50,15 @@ def test_every_dependency_is_pinned() -> None:
     wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {requirement.split(">=")[0] for requirement in wanted} <= pinned
+
+
+def test_the_range_of_transformers_is_the_one_that_the_tests_have_seen() -> None:
+    """The pin is one minor version wide, and it is the version that a call does not warn of."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (pinned,) = (requirement for requirement in project["dependencies"] if requirement.startswith("transformers"))
+    major, minor = TESTED["transformers"].split(".")
+    assert pinned == f"transformers>={major}.{minor},<{major}.{int(minor) + 1}"
+    assert importlib.metadata.version("transformers").startswith(f"{major}.{minor}.")
 
 
 def test_shapes_and_types_are_checked_at_run_time() -> None:

@@ -40,6 +40,11 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
         "Qwen3MoeConfig",
         _GROUPED | dict(head_dim=4, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2),
     ),
+    "granite": (  # the multipliers of its released models
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        _GROUPED | dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0, attention_multiplier=0.3),
+    ),
     "gpt_oss": (  # small limits, so that the clamps of its gates bite
         "GptOssForCausalLM",
         "GptOssConfig",

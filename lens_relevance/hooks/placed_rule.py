@@ -66,6 +66,8 @@ class PlacedRule:
         if visit is None:  # nothing differentiable comes in
             return output
         if self.rule.on_output:
+            if output.requires_grad:
+                output.register_hook(visit.refuse_partial_bypass)
             ruled: Tensor = Substitute.apply(visit, None, output)
         else:
             ruled = Substitute.apply(visit, self._reference(ordered), output.detach(), *ordered)

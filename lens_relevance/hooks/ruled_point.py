@@ -9,7 +9,7 @@ whose `__call__` wraps the original.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class PointState:
     def __init__(self, point: HookPoint) -> None:
         self.point = point
         self.starts_graph = 0  # rows of the forward whose graph starts here
+        self.started = False
         self.rebuilding: Rebuilding | None = None
         self.rebuilt_by: Rebuilding | None = None
         self.feeds: list[Rebuilding] = []
@@ -32,6 +33,11 @@ class PointState:
         self.output_of: list[PlacedRule] = []
         self.input_of: list[tuple[PlacedRule, int]] = []
         self.taps: list[Callable[[Tensor], Tensor | None]] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything happens here, so that the HookPoint has to be called."""
+        return bool(self.starts_graph or self.replace or self.taps or self.output_of or self.input_of or self.feeds or self.rebuilding)
 
     def before(self, x: Tensor) -> Tensor:
         if self.replace is not None:
@@ -42,6 +48,7 @@ class PointState:
             if x.shape[0] == 1 and self.starts_graph > 1:  # positions that the model broadcasts over the batch
                 x = x.expand(self.starts_graph, *x.shape[1:])
             x = x.detach().requires_grad_(torch.is_grad_enabled())
+            self.started = True
         for placed in self.output_of:
             if placed.active:
                 x = placed.substitute(x)
@@ -69,6 +76,11 @@ class RuledHookPoint(HookPoint):
     def is_tapped(self) -> bool:
         """Whether something of ours reads here."""
         return bool(self.__dict__["_lens_relevance"].taps)
+
+    def has_hooks(self, dir: Literal["fwd", "bwd", "both"] = "both", including_permanent: bool = True, level: int | None = None) -> bool:
+        """As for any HookPoint; what stands here counts as a forward hook, since models leave out HookPoints without hooks (Granite)."""
+        state: PointState = self.__dict__["_lens_relevance"]
+        return (dir != "bwd" and state.is_busy) or super().has_hooks(dir, including_permanent, level)
 
     def __call__(self, x: Any) -> Any:
         state: PointState = self.__dict__["_lens_relevance"]

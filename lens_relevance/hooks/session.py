@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,11 @@ class Session:
             point.__dict__["_lens_relevance"] = self._states[point]
             point.__class__ = RuledHookPoint
         return self._states[point]
+
+    def start_at(self, points: Sequence[HookPoint], rows: int) -> None:
+        """Let the graph of a forward of so many rows start at these HookPoints."""
+        for point in points:
+            self.state(point).starts_graph = rows
 
     def place(self, site: Site, rule: Rule) -> None:
         """Put a rule on a site."""
@@ -97,6 +102,8 @@ class Session:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for placed in self.placed:
             placed.reset()
+        for state in self._states.values():
+            state.started = False
         check_forward(self.model, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -126,6 +133,12 @@ class Session:
         for placed in self.placed:
             if placed.site.output is None:
                 output = _with_logits(output, placed.substitute)
+        silent_leaves = [str(point.name) for point, state in self._states.items() if state.starts_graph and not state.started]
+        if silent_leaves:
+            raise LivenessError(
+                f"{', '.join(silent_leaves)} did not fire in this forward, so nothing can be said of the embeddings, where relevance ends. "
+                "Is the model called with token ids, and does its embedding have a HookPoint that fires?"
+            )
         silent = [p.site for p in self.placed if p.fired == 0 and p.site.enabled()]
         if silent:
             raise LivenessError(

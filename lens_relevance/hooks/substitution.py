@@ -2,6 +2,8 @@
 
 Liveness: the model is handed a view of each captured input. A gradient that arrives at that view has come through the model's own
 computation, past the rule: the HookPoint was decorative and the relevance would be wrong. That is an error, raised in the backward itself.
+A rule that scales the gradient at the operation's output leaves the rest to the model's own computation; there the gradient that arrives
+at the output as the model computed it has to be the one that the rule sent, and nothing besides.
 A rule off every path sees no gradient at either place and passes; so does one whose gradient is zero.
 """
 
@@ -20,14 +22,21 @@ from lens_relevance.sites import Site
 class Visit:
     """One passage of a forward through one site: what the backward needs to know besides tensors."""
 
-    __slots__ = ("rule", "site", "visited")
+    __slots__ = ("rule", "sent", "site", "visited")
 
     def __init__(self, site: Site, rule: Rule) -> None:
         self.site, self.rule, self.visited = site, rule, False
+        self.sent: Tensor | None = None  # by a rule that scales the gradient at the output, in the backward under way
 
     def refuse_bypass(self, _: Tensor) -> None:
         """Runs when a gradient reaches the operation's input through the model's own computation."""
         if not (self.rule.on_output and self.visited):
+            raise LivenessError(bypassed(self.site, self.rule))
+
+    def refuse_partial_bypass(self, arrived: Tensor) -> None:
+        """Runs when a gradient reaches the operation's output as the model computed it: from the rule, or past it."""
+        sent, self.sent = self.sent, None
+        if sent is None or not torch.equal(arrived.nan_to_num(), sent.nan_to_num()):
             raise LivenessError(bypassed(self.site, self.rule))
 
 
@@ -67,6 +76,7 @@ class Substitute(torch.autograd.Function):
         visit.visited = True
         coefficients = visit.rule.backward(visit.site.operation, ctx.saved_tensors, upstream[0])
         if visit.rule.on_output:
+            visit.sent = coefficients[0]
             return None, None, coefficients[0]
         downstream = (None if c is None else c.to(t) for c, t in zip(coefficients, ctx.dtypes, strict=True))
         return (None, None, None, *downstream)

@@ -42,13 +42,16 @@ def rescale_factor(function: Function, x1: Tensor, y1: Tensor, x2: Tensor, y2: T
     """(y1 - y2) / (x1 - x2), and f' at the midpoint where x1 - x2 is so small that the quotient would be rounding noise.
 
     The noise is about eps * scale / |d| and the midpoint's error about d^2; a threshold of eps^0.4 * scale keeps both small. The scale is
-    that of x and y themselves: at a kink in 0 (ReLU) both are no larger than |d|, the quotient is exact there and is used.
+    that of x and y themselves: at a kink in 0 (ReLU) both are no larger than |d|, the quotient is exact there and is used. So it is where
+    the midpoint's slope times d misses y1 - y2 by more than rounding: between the two values lies a kink away from 0 (a clamp).
     """
-    d = x1 - x2
+    d, change, eps = x1 - x2, y1 - y2, torch.finfo(x1.dtype).eps
     scale = torch.maximum(torch.maximum(x1.abs(), x2.abs()), torch.maximum(y1.abs(), y2.abs()))
-    tiny = d.abs() <= torch.finfo(d.dtype).eps ** 0.4 * scale
-    quotient = (y1 - y2) / torch.where(tiny, torch.ones_like(d), d)
-    quotient[tiny] = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)
+    tiny = d.abs() <= eps**0.4 * scale
+    quotient = change / torch.where(d == 0, torch.ones_like(d), d)
+    slope = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)
+    smooth = (slope * d[tiny] - change[tiny]).abs() <= 16 * eps * scale[tiny]
+    quotient[tiny] = torch.where(smooth | (d[tiny] == 0), slope, quotient[tiny])
     return quotient
 
 

@@ -127,11 +127,12 @@ class PairNorm(Rule):
         c1, c2 = norm.centre(working(inputs[0])), norm.centre(working(reference.inputs[0]))
         s1 = (c1.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
         s2 = (c2.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-        if bool(((s2.pow(2) < 11 * norm.eps) & (s1 > 3 * s2)).any()):
-            raise RelevanceError(
-                f"the reference is degenerate: at a norm its variance is not well above eps ({norm.eps:g}), so that 1/std is huge and the "
-                "comparison meaningless; use mean_embedding(), random_tokens(8) or a real prompt instead"
-            )
+        for run, flat, other in (("reference", s2, s1), ("input", s1, s2)):
+            if bool(((flat.pow(2) < 11 * norm.eps) & (other > 3 * flat)).any()):
+                raise RelevanceError(
+                    f"the {run} is degenerate: at a norm its variance is not well above eps ({norm.eps:g}), so that 1/std is huge and the "
+                    "comparison meaningless; use mean_embedding(), random_tokens(8) or a real prompt instead"
+                )
         mean_r = (1 / s1 + 1 / s2) / 2
         return (mean_r, s1, s2) if self.constant_scale else (mean_r, s1, s2, (c1 + c2) / 2)
 

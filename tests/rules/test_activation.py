@@ -123,6 +123,18 @@ def test_rescale_at_the_kink_of_a_relu(dtype: torch.dtype, size: float) -> None:
     assert torch.allclose(got.double(), torch.tensor([[1 / 3]], dtype=FP64), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 4.8e-3, 1e-4, 3e-6])
+def test_rescale_at_a_clamp_away_from_zero(dtype: torch.dtype, gap: float) -> None:
+    """The clamp lies a quarter of the way below the upper value: what is clamped off is attributed to nobody, the rest to the input."""
+    x1, x2 = (torch.tensor([[7 + part * gap, -7 - part * gap]], dtype=dtype) for part in (0.25, -0.75))
+    operation = Activation(lambda x: x.clamp(-7, 7))
+    got, change = factor(Rescale(), operation, x1, x2) * (x1 - x2), operation(x1) - operation(x2)
+    assert float(change.abs().min()) > 0.7 * gap  # three quarters, as far as the dtype can tell
+    assert float((got - change).abs().max()) <= 32 * torch.finfo(dtype).eps * 7
+    assert factor(Rescale(), operation, x1[:, :1], x1[:, :1]).item() == 0 and factor(Rescale(), operation, x2, x2).tolist() == [[1, 1]]
+
+
 def test_rescale_where_a_saturated_relu_has_gradient_zero() -> None:
     """The run is switched off (gradient exactly 0), the reference on: the whole effect is found."""
     operation, off, on = Activation(F.relu), torch.tensor([[-1.0]], dtype=FP64), torch.tensor([[3.0]], dtype=FP64)

@@ -179,7 +179,7 @@ def test_pair_norm_is_exact_whatever_it_meets(
     g = normal(batch, 3, n, seed=seed + 2, dtype=dtype)
     try:
         (coefficient,) = back(PairNorm(), norm, (x1,), g, (x2,))
-    except RelevanceError:  # a reference that happens to be flat
+    except RelevanceError:  # one of the two happens to be flat
         reject()
     assert coefficient is not None and bool(torch.isfinite(coefficient).all())
     wide1, wide2 = (x.to(FP64) for x in (x1, x2))
@@ -197,8 +197,9 @@ def test_constant_activations_give_finite_coefficients(norm: Norm, constant: flo
     flat, g = torch.full((1, N), constant, dtype=dtype), normal(1, N, seed=3, dtype=dtype)
     for first, second in ((flat, flat), (flat, X2.to(dtype)), (X1.to(dtype), flat)):
         for rule in (LNRule(), PairNorm(), PairLN()):
-            if rule.needs_reference and first is not flat and norm.scale(second.double()).pow(2).item() < 2 * EPS:
-                with pytest.raises(RelevanceError, match="degenerate"):  # 1/std of a flat reference means nothing
+            if rule.needs_reference and first is not second and norm.scale(flat.double()).pow(2).item() < 2 * EPS:
+                run = "input" if first is flat else "reference"
+                with pytest.raises(RelevanceError, match=f"the {run} is degenerate"):  # 1/std of something flat means nothing
                     back(rule, norm, (first,), g, (second,))
                 continue
             (coefficient,) = back(rule, norm, (first,), g, (second,))
