@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from lens_relevance.errors import NotKeptError, RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.rules.base import difference, share
 
 
@@ -168,7 +169,7 @@ class RelevanceCache(Mapping[str, Tensor]):
             parts.append(frame)
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["example", "name", "position", "head", "relevance"])
 
-    def to_activation_cache(self, model: Any = None) -> Any:
+    def to_activation_cache(self, model: HookedModel | None = None) -> Any:
         """The relevance as a TransformerLens ActivationCache, for its own tools."""
         from transformer_lens import ActivationCache
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import check_model, frozen, root
 from lens_relevance.hooks.recording import Taps
 from lens_relevance.hooks.session import session
@@ -47,7 +48,7 @@ class Coverage:
 
 
 def coverage(
-    model: Any, names: Sequence[str] | None = None, positions: int = 8, *, seed: int = 0, inputs: Inputs | None = None
+    model: HookedModel, names: Sequence[str] | None = None, positions: int = 8, *, seed: int = 0, inputs: Inputs | None = None
 ) -> Coverage:
     """Run each ruleset, with the audit, and list every site of the model. The model is left as it was.
 
@@ -95,7 +96,7 @@ def coverage(
     return Coverage(sites, table, dict(body.uncovered))
 
 
-def random_inputs(model: Any, batch: int, positions: int, *, generator: torch.Generator) -> Inputs:
+def random_inputs(model: HookedModel, batch: int, positions: int, *, generator: torch.Generator) -> Inputs:
     """What the model can be called with: token ids [batch, positions], an image, or both; raises RelevanceError where that is not known."""
     device, config = next(model.parameters()).device, getattr(root(model), "config", None)
     vision = getattr(config, "vision_config", config)
@@ -127,14 +128,14 @@ def random_inputs(model: Any, batch: int, positions: int, *, generator: torch.Ge
     return tokens
 
 
-def _target(model: Any) -> Any:
+def _target(model: HookedModel) -> Any:
     """Two outputs against each other; an only one by itself."""
     if is_headless(model):
         return lambda output: output[:, -1, 0] - output[:, -1, 1]
     return logit(0) if len(class_names(model) or ()) == 1 else logit_diff(0, 1)
 
 
-def _vocabulary(model: Any) -> int:
+def _vocabulary(model: HookedModel) -> int:
     """The number of tokens; of a model of the user's own the rows of its smallest embedding table, whose ids every table has."""
     known = getattr(getattr(model, "cfg", None), "d_vocab", None)
     tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -151,7 +152,7 @@ def _reversed(inputs: Inputs) -> Inputs:
 
 
 @torch.no_grad()
-def _recomputed(model: Any, body: Anatomy, sites: list[Site], inputs: Inputs) -> dict[str, float]:
+def _recomputed(model: HookedModel, body: Anatomy, sites: list[Site], inputs: Inputs) -> dict[str, float]:
     """By site: how far its output is from its operation on its inputs, relative to the output's largest entry; NaN where one is missing."""
     with frozen(model), session(model) as opened:
         for site in sites:

@@ -16,6 +16,7 @@ from lens_relevance.cache import RelevanceCache
 from lens_relevance.conservation import account, audited_points
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.forward import Run, one_pass, positions_of, recording, replaced_embeddings, seed_of, values_of
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.conditional import backward_through, read_conditions
 from lens_relevance.hooks.model_state import check_model, frozen
 from lens_relevance.hooks.recording import NamesFilter, Taps, average, collect, wanted
@@ -31,7 +32,7 @@ _version = cache(version)  # which looks through the folder of every installed p
 
 
 def propagate(
-    model: Any,
+    model: HookedModel,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,
@@ -135,7 +136,7 @@ def propagate(
 
 
 @contextmanager
-def attach(model: Any, rules: str | Table, reference: Any = None, *, strict: bool = True) -> Iterator[None]:
+def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, strict: bool = True) -> Iterator[None]:
     """Rules on a model's HookPoints while the block lasts: every gradient tool, TransformerLens's too, then propagates relevance.
 
         with attach(model, "relp"):
@@ -164,13 +165,13 @@ def _table(rules: str | Table, reference: Any) -> Table:
     return table
 
 
-def _extended(model: Any, target: Target, prompt: Prompt) -> Prompt:
+def _extended(model: HookedModel, target: Target, prompt: Prompt) -> Prompt:
     """The prompt with what the target itself adds to it (a continuation)."""
     tokens, mask = target.extend(model, prompt.tokens, prompt.mask)
     return prompt if tokens is prompt.tokens else prompt.with_tokens(tokens, mask)
 
 
-def _reference(model: Any, reference: Any, target: Target | None, given: Prompt, prompt: Prompt) -> ReferenceRun:
+def _reference(model: HookedModel, reference: Any, target: Target | None, given: Prompt, prompt: Prompt) -> ReferenceRun:
     """The reference runs. A target's continuation follows the reference as it follows the prompt."""
     if is_inputs(reference) or (isinstance(reference, Tensor) and not prompt.ids):
         other = reference_inputs(model, reference, given)
@@ -221,7 +222,7 @@ def _ledger(
     )
 
 
-def _info(model: Any, rules: str | Table, target: Target, reference: Any, logits: Tensor) -> dict[str, str]:
+def _info(model: HookedModel, rules: str | Table, target: Target, reference: Any, logits: Tensor) -> dict[str, str]:
     """What makes a result repeatable."""
     return {
         "model": str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__)),

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.recording import Taps
 from lens_relevance.hooks.session import Session
 from lens_relevance.inputs.metrics import Metric, gradient_at
@@ -58,7 +58,7 @@ def _swap(where: Tensor, value: Tensor, x: Tensor) -> Tensor:
     return torch.where(where.to(x.device).unsqueeze(-1), value.to(x), x)
 
 
-def one_pass(model: Any, prompt: Prompt, taps: Taps, *, point: str | None) -> Run:
+def one_pass(model: HookedModel, prompt: Prompt, taps: Taps, *, point: str | None) -> Run:
     logits = prompt.call(model)
     tensors = taps.take()
     if point is None:

@@ -17,6 +17,7 @@ from lens_relevance.attention_methods.run import check_patterns, token_sets
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import share, working
@@ -25,7 +26,7 @@ from lens_relevance.sites import anatomy
 
 
 def head_flow(
-    model: Any,
+    model: HookedModel,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.rules import (
     AttentionGeometry,
     PairProduct,
@@ -37,7 +38,7 @@ def key_points(body: Anatomy, layers: Sequence[int]) -> list[str]:
 
 
 @contextmanager
-def rotary_constants(model: Any, body: Anatomy, layers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+def rotary_constants(model: HookedModel, body: Anatomy, layers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
     """cos and sin of the forwards that run inside, by HookPoint name: they are not part of the graph, so no cache has them."""
     kept: dict[str, Tensor] = {}
 
@@ -45,7 +46,8 @@ def rotary_constants(model: Any, body: Anatomy, layers: Sequence[int]) -> Iterat
         kept[hook.name] = x.detach()
 
     names = [str(point.name) for layer in layers for point in scores_site(body, layer).inputs[2:]]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+    hooks: Any = getattr(model, "hooks")  # noqa: B009 - a bridge and a HookedRootModule have it
+    with hooks(fwd_hooks=[(name, keep) for name in names]):
         yield kept
 
 

@@ -26,6 +26,7 @@ from lens_relevance.attention_methods.run import AttentionRun, check_patterns, r
 from lens_relevance.attention_methods.two_sets import check_groups
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import check_model
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.inputs.targets import Target
@@ -65,7 +66,7 @@ ALIASES = {"chefer": "chefer_2021b"}
 
 
 def token_relevance(
-    model: Any,
+    model: HookedModel,
     inputs: Inputs | Mapping[str, Any],
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,

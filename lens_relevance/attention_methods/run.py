@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError, RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.rules.base import share, working
 from lens_relevance.sites import Anatomy, TokenAttention
 
@@ -150,7 +150,7 @@ def read_masks(body: Anatomy, cache: RelevanceCache, given: Mapping[str, Tensor]
     return masks
 
 
-def check_patterns(body: Anatomy, model: Any) -> None:
+def check_patterns(body: Anatomy, model: HookedModel) -> None:
     """Refuse a model whose patterns do not exist or are decorative: nothing here could be computed from them."""
     names = [one.pattern for one in body.attentions]
     dead = [name for name in names if name not in body.aliases or body.canonical(name) in body.decorative]

@@ -5,28 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel, is_bridge
 from lens_relevance.hooks.versions import warn_if_untested
 
 
-def is_bridge(model: Any) -> bool:
-    """Whether this is a TransformerBridge, and not a model of the user's own with declared sites."""
-    return hasattr(model, "original_model") and hasattr(model, "adapter")
-
-
-def root(model: Any) -> torch.nn.Module:
+def root(model: HookedModel) -> torch.nn.Module:
     """The module whose call is one forward: what a bridge wraps, or the model itself."""
-    return model.original_model if is_bridge(model) else model
+    return model.original_model if is_bridge(model) else cast(torch.nn.Module, model)
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[None]:
+def frozen(model: HookedModel) -> Iterator[None]:
     """No parameter asks for a gradient inside; each flag is put back as it was found."""
-    everything = [*torch.nn.Module.parameters(model), *root(model).parameters()]
+    everything = [*torch.nn.Module.parameters(cast(torch.nn.Module, model)), *root(model).parameters()]
     asked = list({id(p): p for p in everything if p.requires_grad}.values())
     try:
         for parameter in asked:
@@ -37,7 +33,7 @@ def frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: HookedModel) -> None:
     """Refuse states of the model in which relevance would be wrong without anybody noticing."""
     warn_if_untested()
     if torch.is_inference_mode_enabled():
@@ -57,7 +53,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_forward(model: Any, kwargs: dict[str, Any]) -> None:
+def check_forward(model: HookedModel, kwargs: dict[str, Any]) -> None:
     """Refuse forwards on which rules would be wrong without anybody noticing."""
     if kwargs.get("past_key_values") is not None:
         raise RelevanceError("relevance needs the whole sequence: pass all tokens at once instead of past_key_values (a KV cache)")

@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import check_forward, root
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
@@ -23,7 +24,7 @@ from lens_relevance.sites import Site
 class Session:
     """Rules, taps and leaves on the HookPoints of one model; everything is undone by `close`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self.model = model
         self.recording = False
         self.placed: list[PlacedRule] = []
@@ -160,7 +161,7 @@ def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def session(model: Any) -> Iterator[Session]:
+def session(model: HookedModel) -> Iterator[Session]:
     """A Session that is closed whatever happens."""
     opened = Session(model)
     try:

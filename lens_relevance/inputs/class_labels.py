@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooks.model_state import is_bridge, root
+from lens_relevance.hooked_model import HookedModel, is_bridge
+from lens_relevance.hooks.model_state import root
 
 
-def class_names(model: Any) -> dict[int, str] | None:
+def class_names(model: HookedModel) -> dict[int, str] | None:
     """The classes of a classifier of Hugging Face's; None for a model whose logits are over tokens."""
     original = root(model)
     names = getattr(getattr(original, "config", None), "id2label", None)
     return {int(i): str(name) for i, name in names.items()} if names and hasattr(original, "classifier") else None
 
 
-def is_headless(model: Any) -> bool:
+def is_headless(model: HookedModel) -> bool:
     """Whether a bridge's output is the last hidden state (BertModel, ViTModel)."""
     return is_bridge(model) and not hasattr(model, "unembed") and class_names(model) is None
 

@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooks.model_state import is_bridge, root
+from lens_relevance.hooked_model import HookedModel, has_tokenizer, is_bridge
+from lens_relevance.hooks.model_state import root
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
 
 Inputs = str | Sequence[str] | Tensor | Mapping[str, Any]
@@ -78,7 +79,7 @@ class Prompt:
         arguments = {name: value.repeat_interleave(n, 0) for name, value in self.arguments.items()}
         return Prompt(self.tokens.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0), arguments)
 
-    def call(self, model: Any) -> Tensor:
+    def call(self, model: HookedModel) -> Tensor:
         """Logits, by the same call a user would make; a mask of tokens is passed only where it hides something."""
         asked = {"return_type": "logits"} if is_bridge(model) else {}
         if not self.arguments:
@@ -93,7 +94,7 @@ class Prompt:
         return logits
 
 
-def read_inputs(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -> Prompt:
+def read_inputs(model: HookedModel, inputs: Inputs, attention_mask: Tensor | None = None) -> Prompt:
     """A Prompt from text, token ids, an image or keyword arguments.
 
     An encoder-decoder given text or ids alone reads them in its encoder, and its decoder starts with the start token. Raises
@@ -115,7 +116,7 @@ def read_inputs(model: Any, inputs: Inputs, attention_mask: Tensor | None = None
     return Prompt(begun, torch.ones_like(begun), {"input_ids": tokens, "decoder_input_ids": begun, **hidden})
 
 
-def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tensor | None) -> Prompt:
+def _read_arguments(model: HookedModel, inputs: Mapping[str, Any], attention_mask: Tensor | None) -> Prompt:
     device = next(model.parameters()).device
     known = inspect.signature(root(model).forward).parameters
     arguments: dict[str, Tensor] = {}
@@ -149,7 +150,7 @@ def _read_arguments(model: Any, inputs: Mapping[str, Any], attention_mask: Tenso
     return Prompt(arguments[name], arguments.get(_MASKS[name], torch.ones_like(arguments[name])).long(), arguments)
 
 
-def _sees(model: Any) -> bool:
+def _sees(model: HookedModel) -> bool:
     """Whether this is a bridge over a model of images alone."""
     return bool(getattr(getattr(model, "cfg", None), "is_visual_model", False))
 
@@ -167,7 +168,9 @@ def _explained(arguments: Mapping[str, Any]) -> str:
     return next((name for name in ("decoder_input_ids", "input_ids") if name in arguments), "")
 
 
-def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+def tokenize(
+    model: HookedModel, inputs: Inputs, attention_mask: Tensor | None = None
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Token ids and mask (1 = real) of a prompt, several prompts, or ids [batch, pos] ([pos] is taken as one row).
 
     Strings get a BOS token as TransformerLens does by default and are padded on the right, where padding cannot reach a causal model's
@@ -199,25 +202,25 @@ def tokenize(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -
         raise RelevanceError("attention_mask goes with token ids; prompts given as strings are masked by us")
     if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(text, str) for text in inputs):
         raise RelevanceError(f"inputs must be a string, strings, or token ids [batch, pos], got {type(inputs).__name__}")
-    if getattr(model, "tokenizer", None) is None:
+    if not has_tokenizer(model):
         raise RelevanceError("the model has no tokenizer; give token ids [batch, pos] instead of text")
     if any(not text for text in inputs):
         raise RelevanceError("the prompt is empty: give at least one word")
     return pad([model.to_tokens(text, truncate=False)[0] for text in inputs], model)
 
 
-def check_length(model: Any, length: int) -> None:
+def check_length(model: HookedModel, length: int) -> None:
     """Refuse prompts beyond the model's context."""
     n_ctx = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if n_ctx is not None and length > n_ctx:
         raise RelevanceError(f"the prompt has {length} tokens, the model's context is {n_ctx}; shorten it")
 
 
-def pad(rows: Sequence[Tensor], model: Any) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+def pad(rows: Sequence[Tensor], model: HookedModel) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Rows of token ids as one tensor, padded on the right, and its mask."""
     length = max(len(row) for row in rows)
     check_length(model, length)
-    filler = getattr(model.tokenizer, "pad_token_id", None) if getattr(model, "tokenizer", None) is not None else None
+    filler = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
     tokens = torch.full((len(rows), length), filler or 0, dtype=torch.long, device=rows[0].device)
     mask = torch.zeros_like(tokens)
     for i, row in enumerate(rows):

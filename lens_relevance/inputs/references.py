@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import root
 from lens_relevance.inputs.prompt import Prompt, read_inputs
 from lens_relevance.sites.token_sets import DECODER, TOKENS
@@ -41,7 +42,7 @@ class Baseline:
     n: int = 1
     seed: int = 0
 
-    def run(self, model: Any, prompt: Prompt, tail: int = 0) -> ReferenceRun:
+    def run(self, model: HookedModel, prompt: Prompt, tail: int = 0) -> ReferenceRun:
         """The reference runs for these prompts; the last `tail` tokens of each are part of the answer and stay."""
         if not prompt.ids:
             raise RelevanceError(f"{self} replaces tokens, and this model is called with none: give another image as the reference")
@@ -87,7 +88,7 @@ def is_inputs(reference: Any) -> bool:
     return isinstance(reference, str | list | tuple | Mapping)
 
 
-def reference_inputs(model: Any, reference: Any, prompt: Prompt) -> Prompt:
+def reference_inputs(model: HookedModel, reference: Any, prompt: Prompt) -> Prompt:
     """A reference given as other inputs for these prompts; raises RelevanceError where the two do not fit."""
     given = read_inputs(model, reference)
     if prompt.ids and given.tokens.shape != prompt.tokens.shape:
@@ -105,7 +106,7 @@ def reference_inputs(model: Any, reference: Any, prompt: Prompt) -> Prompt:
     return Prompt(given.tokens, prompt.mask, given.arguments | {name: value for name, value in prompt.arguments.items() if "mask" in name})
 
 
-def reference_run(model: Any, reference: Any, prompt: Prompt, *, tail: int = 0) -> ReferenceRun:
+def reference_run(model: HookedModel, reference: Any, prompt: Prompt, *, tail: int = 0) -> ReferenceRun:
     """A ReferenceRun from other inputs, a Baseline or embeddings ([d_model] or [batch, pos, d_model]) of the tokens.
 
     The last `tail` tokens of each row stay as they are under a baseline.
@@ -130,13 +131,13 @@ def reference_run(model: Any, reference: Any, prompt: Prompt, *, tail: int = 0) 
 
 
 @torch.no_grad()
-def embedding_table(model: Any, stack: str) -> Float[Tensor, "vocab d_model"]:
+def embedding_table(model: HookedModel, stack: str) -> Float[Tensor, "vocab d_model"]:
     """What a stack's token embedding gives for every id, scaled where the model scales it."""
     original = _embedding(model, stack)
     return original(torch.arange(original.num_embeddings, device=original.weight.device))
 
 
-def _embedding(model: Any, stack: str) -> nn.Embedding:
+def _embedding(model: HookedModel, stack: str) -> nn.Embedding:
     component = getattr(model, "decoder_embed" if stack == DECODER and hasattr(model, "decoder_embed") else "embed", None)
     original = getattr(component, "original_component", None)
     if not isinstance(original, nn.Embedding):
@@ -144,7 +145,7 @@ def _embedding(model: Any, stack: str) -> nn.Embedding:
     return original
 
 
-def _replaced(model: Any, prompt: Prompt, tail: int) -> dict[str, Tensor]:
+def _replaced(model: HookedModel, prompt: Prompt, tail: int) -> dict[str, Tensor]:
     """True where a baseline takes the token's place, by stack: real tokens but those that begin or (BERT's [CLS], [SEP]) frame a text, and
     not the last `tail`."""
     tokenizer = getattr(model, "tokenizer", None)
@@ -163,15 +164,15 @@ def _replaced(model: Any, prompt: Prompt, tail: int) -> dict[str, Tensor]:
     return found
 
 
-def _image_token(model: Any) -> list[int]:
+def _image_token(model: HookedModel) -> list[int]:
     """The id whose places an image's patches take, where a model reads images among its tokens."""
     found = getattr(getattr(root(model), "config", None), "image_token_id", None)
     return [] if found is None else [int(found)]
 
 
-def _ordinary_tokens(model: Any) -> Tensor:
+def _ordinary_tokens(model: HookedModel) -> Tensor:
     """Token ids that a random prompt may hold: the vocabulary without special tokens."""
-    everything = torch.arange(int(model.cfg.d_vocab))
+    everything = torch.arange(int(getattr(getattr(model, "cfg", None), "d_vocab", 0)))
     special = [*(getattr(getattr(model, "tokenizer", None), "all_special_ids", []) or []), *_image_token(model)]
     keep = torch.ones_like(everything, dtype=torch.bool)
     keep[[i for i in special if i < len(everything)]] = False

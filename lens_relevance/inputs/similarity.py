@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import Inputs, read_inputs
 from lens_relevance.inputs.targets import Target
@@ -30,7 +31,7 @@ Embeddings = Float[Tensor, "*batch d_model"]
 
 
 @torch.no_grad()
-def sentence_embeddings(model: Any, inputs: Inputs, attention_mask: Tensor | None = None) -> Float[Tensor, "batch d_model"]:
+def sentence_embeddings(model: HookedModel, inputs: Inputs, attention_mask: Tensor | None = None) -> Float[Tensor, "batch d_model"]:
     """The mean of an encoder's last hidden state over each text's real tokens, [CLS] and [SEP] included.
 
     model: a bridge whose output is the last hidden state, as from `analyses.bridge_encoder`. inputs: as for `propagate`.
@@ -53,7 +54,9 @@ class Similarity(Target):
 
     embeddings: Embeddings
 
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
         if self.embeddings.ndim > 2 or (self.embeddings.ndim == 2 and len(self.embeddings) != len(tokens)):
             raise RelevanceError(
                 f"similarity: embeddings of shape {list(self.embeddings.shape)} for {len(tokens)} text(s); give one for each"

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel, has_tokenizer
 from lens_relevance.inputs.class_labels import class_names, class_number, is_headless
 from lens_relevance.inputs.metrics import LatentValue, LogitCombination, LogProbs, Metric
 
@@ -29,19 +30,21 @@ class Target(ABC):
     point: str | None = None
 
     @abstractmethod
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
         """The target as a function of the logits of these tokens."""
 
     def select(self, rows: Any) -> Target:
         """The target of some rows (slice, list or index tensor) of the batch."""
         return self
 
-    def extend(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, model: HookedModel, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs with what the target itself adds to them (a continuation); by default nothing."""
         return tokens, attention_mask
 
 
-def token_ids(model: Any, tokens: Tokens, batch: int, *, what: str) -> Int[Tensor, "batch n"]:
+def token_ids(model: HookedModel, tokens: Tokens, batch: int, *, what: str) -> Int[Tensor, "batch n"]:
     """Token ids, one row per example; each string must be a single token."""
     if isinstance(tokens, str | int) or (isinstance(tokens, Tensor) and tokens.ndim == 0):
         tokens = [tokens] * batch
@@ -57,14 +60,14 @@ def token_ids(model: Any, tokens: Tokens, batch: int, *, what: str) -> Int[Tenso
     return torch.tensor(rows, dtype=torch.long, device=_device(model))
 
 
-def single_token(model: Any, token: str | int | Tensor, what: str = "token") -> int:
+def single_token(model: HookedModel, token: str | int | Tensor, what: str = "token") -> int:
     """The id of one token, or the number of a classifier's class; a string of several pieces is refused with the pieces shown."""
     classes = class_names(model)
     if classes is not None:
         return class_number(classes, token, what)
     vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
     if isinstance(token, str):
-        if getattr(model, "tokenizer", None) is None:
+        if not has_tokenizer(model):
             raise RelevanceError(f"{what} {token!r}: the model has no tokenizer; give token ids")
         ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
         if len(ids) != 1:
@@ -92,7 +95,14 @@ def positions(position: int, tokens: Tensor, attention_mask: Tensor | None) -> I
     return ((mask.cumsum(1) == (torch.as_tensor(wanted, device=tokens.device) + 1).reshape(-1, 1)) & (mask == 1)).long().argmax(1)
 
 
-def _device(model: Any) -> torch.device:
+def _text_ids(model: HookedModel, text: str) -> Int[Tensor, " pos"]:
+    """The token ids of a text."""
+    if not has_tokenizer(model):
+        raise RelevanceError(f"{text!r}: the model has no tokenizer; give token ids")
+    return model.to_tokens(text, prepend_bos=False)[0]
+
+
+def _device(model: HookedModel) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -114,7 +124,9 @@ class TokenTarget(Target):
     wrong: Tokens = None
     position: int = -1
 
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
         if is_headless(model):
             raise RelevanceError(
                 "this model has no head: its output is the last hidden state, and no token or class has a logit there; "
@@ -157,7 +169,9 @@ class CallableTarget(Target):
 
     function: Callable[[Tensor], Tensor]
 
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
         def checked(logits: Tensor) -> Tensor:
             value = self.function(logits)
             if not isinstance(value, Tensor) or value.ndim > 1 or (value.ndim == 1 and value.shape[0] != logits.shape[0]):
@@ -174,27 +188,29 @@ class Continuation(Target):
 
     text: Any
 
-    def _answers(self, model: Any, batch: int) -> list[Tensor]:
+    def _answers(self, model: HookedModel, batch: int) -> list[Tensor]:
         if class_names(model) is not None:
             raise RelevanceError("continuation: nothing follows the inputs of a classifier; explain a class, as in logit('cat')")
         given = [self.text] * batch if isinstance(self.text, str) or _is_ids(self.text) else list(self.text)
         if len(given) != batch:
             raise RelevanceError(f"continuation: {len(given)} given for {batch} example(s); give one per example, or one for all")
         device = _device(model)
-        answers = [model.to_tokens(a, prepend_bos=False)[0] if isinstance(a, str) else torch.as_tensor(a, device=device) for a in given]
+        answers = [_text_ids(model, a) if isinstance(a, str) else torch.as_tensor(a, device=device) for a in given]
         if any(a.numel() == 0 for a in answers):
             raise RelevanceError("continuation: an answer is empty")
         if len({len(a) for a in answers}) > 1:
             raise RelevanceError(f"continuation: answers need equally many tokens within a batch, got {[len(a) for a in answers]}")
         return [a.to(device) for a in answers]
 
-    def extend(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, model: HookedModel, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         from lens_relevance.inputs.prompt import pad
 
         rows = zip(tokens, attention_mask.bool(), self._answers(model, tokens.shape[0]), strict=True)
         return pad([torch.cat([row[real], answer[:-1]]) for row, real, answer in rows], model)
 
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
         answers = torch.stack(self._answers(model, tokens.shape[0]))
         n = answers.shape[1]
         at = torch.stack([positions(i - n, tokens, attention_mask) for i in range(n)], 1)
@@ -228,7 +244,9 @@ class Latent(Target):
     direction: Float[Tensor, " d"] | None = None
     position: int = -1
 
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
         return LatentValue(str(self.point), positions(self.position, tokens, attention_mask), self.head, self.unit, self.direction)
 
 
@@ -263,7 +281,7 @@ def as_target(target: Target | Callable[[Tensor], Tensor]) -> Target:
     )
 
 
-def describe(target: Target | Callable[[Tensor], Tensor] | None, model: Any | None = None) -> str:
+def describe(target: Target | Callable[[Tensor], Tensor] | None, model: HookedModel | None = None) -> str:
     """A target in words, for tables and pages."""
     if isinstance(target, Latent):
         return f"latent({target.point}, head={target.head}, unit={target.unit})"

@@ -8,11 +8,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge import generalized_components as components
 from transformer_lens.model_bridge.generalized_components.vision_classifier_head import VisionClassifierHeadBridge
 from transformer_lens.model_bridge.generalized_components.vision_embeddings import VisionEmbeddingsBridge
 
 from lens_relevance.errors import CoverageError, RelevanceError
+from lens_relevance.hooked_model import HookedModel, is_bridge
 from lens_relevance.sites.attention import SplitHeads, attention_sites
 from lens_relevance.sites.base import Site
 from lens_relevance.sites.experts import expert_sites
@@ -92,11 +94,11 @@ class Anatomy:
         raise RelevanceError(f"unknown HookPoint {name!r}.{hint}")
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: HookedModel) -> Anatomy:
     """The sites that were declared for a model, or else those found by walking the component tree of a TransformerBridge."""
     if model in _DECLARED:
         return _DECLARED[model]
-    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+    if not is_bridge(model):
         raise RelevanceError(
             f"expected a TransformerBridge, got {type(model).__name__}; load one with TransformerBridge.boot_transformers, or "
             "tell where the operations of a model of your own are with lens_relevance.sites.declare_sites"
@@ -135,12 +137,12 @@ def anatomy(model: Any) -> Anatomy:
 _DECLARED: WeakKeyDictionary[Any, Anatomy] = WeakKeyDictionary()
 
 
-def remember(model: Any, declared: Anatomy) -> None:
+def remember(model: HookedModel, declared: Anatomy) -> None:
     """Use this anatomy for a model from now on."""
     _DECLARED[model] = declared
 
 
-def _components(model: Any) -> list[tuple[str, Any]]:
+def _components(model: TransformerBridge) -> list[tuple[str, Any]]:
     """Bridge components by path, parents first, without what they wrap."""
     listed: list[tuple[str, Any]] = []
 

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.rules import Activation, AttentionGeometry, GatedActivation, Linear, Mix, Norm, Operation, Scores, Softmax
 from lens_relevance.sites.anatomy import Anatomy, remember
 from lens_relevance.sites.base import Site
@@ -108,7 +108,7 @@ def attention(
 
 
 def declare_sites(
-    model: Any,
+    model: HookedModel,
     sites: Sequence[DeclaredSite | Sequence[DeclaredSite]],
     embeddings: Names,
     *,

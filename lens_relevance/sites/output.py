@@ -6,9 +6,8 @@ their own.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import BertPoolerBridge
 
 from lens_relevance.errors import CoverageError
@@ -16,7 +15,7 @@ from lens_relevance.rules import Activation, SoftCap
 from lens_relevance.sites.base import Site
 
 
-def output_sites(model: Any) -> list[Site]:
+def output_sites(model: TransformerBridge) -> list[Site]:
     """The soft-cap, from `unembed.hook_out` to what the model returns, and the head's activation, where a model has them."""
     original, sites = model.original_model, []
     cap = getattr(getattr(original, "config", None), "final_logit_softcapping", None) or getattr(original, "output_logits_soft_cap", None)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import T5BlockBridge
 
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
@@ -48,7 +48,7 @@ def one_stack(names: Roles) -> Stacks:
     return Stacks({TOKENS: names}, cuts)
 
 
-def bridge_stacks(model: Any, embeddings: list[str]) -> Stacks:
+def bridge_stacks(model: TransformerBridge, embeddings: list[str]) -> Stacks:
     """The stacks of a TransformerBridge; embeddings: HookPoints of its token and position embeddings."""
     if hasattr(model, "encoder_blocks") and hasattr(model, "decoder_blocks"):
         return _encoder_decoder(model, embeddings)
@@ -63,13 +63,13 @@ def bridge_stacks(model: Any, embeddings: list[str]) -> Stacks:
     return found
 
 
-def reads_images(model: Any) -> bool:
+def reads_images(model: TransformerBridge) -> bool:
     """LLaVA: projected patches take the places of their tokens at the first block's input. The graph starts there, so that patches and
     words are explained alike; what made patches of the image (the vision tower and its projection) lies below and is not."""
     return type(getattr(model, "original_model", None)).__name__ in _READ_IMAGES
 
 
-def _grid(model: Any) -> tuple[int, int] | None:
+def _grid(model: TransformerBridge) -> tuple[int, int] | None:
     """Rows and columns of the patches of an image classifier (ViT, DeiT)."""
     patches = getattr(getattr(getattr(model, "embed", None), "original_component", None), "patch_embeddings", None)
     if patches is None:
@@ -93,7 +93,7 @@ def _block_roles(embeddings: Sequence[str], blocks: list[str], attention: str) -
     )
 
 
-def _encoder_decoder(model: Any, embeddings: list[str]) -> Stacks:
+def _encoder_decoder(model: TransformerBridge, embeddings: list[str]) -> Stacks:
     encoder = [f"encoder_blocks.{i}" for i in range(len(model.encoder_blocks))]
     decoder = [f"decoder_blocks.{i}" for i in range(len(model.decoder_blocks))]
     if isinstance(model.encoder_blocks[0], T5BlockBridge):  # its embedding never fires, its positions are a bias on the scores
