@@ -16,10 +16,12 @@ from analyses.circuits.edge_ablation import EdgeHooks
 from analyses.circuits.items import Items, Level, list_items
 from analyses.circuits.node_ablation import NodeHooks
 from analyses.circuits.runs import forward
+from analyses.datasets.batches import rows_together
 from analyses.edges.wiring import wiring
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.hooks.model_state import check_model
+from lens_relevance.inputs.targets import as_target
 
 Replacement = Literal["corrupt", "mean"]
 BYTES_AT_ONCE = 2**26  # more is slower: the pages are fresh each time
@@ -93,9 +95,9 @@ class Ablation:
         return torch.cat(columns, 1)
 
     def _batches(self) -> Iterator[PromptPairs]:
-        """Pairs in pieces of which at least two circuits fit at once; a callable target must see all rows."""
-        size = len(self.pairs) if not hasattr(self.pairs.target, "select") else 16
-        return self.pairs.batches(min(size, len(self.pairs)))
+        """Pairs in pieces of which at least two circuits fit at once."""
+        pairs = self.pairs
+        return pairs.batches(rows_together(self.model, as_target(pairs.target), pairs.clean, pairs.clean_mask, 16))
 
     def _metrics(self, run: NodeHooks | EdgeHooks, kept: Tensor, metric: Callable[[Tensor], Tensor], n: int) -> Tensor:
         with run.hooked(self.items.spread(kept)):

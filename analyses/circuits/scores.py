@@ -13,8 +13,10 @@ from torch import Tensor
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.integrated import integrated_edges
 from analyses.circuits.items import Items
+from analyses.datasets.batches import rows_together
 from analyses.edges.attribution import EdgeAttribution, attribute_edges
 from lens_relevance.errors import RelevanceError
+from lens_relevance.inputs.targets import as_target
 from lens_relevance.ruleset_tables import Table, ruleset_name
 
 Run = Literal["corrupt", "clean", "mean"]
@@ -90,9 +92,8 @@ def _attributions(ablation: Ablation, method: str | Table, run: Run, ig_steps: i
     """Edges of clean less corrupt, batch by batch."""
     if run not in ("corrupt", "clean", "mean"):
         raise RelevanceError(f"run is 'corrupt', 'clean' or 'mean', got {run!r}")
-    model = ablation.model
-    whole = not hasattr(ablation.pairs.target, "select")  # a callable target sees all rows
-    for pairs in ablation.pairs.batches(len(ablation.pairs) if whole else _BATCH):
+    model, everything = ablation.model, ablation.pairs
+    for pairs in everything.batches(rows_together(model, as_target(everything.target), everything.clean, everything.clean_mask, _BATCH)):
         if method == EAP_IG:
             yield [(1.0, integrated_edges(model, pairs, ig_steps))]
             continue

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, Target
-from lens_relevance.inputs.prompt import Inputs, tokenize
+from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
+from lens_relevance.inputs.targets import CallableTarget, as_target
 
 _TOKENS_PER_PASS = 2048
 AnyTarget = Target | Callable[[Tensor], Tensor]
@@ -31,7 +33,7 @@ class Batch:
 def batches(model: Any, prompts: PromptPairs | Inputs, target: AnyTarget | None = None) -> Iterator[Batch]:
     """Batches of prompts (text or token ids, explained by `target`) or of pairs (clean against corrupt, with the target that they bring).
 
-    A plain callable as target must not depend on which rows it sees. Raises RelevanceError for no prompts, and for a target beside pairs.
+    Raises RelevanceError for no prompts, and for a target beside pairs.
     """
     if isinstance(prompts, PromptPairs):
         if target is not None:
@@ -41,11 +43,27 @@ def batches(model: Any, prompts: PromptPairs | Inputs, target: AnyTarget | None 
         (tokens, mask), reference = tokenize(model, prompts), None
     if not len(tokens):
         raise RelevanceError("there are no prompts to look at")
+    whole = None if target is None else as_target(target).made_for(len(tokens))
     size = max(1, _TOKENS_PER_PASS // tokens.shape[1])
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
-        of_rows = target.select(rows) if isinstance(target, Target) else target
+        of_rows = None if whole is None else whole.select(rows)
         yield Batch(start, tokens[rows], mask[rows], of_rows, None if reference is None else reference[rows])
+
+
+def rows_together(model: Any, target: Target, tokens: Int[Tensor, "n pos"], mask: Int[Tensor, "n pos"] | None, size: int) -> int:
+    """How many rows a batch that should have `size` has: all of them, where the target is a function that needs them together."""
+    n = len(tokens)
+    if not isinstance(target, CallableTarget) or n <= size:
+        return min(size, n)
+    half = slice(n // 2, n)
+    hidden = torch.ones_like(tokens) if mask is None else mask
+    with torch.no_grad():
+        logits = Prompt(tokens[:1], hidden[:1]).call(model)
+    apart = (
+        target.select(half).metric(model, tokens[half], hidden[half]).gives_rows_apart(logits if logits.ndim > 2 else logits.unsqueeze(1))
+    )
+    return size if apart else n
 
 
 def text_of(model: Any, tokens: Sequence[int]) -> str:

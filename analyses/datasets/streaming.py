@@ -21,7 +21,6 @@ from analyses.datasets.processes import processes
 from analyses.datasets.progress import progress_bar
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
-from lens_relevance.inputs.targets import CallableTarget, as_target
 
 _DONE, _SECONDS = "rows_done", "seconds"
 
@@ -49,7 +48,7 @@ class Stream:
     checkpoint: a folder for what is done so far; a run that was interrupted goes on from there, one that was completed is read from there.
     settings: everything else that the results depend on (analysis, method, ...), as JSON can hold it.
 
-    Raises RelevanceError where there are no pairs, the checkpoint is one of another run, or the metric cannot be shared among processes.
+    Raises RelevanceError where there are no pairs, or the checkpoint is one of another run.
     """
 
     def __init__(self, model: Any, pairs: PromptPairs, size: int, checkpoint: str | Path | None = None, **settings: Any) -> None:
@@ -58,8 +57,6 @@ class Stream:
         if size < 1:
             raise RelevanceError(f"a batch has at least one row, got size {size}")
         self.processes = processes()
-        if self.processes.count > 1:
-            _check_divisible(model, pairs)
         self.pairs, self.first = self.processes.share(pairs)
         self.size = size
         self.checkpoint = None
@@ -121,17 +118,3 @@ class Stream:
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.checkpoint is not None:
             self.checkpoint.save(name, tensors)
-
-
-def _check_divisible(model: Any, pairs: PromptPairs) -> None:
-    """Refuse a metric that gives one number for all rows: of parts of the pairs it would give something else."""
-    target = as_target(pairs.target)
-    if not isinstance(target, CallableTarget) or len(pairs) < 2:
-        return
-    two = pairs[:2]
-    with torch.no_grad():
-        value = target.metric(model, two.clean, two.clean_mask)(model(two.clean, return_type="logits"))
-    if value.shape != (2,):
-        raise RelevanceError(
-            "the metric gives one number for all pairs, so they cannot be shared among processes; return one per pair [batch]"
-        )

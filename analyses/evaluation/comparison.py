@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analyses.datasets.batches import rows_together
 from analyses.datasets.streaming import Stream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
 from analyses.methods import Component, Estimator, Run, estimator
@@ -19,7 +20,7 @@ from analyses.patching import Direction, activation_patching
 from analyses.patching.checks import check_gap
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
-from lens_relevance.inputs.targets import CallableTarget, as_target
+from lens_relevance.inputs.targets import as_target
 
 METHODS = (
     *("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", "eap_ig", "conductance", "direct_logit_attribution"),
@@ -184,9 +185,9 @@ def _effects(model: Any, stream: Stream, components: Sequence[str], direction: D
         rows = {c: [i for i, node in enumerate(patched.nodes) if node.component == _PATCHED[c]] for c in components}
         return {c: patched.effect[rows[c]].T for c in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
 
-    # A function as target may hold one answer per row, so it gets all rows at once.
-    whole = isinstance(as_target(stream.pairs.target), CallableTarget)
-    found, seconds = stream.collect("patching", step, "activation patching", max(1, len(stream.pairs)) if whole else _PAIRS_PATCHED)
+    pairs = stream.pairs  # there can be more processes than pairs
+    size = rows_together(model, as_target(pairs.target), pairs.clean, pairs.clean_mask, _PAIRS_PATCHED) if len(pairs) else 1
+    found, seconds = stream.collect("patching", step, "activation patching", size)
     clean, corrupt = found.pop("clean"), found.pop("corrupt")
     if stream.processes.index == 0:
         check_gap(clean, corrupt)

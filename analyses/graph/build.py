@@ -17,7 +17,7 @@ from analyses.edges.wiring import wiring
 from analyses.graph.flow import FlowGraph, nodes_frame
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.prompt import Inputs, tokenize
-from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.targets import Target, as_target
 from lens_relevance.ruleset_tables import Table, ruleset
 
 NEURONS_KEPT = 10
@@ -74,10 +74,11 @@ def flow_graphs(
         given = tokenize(model, reference)[0]
         if len(given) != len(tokens):
             raise RelevanceError(f"{len(given)} references for {len(tokens)} prompts; give one for each")
+    whole = None if target is None else as_target(target).made_for(len(tokens))
     graphs = []
     for row in range(len(tokens)):
         real = mask[row].bool()
-        one = target.select([row]) if isinstance(target, Target) else target
+        one = None if whole is None else whole.select([row])
         other = reference if given is None else given[row : row + 1, real]
         graphs.append(flow_graph(model, tokens[row : row + 1, real], one, rules, other, by_position, threshold))
     return graphs

@@ -12,10 +12,11 @@ from rich.progress import Progress
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.datasets.batches import rows_together
 from analyses.datasets.progress import progress_bar
 from analyses.patching.plan import TOKENS_PER_PASS
-from analyses.patching.readout import Metric, resolve_metric
-from lens_relevance.inputs.targets import CallableTarget, Target
+from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.targets import as_target
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,20 @@ class Piece:
 def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, batch_size: int | None) -> Iterator[Piece]:
     """The pairs in pieces of at most `batch_size` rows (None: TOKENS_PER_PASS tokens).
 
-    A callable may hold one answer per row, so it gets all rows at once.
+    A function that needs all rows together gets them in one piece.
     """
-    target, (n, n_pos) = pairs.target if metric is None else metric, pairs.clean.shape
-    if getattr(target, "point", None) is not None:
+    n, n_pos = pairs.clean.shape
+    target = as_target(pairs.target if metric is None else metric).made_for(n)
+    if target.point is not None:
         raise ValueError(f"the target is a latent at {target.point}; patching reads the logits: give a target of logits as `metric`")
-    whole = not isinstance(target, Target) or isinstance(target, CallableTarget)
-    size = n if whole else min(n, batch_size or max(1, TOKENS_PER_PASS // n_pos))
     masks = [torch.ones_like(pairs.clean) if mask is None else mask for mask in (pairs.clean_mask, pairs.corrupt_mask)]
+    size = rows_together(model, target, pairs.clean, masks[0], batch_size or max(1, TOKENS_PER_PASS // n_pos))
     for start in range(0, n, size):
         rows = slice(start, start + size)
         clean, corrupt, mask, same = (ids[rows].to(model.cfg.device) for ids in (pairs.clean, pairs.corrupt, *masks))
-        here = target
-        if isinstance(target, Target):
-            here = target.select(rows)
-            (clean, mask), (corrupt, _) = here.extend(model, clean, mask), here.extend(model, corrupt, same)
-        yield Piece(clean, corrupt, None if mask.all() else mask, resolve_metric(here, model, clean, mask))
+        here = target.select(rows)
+        (clean, mask), (corrupt, _) = here.extend(model, clean, mask), here.extend(model, corrupt, same)
+        yield Piece(clean, corrupt, None if mask.all() else mask, here.metric(model, clean, mask))
 
 
 def bar_if(progress: bool) -> Progress:

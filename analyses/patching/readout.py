@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
-
-from lens_relevance.inputs.targets import Target
 
 Metric = Callable[[Tensor], Tensor]
 
@@ -70,12 +66,3 @@ def _read(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Bool[Tensor
             return torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return (gradient != 0).any(dim=0)
-
-
-def resolve_metric(target: Any, model: TransformerBridge, tokens: Int[Tensor, "n pos"], mask: Int[Tensor, "n pos"]) -> Metric:
-    """A target as a callable logits -> [batch]; callables are taken as they are."""
-    if isinstance(target, Target):
-        return target.metric(model, tokens, mask)
-    if not callable(target):
-        raise ValueError(f"a metric is a target (logit, logit_diff, log_prob) or a callable logits -> [batch], not {type(target).__name__}")
-    return target

@@ -15,7 +15,8 @@ from torch import Tensor
 from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
 from lens_relevance.inputs.prompt import Prompt, read_inputs
-from lens_relevance.inputs.targets import positions
+from lens_relevance.inputs.targets import as_target
+from lens_relevance.inputs.token_ids import positions
 from lens_relevance.sites import anatomy
 
 PATCH_BASELINES = ("zero", "mean_patch", "blur")
@@ -29,7 +30,8 @@ class _InputRemoval(Removal):
         if baseline not in known:
             raise RelevanceError(f"unknown baseline {baseline!r}; choose one of {', '.join(known)}")
         super().__init__(baseline, batch)
-        self.model, self.target, self.prompt = model, target, read_inputs(model, inputs)
+        self.model, self.prompt = model, read_inputs(model, inputs)
+        self.target = as_target(target).made_for(len(self.prompt.tokens))
 
     def rows(self, rows: Tensor, **changed: Tensor) -> Prompt:
         """The call for some examples, with other values for some arguments."""

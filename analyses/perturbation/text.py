@@ -12,7 +12,8 @@ from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
-from lens_relevance.inputs.targets import TokenTarget, positions
+from lens_relevance.inputs.targets import TokenTarget, as_target
+from lens_relevance.inputs.token_ids import positions
 from lens_relevance.sites import anatomy
 from lens_relevance.sites.token_sets import TOKENS
 
@@ -43,7 +44,7 @@ class TextRemoval(Removal):
             raise RelevanceError(
                 "the baseline 'delete' moves tokens, so the target must be a logit, logit_diff or log_prob at the last position (-1)"
             )
-        self.model, self.tokens, self.mask, self.target = model, tokens, mask, target
+        self.model, self.tokens, self.mask, self.target = model, tokens, mask, as_target(target).made_for(len(tokens))
         super().__init__(baseline, batch_size)
         self._embedding = anatomy(model).points[anatomy(model).leaves[0]].name
         if baseline != "delete":

@@ -12,7 +12,8 @@ from analyses.tasks.prompts import check_rows
 from lens_relevance import RelevanceError, logit, logit_diff, random_tokens
 from lens_relevance.inputs.class_labels import class_names
 from lens_relevance.inputs.prompt import Prompt, tokenize
-from lens_relevance.inputs.targets import Target, TokenTarget, describe, token_ids, top_prediction
+from lens_relevance.inputs.targets import Target, TokenTarget, describe, top_prediction
+from lens_relevance.inputs.token_ids import token_ids
 
 N_REFERENCES = 8
 

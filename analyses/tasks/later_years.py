@@ -10,7 +10,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.targets import Metric, Target, positions
+from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.token_ids import positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import prompts, storage
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.targets import Metric, Target, TokenTarget, as_target, logit_diff, token_ids
+from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.targets import Target, TokenTarget, as_target, logit_diff
+from lens_relevance.inputs.token_ids import token_ids
 
 Rows = int | slice | Sequence[int] | Sequence[bool] | Tensor
 
@@ -26,20 +28,21 @@ class PromptPairs:
 
     Attributes:
         clean, corrupt: token ids [n, pos].
-        target: a target of `lens_relevance` (one token for all rows, or one per row), or any callable logits -> [batch]. A callable is
-            handed on as it is when rows are selected, so it must not depend on which rows it sees.
+        target: a target of `lens_relevance` (one token for all rows, or one per row), or any function of the logits of all these rows,
+            [n, pos, d_vocab] -> [n]. It may hold something for each row: of rows that are selected later it gives what it gives of all.
         clean_mask, corrupt_mask: attention masks [n, pos], 1 on real tokens; all ones where not given.
         dropped: what a task left out because it does not fit the tokenizer (words, templates).
     """
 
     clean: Int[Tensor, "n pos"]
     corrupt: Int[Tensor, "n pos"]
-    target: Target | Callable[[Tensor], Tensor]
+    target: Target | Callable[[Tensor], Tensor]  # a Target after __post_init__
     clean_mask: Int[Tensor, "n pos"] = None  # type: ignore[assignment]  # a tensor after __post_init__
     corrupt_mask: Int[Tensor, "n pos"] = None  # type: ignore[assignment]
     dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target", as_target(self.target).made_for(len(self.clean)))
         if self.clean.shape != self.corrupt.shape or self.clean.ndim != 2:
             raise RelevanceError(
                 f"clean and corrupt must be ids of one shape [n, pos], got {tuple(self.clean.shape)} and {tuple(self.corrupt.shape)}; "
@@ -71,7 +74,7 @@ class PromptPairs:
             self,
             clean=self.clean[here],
             corrupt=self.corrupt[here],
-            target=self.target.select(ids) if isinstance(self.target, Target) else self.target,
+            target=as_target(self.target).select(ids),
             clean_mask=self.clean_mask[here],
             corrupt_mask=self.corrupt_mask[here],
         )

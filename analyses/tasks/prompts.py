@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.prompt import tokenize
-from lens_relevance.inputs.targets import single_token
+from lens_relevance.inputs.token_ids import single_token
 
 __all__ = ["check_rows", "read_columns", "texts", "tokenize", "words"]
 

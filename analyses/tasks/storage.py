@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.targets import Target, TokenTarget
+from lens_relevance.inputs.targets import Target, TokenTarget, describe
 
 _FORMAT = "lens_relevance prompt pairs 1"
 TENSORS = ("clean", "corrupt", "clean_mask", "corrupt_mask")
@@ -29,7 +29,7 @@ def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tens
         tensors = tensors | {"years": target.years, "later": target.later}
     else:
         raise RelevanceError(
-            f"prompt pairs with the target {getattr(target, '__name__', type(target).__name__)!r} cannot be saved: it is code; "
+            f"prompt pairs with the target {describe(target)!r} cannot be saved: it is code; "
             "only logit, logit_diff, log_prob and the targets of the tasks are data"
         )
     metadata = {"format": _FORMAT, "target": json.dumps(described), "dropped": json.dumps(list(dropped))}

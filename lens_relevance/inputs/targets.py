@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, has_tokenizer
-from lens_relevance.inputs.class_labels import class_names, class_number, is_headless
+from lens_relevance.hooked_model import HookedModel
+from lens_relevance.inputs.class_labels import class_names, is_headless
+from lens_relevance.inputs.functions import FunctionMetric
 from lens_relevance.inputs.metrics import LatentValue, LogitCombination, LogProbs, Metric
+from lens_relevance.inputs.token_ids import Tokens, device_of, positions, text_ids, token_ids
 
 Logits = Float[Tensor, "batch pos vocab"]
-Tokens = Any  # str | int | sequence of them | Int[Tensor, "batch"]; checked by token_ids with messages of its own
 
 
 class Target(ABC):
@@ -39,71 +40,13 @@ class Target(ABC):
         """The target of some rows (slice, list or index tensor) of the batch."""
         return self
 
+    def made_for(self, n: int) -> Target:
+        """The target of a data set of n rows, before rows are selected. Needed where a target does not tell what it holds for each row."""
+        return self
+
     def extend(self, model: HookedModel, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs with what the target itself adds to them (a continuation); by default nothing."""
         return tokens, attention_mask
-
-
-def token_ids(model: HookedModel, tokens: Tokens, batch: int, *, what: str) -> Int[Tensor, "batch n"]:
-    """Token ids, one row per example; each string must be a single token."""
-    if isinstance(tokens, str | int) or (isinstance(tokens, Tensor) and tokens.ndim == 0):
-        tokens = [tokens] * batch
-    if isinstance(tokens, Tensor):
-        tokens = tokens.tolist()
-    if len(tokens) == 1 and batch > 1:
-        tokens = list(tokens) * batch
-    if len(tokens) != batch:
-        raise RelevanceError(f"{what}: {len(tokens)} given for {batch} example(s); give one per example, or one for all")
-    rows = [[single_token(model, t, what) for t in (row if isinstance(row, list | tuple) else [row])] for row in tokens]
-    if len({len(row) for row in rows}) > 1:
-        raise RelevanceError(f"{what}: every example needs the same number of tokens, got {[len(row) for row in rows]}")
-    return torch.tensor(rows, dtype=torch.long, device=_device(model))
-
-
-def single_token(model: HookedModel, token: str | int | Tensor, what: str = "token") -> int:
-    """The id of one token, or the number of a classifier's class; a string of several pieces is refused with the pieces shown."""
-    classes = class_names(model)
-    if classes is not None:
-        return class_number(classes, token, what)
-    vocabulary = int(getattr(getattr(model, "cfg", None), "d_vocab", 2**62))
-    if isinstance(token, str):
-        if not has_tokenizer(model):
-            raise RelevanceError(f"{what} {token!r}: the model has no tokenizer; give token ids")
-        ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
-        if len(ids) != 1:
-            pieces = [model.tokenizer.decode([i]) for i in ids]
-            raise RelevanceError(
-                f"{what} {token!r} is {len(ids)} tokens {pieces}; give one of them (often with a leading space), "
-                "or continuation(...) for an answer of several tokens"
-            )
-        if model.tokenizer.unk_token_id is not None and ids[0] == model.tokenizer.unk_token_id:
-            raise RelevanceError(f"{what} {token!r} is not in the vocabulary of this tokenizer")
-        return int(ids[0])
-    index = int(token)
-    if not 0 <= index < vocabulary:
-        raise RelevanceError(f"{what} id {index} is outside the vocabulary of {vocabulary}")
-    return index
-
-
-def positions(position: int, tokens: Tensor, attention_mask: Tensor | None) -> Int[Tensor, " batch"]:
-    """Index of the position-th real token of each row; negative positions count from the end."""
-    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens.device).long()
-    real = mask.sum(1)
-    wanted = position if position >= 0 else real + position
-    if bool(((torch.as_tensor(wanted) < 0) | (torch.as_tensor(wanted) >= real)).any()):
-        raise RelevanceError(f"position {position} is outside the prompt: rows have {sorted(set(real.tolist()))} real tokens")
-    return ((mask.cumsum(1) == (torch.as_tensor(wanted, device=tokens.device) + 1).reshape(-1, 1)) & (mask == 1)).long().argmax(1)
-
-
-def _text_ids(model: HookedModel, text: str) -> Int[Tensor, " pos"]:
-    """The token ids of a text."""
-    if not has_tokenizer(model):
-        raise RelevanceError(f"{text!r}: the model has no tokenizer; give token ids")
-    return model.to_tokens(text, prepend_bos=False)[0]
-
-
-def _device(model: HookedModel) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _rows(tokens: Tokens, rows: Any) -> Tokens:
@@ -163,23 +106,42 @@ def log_prob(token: Tokens, position: int = -1) -> TokenTarget:
     return TokenTarget("log_prob", token, position=position)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallableTarget(Target):
-    """Any function from logits [batch, pos, vocab] to a scalar or [batch]."""
+    """Any function from logits [batch, pos, vocab] to a scalar or [batch].
+
+    n: how many rows it was made for; None: those that it is given. rows: which of them this is the target of; None: all.
+    """
 
     function: Callable[[Tensor], Tensor]
+    n: int | None = None
+    rows: Int[Tensor, " row"] | None = None
 
     def metric(
         self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Metric:
-        def checked(logits: Tensor) -> Tensor:
-            value = self.function(logits)
-            if not isinstance(value, Tensor) or value.ndim > 1 or (value.ndim == 1 and value.shape[0] != logits.shape[0]):
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise RelevanceError(f"a target must give a scalar or one value per example [{logits.shape[0]}], got {shape}")
-            return value
+    ) -> FunctionMetric:
+        expected = len(tokens) if self.n is None else len(self._all())
+        if len(tokens) != expected:
+            raise RelevanceError(
+                f"the function is the target of {expected} row(s), and there are {len(tokens)}; select the same rows of both, as "
+                "pairs[rows] does, or give the function itself"
+            )
+        return FunctionMetric(self.function, len(tokens) if self.n is None else self.n, self.rows)
 
-        return Metric(checked)
+    def made_for(self, n: int) -> CallableTarget:
+        if self.n is None:
+            return replace(self, n=n)
+        if len(self._all()) != n:
+            raise RelevanceError(f"the function is the target of {len(self._all())} row(s), and there are {n}; give the function itself")
+        return self
+
+    def select(self, rows: Any) -> CallableTarget:
+        if self.n is None:
+            raise RelevanceError("how many rows a function was made for has to be known before some are selected: target.made_for(n)")
+        return replace(self, rows=self._all()[rows if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")])
+
+    def _all(self) -> Int[Tensor, " row"]:
+        return torch.arange(self.n or 0) if self.rows is None else self.rows
 
 
 @dataclass(frozen=True)
@@ -194,8 +156,8 @@ class Continuation(Target):
         given = [self.text] * batch if isinstance(self.text, str) or _is_ids(self.text) else list(self.text)
         if len(given) != batch:
             raise RelevanceError(f"continuation: {len(given)} given for {batch} example(s); give one per example, or one for all")
-        device = _device(model)
-        answers = [_text_ids(model, a) if isinstance(a, str) else torch.as_tensor(a, device=device) for a in given]
+        device = device_of(model)
+        answers = [text_ids(model, a) if isinstance(a, str) else torch.as_tensor(a, device=device) for a in given]
         if any(a.numel() == 0 for a in answers):
             raise RelevanceError("continuation: an answer is empty")
         if len({len(a) for a in answers}) > 1:
@@ -270,7 +232,7 @@ def top_prediction(logits: Float[Tensor, "batch *pos vocab"], tokens: Tensor, ma
     return logit_diff(top[:, 0], top[:, 1])
 
 
-def as_target(target: Target | Callable[[Tensor], Tensor]) -> Target:
+def as_target(target: Any) -> Target:
     """A Target from what the user gave."""
     if isinstance(target, Target):
         return target

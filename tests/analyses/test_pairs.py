@@ -97,7 +97,7 @@ def test_a_callable_metric_is_enough(gpt2: TransformerBridge) -> None:
         return logits[:, -1, 3] - logits[:, -1, 4]
 
     pairs = PromptPairs(random_tokens(4, 6, seed=1), random_tokens(4, 6, seed=2), metric)
-    assert pairs[1:3].target is metric
+    assert pairs[1:3].target.function is metric  # type: ignore[union-attr]
     with torch.no_grad():
         logits = gpt2(pairs.corrupt)
     assert torch.equal(pairs.metric(gpt2, "corrupt")(logits), logits[:, -1, 3] - logits[:, -1, 4])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +69,57 @@ def test_any_other_function_is_averaged_over_the_straight_path() -> None:
     close(((one - two) * cubic.pair_coefficients(one, two)).sum((1, 2)), cubic(one) - cubic(two), 1e-12)
     entropy = Metric(lambda logits: -(logits[:, -1].softmax(-1) * logits[:, -1].log_softmax(-1)).sum(-1))
     close(((one - two) * entropy.pair_coefficients(one, two)).sum((1, 2)), entropy(one) - entropy(two), 1e-4)
+
+
+class Counted(Metric):
+    """A metric that counts how often it is evaluated."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(function)
+        self.count = 0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().__call__(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_function_linear_in_the_logits_has_the_coefficients_of_the_target_that_it_is(dtype: torch.dtype) -> None:
+    """Bit by bit, without walking the path; also a mean over rows, and one with a constant."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(4, 3, 50, dtype=torch.float64, generator=generator).mul(20).to(dtype) for _ in range(2))
+    known = logit_diff(5, 7).metric(build("gpt2"), torch.zeros(4, 3, dtype=torch.long))
+    for function, factor in (
+        (lambda logits: logits[:, -1, 5] - logits[:, -1, 7], 1.0),
+        (lambda logits: 3.0 + (logits[:, -1, 5] - logits[:, -1, 7]).mean(), 0.25),
+    ):
+        metric = Counted(function)
+        assert torch.equal(metric.pair_coefficients(one, two), factor * known.pair_coefficients(one, two))
+        assert metric.count == 4
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda logits: logits[:, -1, 0].clamp(-1, 1),  # the same gradient, 0, beyond both ends
+        lambda logits: logits[:, -1, 0] + logits[:, -1, 0].relu(),
+        lambda logits: logits[:, -1, 0] ** 2,
+    ],
+)
+def test_a_function_that_is_not_linear_is_averaged_over_the_path(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    one, two = torch.full((2, 3, 5), 2.0), torch.full((2, 3, 5), -3.0)
+    metric = Counted(function)
+    coefficients = metric.pair_coefficients(one, two)
+    assert metric.count >= 10
+    nodes = torch.from_numpy(np.polynomial.legendre.leggauss(8)[0])
+    weights = torch.from_numpy(np.polynomial.legendre.leggauss(8)[1])
+    line = (-3.0 + (nodes + 1) / 2 * 5).requires_grad_(True)
+    values = function(line[:, None, None].expand(-1, 3, 5))
+    (slopes,) = torch.autograd.grad(values.sum(), line)
+    close(coefficients[:, -1, 0].double(), (weights / 2 * slopes).sum().expand(2), 1e-6)
+    assert (
+        bool((coefficients[:, :-1] == 0).all()) and bool((coefficients[:, -1, 1:] == 0).all()) and bool((coefficients[:, -1, 0] != 0).all())
+    )
 
 
 def test_what_the_path_average_leaves_is_the_sink_target() -> None:
