@@ -128,13 +128,15 @@ def compare(
         direction=direction,
         run=run,
     )
-    effects, gap, patching_seconds = _effects(model, stream, components, direction)
+    effects, gap, together, patching_seconds = _effects(model, stream, components, direction)
     rows: list[dict[str, Any]] = []
     columns: dict[tuple[str, str], np.ndarray] = {}
     for number, method in enumerate(chosen):
         wanted = [name for name in dict.fromkeys(("resid", *components)) if name in method.components]
         found, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
         scores = {name: values.permute(1, 2, 0).numpy() for name, values in found.items()}  # [layer, index, pair]
+        if together:
+            scores = {name: values.sum(2, keepdims=True) for name, values in scores.items()}
         shared = {
             "completeness": _incompleteness(scores.get("resid"), gap),
             "forwards": method.forwards * method.passes(run),
@@ -142,7 +144,7 @@ def compare(
             "seconds": seconds,
         }
         for component in [name for name in components if name in wanted]:
-            estimate = scores[component].reshape(-1, len(pairs))
+            estimate = scores[component].reshape(-1, scores[component].shape[2])
             rows.append(
                 {"method": method.name, "component": component, **_cell(estimate, effects[component], top_k, pooled, resamples), **shared}
             )
@@ -174,8 +176,11 @@ def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
     return float(np.abs(resid.sum(1).mean(1) - gap).max() / abs(gap))
 
 
-def _effects(model: Any, stream: Stream, components: Sequence[str], direction: Direction) -> tuple[dict[str, np.ndarray], float, float]:
-    """Effects [component, pair] of each kind of component, layer by layer; the mean gap between the runs; and the seconds it took."""
+def _effects(
+    model: Any, stream: Stream, components: Sequence[str], direction: Direction
+) -> tuple[dict[str, np.ndarray], float, bool, float]:
+    """Effects [component, pair] of each kind of component, layer by layer, and the mean gap between the runs; whether the metric is one
+    number, and has one effect, for all pairs together; and the seconds it took."""
 
     def step(batch: PromptPairs) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
@@ -191,13 +196,11 @@ def _effects(model: Any, stream: Stream, components: Sequence[str], direction: D
     clean, corrupt = found.pop("clean"), found.pop("corrupt")
     if stream.processes.index == 0:
         check_gap(clean, corrupt)
-    return {name: values.T.numpy() for name, values in found.items()}, float((clean - corrupt).mean()), seconds
+    effects = {name: values.T.numpy() for name, values in found.items()}
+    return effects, float((clean - corrupt).mean()), len(clean) == 1 < len(pairs), seconds
 
 
 def _cell(estimate: np.ndarray, effect: np.ndarray, top_k: int | None, pooled: bool, resamples: int) -> dict[str, float]:
-    if effect.shape[1] == 1 and estimate.shape[1] > 1:
-        # A metric that returns a scalar has one effect for all pairs together.
-        estimate = mean_over_pairs(estimate)[:, None]
     estimate = np.where(np.isnan(effect), np.nan, estimate)
     k = top_k or max(3, len(effect) // 10)
     if pooled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,3 +214,26 @@ def test_an_interrupted_run_and_several_processes(gpt2: TransformerBridge, monke
         shared = Shared(context, 2)(lambda: rank_heads(gpt2, by_function, "relp", batch_size=2))
     for frame in shared:
         torch.testing.assert_close(numbers(frame), numbers(alone), rtol=1e-6, atol=1e-6)
+
+
+def test_one_number_for_all_pairs_is_compared_as_one(gpt2: TransformerBridge) -> None:
+    """The mean over pairs of a target has the mean of its effects, and of its estimates, not a mean of parts of them."""
+    pairs, forms = pairs_of(12)
+    mean = with_target(pairs, lambda logits: forms["dies on a slice"](logits).mean())
+    one, many = (compare(gpt2, p, ["deeplift", "relp"], ["resid", "heads"], resamples=0) for p in (mean, pairs))
+    columns = ["method", "component", "pearson", "magnitude_error", "completeness"]
+    pd.testing.assert_frame_equal(one.table[columns], many.table[columns], rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(one.scores, many.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [models.build_gpt2, models.build_llama, models.build_gemma2])
+def test_relevance_that_does_not_add_up_is_said(build: Callable[[], TransformerBridge]) -> None:
+    """A target with kinks, which no quadrature meets, stands for everything that could break completeness."""
+    model, (pairs, _) = build(), pairs_of(12)
+    kinks = with_target(pairs, lambda logits: logits[:, -1, 3].sin().mul(40).round().div(40) + logits[:, -1, 3].clamp(-0.3, 0.3))
+    for function in (lambda p: rank_heads(model, p, batch_size=5), lambda p: compare(model, p, ["deeplift"], ["heads"], resamples=0)):
+        with pytest.warns(UserWarning, match="relevance misses the difference"):
+            function(kinks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            function(pairs)
