@@ -170,7 +170,7 @@ class FlowGraph:
         """Read what `to_json` wrote: the text itself, or a path."""
         return exchange.from_json(cls, source)
 
-    def show(self, shown: int = 200) -> Any:
+    def show(self, shown: int = 100) -> Any:
         """The flow view: tokens along x, layers up y. shown: how many of the strongest edges are drawn at first."""
         from analyses.views import flow_view
 
@@ -179,8 +179,23 @@ class FlowGraph:
         nodes = self.nodes.assign(position=place(self.nodes["position"]), details=[self._details(row) for row in self.nodes.itertuples()])
         nodes["kind"] = nodes["component"].map({"group": "head"})
         tokens = list(self.tokens) if self.by_position else ["(all)"]
-        target = self.info.get("target", "target")
-        return flow_view(nodes, edges, tokens, target=target, target_value=self.value, shown=shown)
+        return flow_view(
+            nodes,
+            edges,
+            tokens,
+            target=self.info.get("target", "target"),
+            target_value=self.value,
+            shown=shown,
+            paths=self._listed_paths(),
+            info=self.info,
+        )
+
+    def _listed_paths(self) -> pd.DataFrame | None:
+        """The strongest paths for the view; None where there are none (a grouped graph, a difference without a path)."""
+        try:
+            return self.paths(10)
+        except RelevanceError:
+            return None
 
     def _details(self, row: Any) -> Any:
         if row.component == "mlp":

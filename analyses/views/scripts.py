@@ -17,6 +17,7 @@ from typing import Any
 
 CIRCUITSVIS = "circuitsvis"
 FLOW = "flow"
+_FLOW_FILES = ("flow_layout.js", "flow_panel.js", "flow_files.js", "flow.js")
 
 # The cell whose output carries CircuitsVis's script in this process ("" where the front end does not tell), None before the first.
 _carrying_cell: str | None = None
@@ -66,7 +67,7 @@ def _core() -> str:
 
 @cache
 def _flow() -> str:
-    return f"<script>{_text('flow.js')}</script>"
+    return "".join(f"<script>{_text(name)}</script>" for name in _FLOW_FILES)
 
 
 @cache
