@@ -10,6 +10,8 @@ from rich.console import Console
 
 from analyses.cli.app import app
 from analyses.cli.options import (
+    Device,
+    Dtype,
     Model,
     Number,
     Pairs,
@@ -32,6 +34,8 @@ def circuit(
     n: Number = 16,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How faithful the circuits are that each method finds: everything outside a circuit is set to the counterpart's value.
@@ -46,7 +50,7 @@ def circuit(
 
     if level not in ("node", "edge"):
         raise RelevanceError(f"level is node or edge, not {level!r}")
-    loaded = load_model(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
     half = len(question.pairs) // 2

@@ -11,6 +11,8 @@ from rich.console import Console
 from analyses.cli.app import app
 from analyses.cli.options import (
     Checkpoint,
+    Device,
+    Dtype,
     Model,
     Number,
     Pairs,
@@ -38,6 +40,8 @@ def compare(
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The page to write; with the ending .csv the table alone.")] = Path("comparison.html"),
     checkpoint: Checkpoint = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Hold every method against activation patching, and write the table as a page."""
@@ -54,7 +58,7 @@ def compare(
         raise RelevanceError(f"direction is denoising, noising or mean, not {direction!r}")
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
     here = processes()
-    loaded = load_model(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
     wanted = [name.strip() for name in components.split(",")]
     found = compare_methods(loaded, question.pairs, chosen, wanted, direction, checkpoint=checkpoint)  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from analyses.cli.app import app
 from analyses.cli.options import (
+    Device,
+    Dtype,
     Model,
     TrustRemoteCode,
     clean_errors,
@@ -22,6 +24,8 @@ def coverage(
     model: Model = "embedded",
     sites: Annotated[bool, typer.Option("--sites", help="List every site too.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv with all sites and rulesets.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which rulesets work on a model, and where it has parts without a rule."""
@@ -29,7 +33,7 @@ def coverage(
     from analyses.report.terminal import frame_table
     from lens_relevance import coverage as covered
 
-    found = covered(load_model(model, trust_remote_code))
+    found = covered(load_model(model, trust_remote_code, dtype=dtype, device=device))
     console = Console()
     console.print(frame_table(found.rulesets, f"Rulesets on {model}"))
     for part, reason in found.uncovered.items():

@@ -11,6 +11,8 @@ from analyses.cli.app import app
 from analyses.cli.options import (
     Against,
     Answer,
+    Device,
+    Dtype,
     Model,
     Number,
     Pairs,
@@ -42,6 +44,8 @@ def explain(
         str | None,
         typer.Option(help="By attention instead: weighted_accumulation, chefer, rollout, ...; also on T5 and BART."),
     ] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show words, heads and the account in the terminal; with --method, words and heads by a method of token relevance."""
@@ -49,7 +53,7 @@ def explain(
     from analyses.report import find
     from analyses.report.terminal import show
 
-    loaded = load_model(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     if method is None:
         show(find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules), Console())
         return

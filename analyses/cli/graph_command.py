@@ -12,6 +12,8 @@ from analyses.cli.app import app
 from analyses.cli.options import (
     Against,
     Answer,
+    Device,
+    Dtype,
     Model,
     Prompt,
     Rules,
@@ -39,6 +41,8 @@ def graph(
     out: Annotated[
         Path, typer.Option(help="Where to: .html, .svg, .png, .json or .graphml; without an ending, .html, .json and .graphml.")
     ] = Path("graph"),
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Draw the edges over which relevance flows through the model for one prompt, and list the strongest paths."""
@@ -51,7 +55,7 @@ def graph(
     if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
         raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json or .graphml")
     files = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
-    loaded = load_model(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt, answer, wrong, against, task, None, 1, seed)
     pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
     counterpart = random_tokens(8) if question.baseline else pair.corrupt

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 # torch and transformers take seconds to import, so each command imports what it needs: --help answers at once.
 
-Model = Annotated[str, typer.Option(help="'embedded', a folder with a model in Hugging Face format, or a hub name.")]
+Model = Annotated[str, typer.Option(help="'embedded', a folder with a model in Hugging Face format, a .gguf file, or a hub name.")]
+Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16, float16 or float64.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, ..., or auto to spread the model over all there are; a GPU by itself if there is one."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's repository run its own code.")]
 Rules = Annotated[str | None, typer.Option(help="Ruleset: deeplift (default), attnlrp, cp_lrp, relp, gim, gradient, ...")]
 Prompt = Annotated[str | None, typer.Option(help="A prompt of your own, in place of a task.")]

@@ -11,6 +11,8 @@ from rich.console import Console
 from analyses.cli.app import app
 from analyses.cli.options import (
     Checkpoint,
+    Device,
+    Dtype,
     Model,
     Number,
     Pairs,
@@ -36,6 +38,8 @@ def rank(
     out: Annotated[Path | None, typer.Option(help="A .csv to write all of them to.")] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Check the ranking: ablate its top, and as many at random.")] = False,
     checkpoint: Checkpoint = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Rank heads or neurons over pairs of prompts."""
@@ -48,7 +52,7 @@ def rank(
     if what not in ("heads", "neurons"):
         raise RelevanceError(f"rank heads or neurons, not {what!r}")
     here = processes()
-    loaded = load_model(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
     ranking = (rank_heads if what == "heads" else rank_neurons)(loaded, question.pairs, method, ablate=ablate, checkpoint=checkpoint)
     if here.index:

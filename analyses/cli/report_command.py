@@ -11,6 +11,8 @@ from analyses.cli.app import app
 from analyses.cli.options import (
     Against,
     Answer,
+    Device,
+    Dtype,
     Model,
     Number,
     Pairs,
@@ -40,13 +42,15 @@ def report(
     n: Number = 32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    dtype: Dtype = "float32",
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML page: words, layers and heads by relevance, beside activation patching, with the account. It opens offline."""
     from analyses.models.loading import load_model
     from analyses.report import find, report_page
 
-    loaded = load_model(model, trust_remote_code)
+    loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     found = find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules, with_graph=True)
     report_page(found, typed_command()).save(out)
     typer.echo(f"{out}: {found.target}, {found.n_pairs} pair(s), heads agree with activation patching to Pearson {found.pearson:.3f}")

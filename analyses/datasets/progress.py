@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def watched() -> bool:
@@ -21,3 +23,12 @@ def progress_bar() -> Progress:
     """A bar that leaves nothing behind when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched())
+
+
+@contextmanager
+def spinner(words: str) -> Iterator[None]:
+    """What is being waited for and for how long already, where nobody knows how long it will take; leaves nothing behind."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched()) as progress:
+        progress.add_task(words, total=None)
+        yield

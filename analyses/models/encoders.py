@@ -50,11 +50,11 @@ def bridge_encoder(model: PreTrainedModel, tokenizer: Any = None) -> Transformer
     return build_bridge_from_module(model, "BertForMaskedLM", hf_config=model.config, tokenizer=tokenizer, post_adapter_hook=adapt).eval()
 
 
-def load_encoder(source: str, config: PreTrainedConfig) -> TransformerBridge | None:
+def load_encoder(source: str, config: PreTrainedConfig, dtype: torch.dtype, device: str | None) -> TransformerBridge | None:
     """A folder or hub name whose config names one of `ENCODERS`; None for any other, which TransformerLens loads itself."""
     named = getattr(config, "architectures", None) or []
     model_class: Any = next((c for c in ENCODERS if c.__name__ in named), None)
     if model_class is None:
         return None
-    model = model_class.from_pretrained(source, attn_implementation="eager", dtype=torch.float32)
+    model = model_class.from_pretrained(source, attn_implementation="eager", dtype=dtype, device_map=device)
     return bridge_encoder(model, AutoTokenizer.from_pretrained(source))
