@@ -108,14 +108,6 @@ def test_links_between_the_pages_lead_somewhere() -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_measured_figures_are_those_of_the_readme() -> None:
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8").replace("**", "")
-    measured = (FOLDER / "which_method.md").read_text(encoding="utf-8").partition("## Measured")[2].partition("\n## ")[0]
-    rows = [line for line in measured.splitlines() if line.startswith("|")]
-    assert len(rows) > 5
-    assert not [row for row in rows if row not in readme]
-
-
 def test_every_method_has_its_row() -> None:
     """A ruleset or a method of token relevance that is added must be placed here too."""
     page = (FOLDER / "which_method.md").read_text(encoding="utf-8")

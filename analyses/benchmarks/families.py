@@ -1,4 +1,4 @@
-"""Which rulesets work on which family of models, with the conservation error of each: the table of the README.
+"""Which rulesets work on which family of models, with the conservation error of each: the table of docs/measurements/families.md.
 
     python -m analyses.benchmarks.families [--family GPT-2 --family T5] [--more] [--dtype float64] [--seed 0]
 

@@ -1,4 +1,4 @@
-"""The README's table of families and rulesets is what its command finds, and no family is missing from it."""
+"""The page of families and rulesets is what its command finds, and no family is missing from it."""
 
 from __future__ import annotations
 
@@ -33,24 +33,22 @@ def rows(text: str, heading: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def readme() -> str:
-    """The section of the README."""
-    text = (ROOT / "README.md").read_text()
-    assert text.count("## Which models\n") == 1
-    return text.split("## Which models\n")[1].split("\n## ")[0]
+def page() -> str:
+    """The page of measurements."""
+    return (ROOT / "docs" / "measurements" / "families.md").read_text()
 
 
-def test_no_family_is_missing_from_the_readme(readme: str) -> None:
-    working, refused = rows(readme, "family"), rows(readme, "refused")
+def test_no_family_is_missing_from_the_page(page: str) -> None:
+    working, refused = rows(page, "family"), rows(page, "refused")
     assert working.pop("family") == [f"`{name}`" for name in rulesets()]
     assert refused.pop("refused") == ["reason"]
     assert [*working, *refused] == list(FAMILIES)
-    assert "python -m analyses.benchmarks.families" in readme
+    assert "python -m analyses.benchmarks.families" in page
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "Qwen3", "BERT (masked language model)"])
-def test_the_readme_shows_what_a_fresh_run_finds(readme: str, family: str) -> None:
-    shown, fresh = rows(readme, "family")[family], rows(markdown(families([family])), "family")[family]
+def test_the_page_shows_what_a_fresh_run_finds(page: str, family: str) -> None:
+    shown, fresh = rows(page, "family")[family], rows(markdown(families([family])), "family")[family]
     assert len(shown) == len(rulesets())
     for here, there in zip(shown, fresh, strict=True):
         if "–" in (here, there):
@@ -62,14 +60,14 @@ def test_the_readme_shows_what_a_fresh_run_finds(readme: str, family: str) -> No
 
 @pytest.mark.parametrize("family", ["Llama", "OPT"])
 def test_without_upcasts_to_float32_only_float64_rounding_is_left(family: str) -> None:
-    """What the README says of the larger errors."""
+    """What the page says of the larger errors."""
     with no_upcasts():
         errors = families([family])[list(rulesets())]
     assert errors.max(axis=None) < 1e-12
 
 
-def test_what_the_readme_calls_refused_is_refused(readme: str) -> None:
-    refused = {name: cells for name, cells in rows(readme, "refused").items() if name in FAMILIES}
+def test_what_the_page_calls_refused_is_refused(page: str) -> None:
+    refused = {name: cells for name, cells in rows(page, "refused").items() if name in FAMILIES}
     assert refused
     for family in list(refused)[:2]:
         assert rows(markdown(families([family])), "refused")[family] == refused[family]
@@ -80,13 +78,13 @@ def test_what_the_readme_calls_refused_is_refused(readme: str) -> None:
 
 
 @pytest.mark.parametrize("family", MORE)
-def test_families_that_need_next_to_no_code(readme: str, family: str) -> None:
-    """The README names them; here two rulesets, `--more` prints all."""
+def test_families_that_need_next_to_no_code(page: str, family: str) -> None:
+    """The page names them; here two rulesets, `--more` prints all."""
     with no_upcasts():
         found = coverage(MORE[family].build(), ["attnlrp", "deeplift"])
     assert found.rulesets["works"].all() and found.rulesets["unexplained"].max() < 1e-9, found.rulesets
     assert found.sites["live"].all(), found.sites.loc[~found.sites["live"]]
-    assert f" {family}," in readme.replace("\n", " ") or f" {family}." in readme.replace("\n", " ")
+    assert f" {family}," in page.replace("\n", " ") or f" {family}." in page.replace("\n", " ")
 
 
 class Refusing(LNRule):
