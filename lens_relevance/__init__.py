@@ -9,24 +9,29 @@ from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, Re
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.inputs.similarity import sentence_embeddings, similarity
 from lens_relevance.inputs.targets import Target, continuation, latent, log_prob, logit, logit_diff
+from lens_relevance.rules import Rule
 from lens_relevance.ruleset_tables import register_ruleset, rulesets
+from lens_relevance.sites import AttentionFamily, ExpertsFamily, declare_sites, register_attention, register_experts
 
 __all__ = [
+    "AttentionFamily",
     "Coverage",
     "CoverageError",
+    "ExpertsFamily",
     "LivenessError",
     "NotKeptError",
     "RelevanceCache",
     "RelevanceError",
+    "Rule",
     "Target",
+    "TokenRelevance",
+    "TokenSetsRelevance",
     "__version__",
     "attach",
     "continuation",
-    "head_flow",
-    "token_relevance",
-    "TokenRelevance",
-    "TokenSetsRelevance",
     "coverage",
+    "declare_sites",
+    "head_flow",
     "latent",
     "log_prob",
     "logit",
@@ -34,9 +39,12 @@ __all__ = [
     "mean_embedding",
     "propagate",
     "random_tokens",
+    "register_attention",
+    "register_experts",
     "register_ruleset",
     "rulesets",
     "sentence_embeddings",
     "similarity",
+    "token_relevance",
     "zero_embedding",
 ]

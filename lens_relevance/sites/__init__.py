@@ -1,13 +1,19 @@
 """Anatomy of a model: where each operation has its HookPoints. The only place that knows TransformerLens's component classes."""
 
-from lens_relevance.sites.anatomy import Anatomy, anatomy
-from lens_relevance.sites.base import LOGITS, Site
+from lens_relevance.sites import attention_families, expert_families  # noqa: F401 - the families that are known register themselves
+from lens_relevance.sites.anatomy import Anatomy
+from lens_relevance.sites.base import LOGITS, DeclaredSite, Site
 from lens_relevance.sites.declared import activation, attention, declare_sites, gated_activation, linear, norm
+from lens_relevance.sites.families import AttentionFamily, ExpertsFamily, register_attention, register_experts
+from lens_relevance.sites.lookup import anatomy
 from lens_relevance.sites.token_sets import TokenAttention
 
 __all__ = [
     "LOGITS",
     "Anatomy",
+    "AttentionFamily",
+    "DeclaredSite",
+    "ExpertsFamily",
     "Site",
     "TokenAttention",
     "activation",
@@ -17,4 +23,6 @@ __all__ = [
     "gated_activation",
     "linear",
     "norm",
+    "register_attention",
+    "register_experts",
 ]

@@ -1,4 +1,4 @@
-"""Attention components whose steps TransformerLens computes at live HookPoints.
+"""Attention components: where scores, pattern and z are, by the class of component that TransformerLens runs the attention in.
 
 | class | families | scores | pattern | rotation |
 |---|---|---|---|---|
@@ -6,12 +6,14 @@
 | JointQKVPositionEmbeddingsAttentionBridge | NeoX | live | live | between q, k and the scores, no HookPoint |
 | PositionEmbeddingsAttentionBridge | Llama, Qwen, Gemma, OLMo2, GPT-OSS | live | live | at hook_rot_q, hook_rot_k |
 | MLAAttentionBridge | DeepSeek-V3 | live | live | below hook_q, hook_k |
-| AttentionBridge over a NativeAttention | boot_native | rebuilt | live | between q, k and the pattern, no HookPoint |
-| AttentionBridge over anything else | OPT, GPT-J, BERT | rebuilt | rebuilt | inside: see delegated_attention.py |
+| AttentionBridge | OPT, GPT-J, BERT, native models | recomputed | recomputed | inside: an AttentionFamily says how |
+
+A family that is registered for the Hugging Face class takes precedence: the steps are then recomputed as it says (delegated_attention.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,23 +32,16 @@ from lens_relevance.errors import CoverageError
 from lens_relevance.rules import AttentionGeometry, Mix, Scores, Softmax
 from lens_relevance.sites.base import Site
 from lens_relevance.sites.delegated_attention import delegated_sites
+from lens_relevance.sites.families import ATTENTION
 
 
 def attention_sites(name: str, component: AttentionBridge) -> list[Site]:
-    """Scores, pattern and z of an attention component; raises CoverageError where it runs behind closed doors."""
-    if type(component) in (JointQKVAttentionBridge, BloomAttentionBridge):  # ALiBi is added to the scores, the same in both runs
-        return _live_sites(name, component, _joint_geometry(component), (component.q.hook_out, component.k.hook_out))
-    if type(component) is JointQKVPositionEmbeddingsAttentionBridge:
-        geometry = _joint_geometry(component)
-        geometry.rotate = _rotate_halves
-        inputs = (component.q.hook_out, component.k.hook_out, component.hook_cos, component.hook_sin)
-        return _live_sites(name, component, geometry, inputs)
-    if isinstance(component, PositionEmbeddingsAttentionBridge):
-        return _live_sites(name, component, _llama_geometry(name, component), (component.hook_rot_q, component.hook_rot_k))
-    if type(component) is MLAAttentionBridge:
-        return _latent_sites(name, component)
-    if getattr(component.original_component, "accepts_pattern_fn", False):
-        return _native_sites(name, component)
+    """Scores, pattern and z of an attention component; raises CoverageError where it is not known how it computes."""
+    if type(component.original_component).__name__ not in ATTENTION:
+        if type(component) in _LIVE:
+            return _LIVE[type(component)](name, component)
+        if isinstance(component, PositionEmbeddingsAttentionBridge):
+            return _position_embeddings_sites(name, component)
     return delegated_sites(name, component)
 
 
@@ -68,12 +63,30 @@ def _heads(component: Any) -> tuple[int, int, int]:
     return n_heads, int(getattr(config, "n_key_value_heads", None) or n_heads), d_head
 
 
+def _joint_sites(name: str, component: Any) -> list[Site]:
+    """Queries, keys and values from one matrix; ALiBi (Bloom) is added to the scores, the same in both runs."""
+    return _live_sites(name, component, _joint_geometry(component), (component.q.hook_out, component.k.hook_out))
+
+
+def _rotated_joint_sites(name: str, component: Any) -> list[Site]:
+    """The same, with queries and keys rotated on the way to the scores (NeoX)."""
+    geometry = _joint_geometry(component)
+    geometry.rotate = _rotate_halves
+    inputs = (component.q.hook_out, component.k.hook_out, component.hook_cos, component.hook_sin)
+    return _live_sites(name, component, geometry, inputs)
+
+
 def _joint_geometry(component: Any) -> AttentionGeometry:
     n_heads, n_key_value_heads, d_head = _heads(component)
     scale = d_head**-0.5
     if getattr(component.config, "scale_attn_by_inverse_layer_idx", False) and component._layer_idx is not None:
         scale /= component._layer_idx + 1
     return AttentionGeometry(n_heads, n_key_value_heads, d_head, scale, adds_bias=isinstance(component, BloomAttentionBridge))
+
+
+def _position_embeddings_sites(name: str, component: Any) -> list[Site]:
+    """Queries and keys rotated at HookPoints of their own (the Llama type)."""
+    return _live_sites(name, component, _llama_geometry(name, component), (component.hook_rot_q, component.hook_rot_k))
 
 
 def _llama_geometry(name: str, component: Any) -> AttentionGeometry:
@@ -95,7 +108,7 @@ def _llama_geometry(name: str, component: Any) -> AttentionGeometry:
     return AttentionGeometry(n_heads, n_heads // group, d_head, float(scale), soft_cap=cap, queries_are_split=True)
 
 
-def _latent_sites(name: str, component: MLAAttentionBridge) -> list[Site]:
+def _latent_sites(name: str, component: Any) -> list[Site]:
     """Latent attention (DeepSeek-V3): its low-rank projections are linear layers and norms with sites of their own."""
     original: Any = component.original_component
     if getattr(original, "scaling", None) is None:
@@ -128,42 +141,9 @@ def _rotate_halves(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tenso
     return torch.cat([turned * cos + sign * torch.cat([-second, first], -1) * sin, rest], -1)
 
 
-def _native_sites(name: str, component: AttentionBridge) -> list[Site]:
-    original: Any = component.original_component
-    call: dict[str, Any] = {}
-
-    def on_call(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        call.clear()
-        call.update({k: kwargs.get(k) for k in ("attention_mask", "position_ids")})
-
-    def bias(scores: Tensor) -> Tensor:
-        seq = scores.shape[-1]
-        blocked = original.causal_mask[:seq, :seq] if original.causal else torch.zeros(seq, seq, dtype=torch.bool, device=scores.device)
-        given = call.get("attention_mask")
-        if given is not None:
-            blocked = original._combine_attention_mask(blocked, given, batch=scores.shape[-4])
-        return torch.zeros_like(blocked, dtype=scores.dtype).masked_fill(blocked, float("-inf"))
-
-    def rotate(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:
-        rotary, positions = original.rotary, call.get("position_ids")
-        rd, seq = rotary.rotary_dim, x.shape[-2]
-        cos, sin = (t[:seq] if positions is None else t[positions].unsqueeze(1) for t in (rotary.cos_cached, rotary.sin_cached))
-        turned, rest = x[..., :rd], x[..., rd:]
-        return torch.cat([turned * cos.to(x.dtype) + sign * rotary._rotate_half(turned) * sin.to(x.dtype), rest], -1)
-
-    cap = original.attn_scores_soft_cap if original.attn_scores_soft_cap > 0 else None
-    geometry = AttentionGeometry(
-        original.n_heads,
-        original.n_kv_heads,
-        original.d_head,
-        1.0 / original.scale,
-        soft_cap=cap,
-        rotate=None if original.rotary is None else rotate,
-        bias=bias,
-    )
-    inputs, scores, pattern = (component.q.hook_out, component.k.hook_out), component.hook_attn_scores, component.hook_pattern
-    return [
-        Site(f"{name}:scores", "attn", Scores(geometry), inputs, scores, caller=original, on_call=on_call, rebuilt=pattern),
-        Site(f"{name}:pattern", "attn", Softmax(), (scores,), pattern, rebuilt=pattern),
-        Site(f"{name}:z", "attn", Mix(geometry), (pattern, component.v.hook_out), component.o.hook_in),
-    ]
+_LIVE: dict[type[AttentionBridge], Callable[[str, Any], list[Site]]] = {  # a subclass may compute otherwise
+    JointQKVAttentionBridge: _joint_sites,
+    BloomAttentionBridge: _joint_sites,
+    JointQKVPositionEmbeddingsAttentionBridge: _rotated_joint_sites,
+    MLAAttentionBridge: _latent_sites,
+}

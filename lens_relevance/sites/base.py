@@ -1,9 +1,9 @@
-"""Site: where one operation of a model has its input and output HookPoints."""
+"""Site: where one operation of a model has its input and output HookPoints. DeclaredSite: the same with HookPoints by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -58,3 +58,18 @@ class Site:
     @property
     def output_name(self) -> str:
         return LOGITS if self.output is None else str(self.output.name)
+
+
+@dataclass(frozen=True)
+class DeclaredSite:
+    """An operation between HookPoints given by name; `norm`, `activation`, `gated_activation`, `attention` and `linear` make them."""
+
+    name: str
+    operation: Operation
+    inputs: tuple[str, ...]
+    output: str
+
+    def at(self, points: Mapping[str, HookPoint]) -> Site:
+        """The site at a model's HookPoints."""
+        mount = self.name.split(":")[0].rsplit(".", 1)[-1]
+        return Site(self.name, mount, self.operation, tuple(points[name] for name in self.inputs), points[self.output])

@@ -1,4 +1,4 @@
-"""Sites of your own model: any HookedRootModule gets every ruleset once it is told where its operations have their HookPoints.
+"""Declared sites: any HookedRootModule gets every ruleset once it is told where its operations have their HookPoints.
 
     class Tiny(HookedRootModule):
         def __init__(self):
@@ -18,35 +18,29 @@
 Every operation that is not linear needs a site: without one it keeps its plain gradient, and the conservation account shows what that
 leaves unexplained. Linear layers need one only to have their biases named in the account. A site named `blocks.2.mlp` stands in the
 account's row of layer 2.
+
+On a TransformerBridge most operations are found. `declare_sites(bridge, [...])` adds what is not, or says what one of them really is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from difflib import get_close_matches
 
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel
-from lens_relevance.rules import Activation, AttentionGeometry, GatedActivation, Linear, Mix, Norm, Operation, Scores, Softmax
-from lens_relevance.sites.anatomy import Anatomy, remember
-from lens_relevance.sites.base import Site
+from lens_relevance.hooked_model import HookedModel, is_bridge
+from lens_relevance.rules import Activation, AttentionGeometry, GatedActivation, Linear, Mix, Norm, Scores, Softmax
+from lens_relevance.sites.anatomy import Anatomy
+from lens_relevance.sites.base import DeclaredSite
+from lens_relevance.sites.lookup import remember, remember_more
 from lens_relevance.sites.stacks import Cut, Stacks, one_stack, roles
 from lens_relevance.sites.token_sets import TokenAttention
 
 Names = Sequence[str] | Mapping[str, Sequence[str]]
-
-
-@dataclass(frozen=True)
-class DeclaredSite:
-    """An operation between HookPoints given by name; see `norm`, `activation`, `gated_activation`, `attention` and `linear`."""
-
-    name: str
-    operation: Operation
-    inputs: tuple[str, ...]
-    output: str
 
 
 def norm(
@@ -110,41 +104,63 @@ def attention(
 def declare_sites(
     model: HookedModel,
     sites: Sequence[DeclaredSite | Sequence[DeclaredSite]],
-    embeddings: Names,
+    embeddings: Names = (),
     *,
     residual: Names = (),
     z: Names = (),
     neurons: Names = (),
     attentions: Sequence[TokenAttention] = (),
 ) -> None:
-    """Tell where the operations of a HookedRootModule are, so that propagate and attach work on it.
+    """Tell where operations of a model are, so that propagate and attach know them.
 
-    embeddings: HookPoints at which the graph starts, the token embeddings first. residual: complete cuts, one per layer and the final one;
-    z, neurons: for `RelevanceCache.heads` and `.neurons`. A model with several sets of positions gives each of these by stack, as in
-    {"image": ["hook_patches"], "question": ["hook_embed"]}. attentions: for `token_relevance`, in the order of computation.
+    To a TransformerBridge the sites are added: a declared site at the same output HookPoint takes the place of the one that was found
+    there (and of all steps of a component that this was the whole of), and a component that had no site is covered by one that bears its
+    name. What else is known of a bridge stays as it is. For a model of the user's own this is all that is known, and a second call takes
+    the place of the first.
 
-    Raises RelevanceError for a name that is not one of the model's HookPoints.
+    Args:
+        model: a TransformerBridge, or a HookedRootModule.
+        sites: what `norm`, `activation`, `gated_activation`, `attention` and `linear` return.
+        embeddings: HookPoints at which the graph starts, the token embeddings first. A model with several sets of positions gives these and
+            the next three by stack, as in {"image": ["hook_patches"], "question": ["hook_embed"]}.
+        residual: complete cuts, one per layer and the final one.
+        z: for `RelevanceCache.heads`.
+        neurons: for `RelevanceCache.neurons`.
+        attentions: for `token_relevance`, in the order of computation.
+
+    Raises:
+        RelevanceError: a name is not one of the model's HookPoints, two sites have one name or one output, `embeddings` is missing, or a
+            bridge is given more than sites.
     """
     points = dict(getattr(model, "hook_dict", {}))
     if not points:
         raise RelevanceError(f"{type(model).__name__} has no HookPoints; derive it from HookedRootModule and call self.setup()")
     listed = [d for group in sites for d in ([group] if isinstance(group, DeclaredSite) else group)]
-    asked = [
-        *(n for d in listed for n in (*d.inputs, d.output)),
-        *(n for names in (embeddings, residual, z, neurons) for n in _flat(names)),
-    ]
+    roles_given = (embeddings, residual, z, neurons)
+    asked = [*(n for d in listed for n in (*d.inputs, d.output)), *(n for names in roles_given for n in _flat(names))]
     asked += [n for one in attentions for n in (one.pattern, one.before, one.written)]
     for name in asked:
         if name not in points:
-            raise RelevanceError(f"declare_sites: {name!r} is not a HookPoint of {type(model).__name__}; it has {', '.join(points)}")
+            close = get_close_matches(name, points, n=5, cutoff=0.5) or list(points)[:10]
+            raise RelevanceError(
+                f"declare_sites: {name!r} is not a HookPoint of {type(model).__name__}; among its {len(points)} are {', '.join(close)}"
+            )
+    listed = [replace(d, inputs=tuple(str(points[n].name) for n in d.inputs), output=str(points[d.output].name)) for d in listed]
+    for what, values in (("name", [d.name for d in listed]), ("output", [d.output for d in listed])):
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise RelevanceError(f"declare_sites: two sites have the {what} {twice!r}; an operation is declared once")
+    if is_bridge(model):
+        if any(roles_given) or attentions:
+            raise RelevanceError("declare_sites: embeddings, residual stream and attentions of a bridge are known; give it sites alone")
+        remember_more(model, listed)
+        return
     if not embeddings:
         raise RelevanceError("declare_sites: name at least one HookPoint in `embeddings`, where the graph starts")
-    built = [
-        Site(d.name, d.name.split(":")[0].rsplit(".", 1)[-1], d.operation, tuple(points[n] for n in d.inputs), points[d.output])
-        for d in listed
-    ]
     stacks = _stacks(embeddings=embeddings, residual=residual, z=z, neurons=neurons)
-    remember(model, Anatomy(built, points, {name: name for name in points}, stacks=stacks, attentions=list(attentions)))
+    names = {name: name for name in points}
+    built = [d.at(points) for d in listed]
+    remember(model, Anatomy(built, points, names, stacks=stacks, attentions=list(attentions)))
 
 
 def _stacks(**given: Names) -> Stacks:

@@ -302,7 +302,7 @@ def test_a_delegated_attention_has_patterns_too(tokens):
 
 
 def test_a_model_without_live_patterns_is_refused(tokens, monkeypatch):
-    monkeypatch.setattr("lens_relevance.sites.delegated_attention._FAMILIES", {})
+    monkeypatch.setattr("lens_relevance.sites.delegated_attention.ATTENTION", {})
     config = GPTJConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
     model = models.bridge_from_config(GPTJForCausalLM, config)
     with pytest.raises(CoverageError, match="GPTJForCausalLM has no live attention pattern .*blocks.0.attn.hook_pattern.*propagate"):

@@ -1,17 +1,24 @@
-"""A hand-made model with declared sites gets every ruleset, the audit and the pair rules."""
+"""A hand-made model with declared sites gets every ruleset, the audit and the pair rules; on a bridge they add to what was found."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from lens_relevance import LivenessError, RelevanceError, attach, coverage, logit_diff, propagate, rulesets
+from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, coverage, declare_sites, logit_diff, propagate, rulesets
 from lens_relevance.ruleset_tables import needs_reference
-from lens_relevance.sites import activation, attention, declare_sites, linear, norm
-from tests.engine.families import close
+from lens_relevance.sites import DeclaredSite, activation, anatomy, attention, linear, norm
+from tests.engine.families import build, close, inputs_and_reference
 
 TARGET = logit_diff(3, 4)
 POINTS = ("embed", "resid", "norm_in", "norm_out", "q", "k", "v", "scores", "pattern", "z", "out", "resid_mid", "pre", "post", "final")
@@ -154,3 +161,89 @@ def test_bad_declarations_are_refused() -> None:
         declare_sites(HandMade(), [], embeddings=[])
     with pytest.raises(RelevanceError, match="declare_sites"):
         propagate(HandMade().eval(), TOKENS, TARGET, rules="attnlrp")
+
+
+class OddMLP(GPT2MLP):
+    """GPT-2's MLP with its activation where nobody looks for it."""
+
+    def __init__(self, intermediate_size: int, config: GPT2Config) -> None:
+        super().__init__(intermediate_size, config)
+        self.nonlinearity = self.act
+        del self.act
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.c_proj(self.nonlinearity(self.c_fc(hidden_states)))
+
+
+def _odd_bridge(monkeypatch: pytest.MonkeyPatch) -> TransformerBridge:
+    monkeypatch.setattr(modeling_gpt2, "GPT2MLP", OddMLP)
+    return build("gpt2")
+
+
+def _activations(model: TransformerBridge, function: Callable[[Tensor], Tensor]) -> list[list[DeclaredSite]]:
+    return [
+        activation(f"blocks.{i}.mlp", f"blocks.{i}.mlp.in.hook_out", f"blocks.{i}.mlp.out.hook_in", function=function) for i in range(2)
+    ]
+
+
+def test_a_declared_site_covers_a_component_of_a_bridge_that_had_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Declared, the odd model is GPT-2 again, to the bit; and everything else that was found on it is still there."""
+    plain, model, (tokens, _) = build("gpt2"), _odd_bridge(monkeypatch), inputs_and_reference()
+    assert set(anatomy(model).uncovered) == {"blocks.0.mlp", "blocks.1.mlp"}
+    with pytest.raises(CoverageError, match="blocks.0.mlp.*not found"):
+        propagate(model, tokens, TARGET, rules="attnlrp")
+    declare_sites(model, _activations(model, plain.blocks[0].mlp.original_component.act))
+    assert not anatomy(model).uncovered and {s.name for s in anatomy(model).sites} == {s.name for s in anatomy(plain).sites}
+    found, expected = (propagate(m, tokens, TARGET, rules="attnlrp", names_filter=lambda name: True, audit=True) for m in (model, plain))
+    assert set(found.coefficients) == set(expected.coefficients)
+    assert all(torch.equal(found.coefficients[name], expected.coefficients[name]) for name in expected.coefficients)
+    assert found.conservation()["unexplained"].abs().max() < 1e-12
+
+
+def test_a_declared_site_takes_the_place_of_the_one_that_was_found() -> None:
+    """A norm that is said to be an element-wise function passes relevance by the identity rule: g_in = g_out y / x."""
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    names = [f"blocks.1.ln1.hook_{end}" for end in ("in", "out")]
+    before, found = anatomy(model), propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
+    declare_sites(model, [activation("blocks.1.ln1", *names, function=lambda x: x)])
+    cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
+    x, y = (cache.activations[name] for name in names)
+    close(cache.coefficients[names[0]], cache.coefficients[names[1]] * y / x, 1e-12)
+    assert float((cache.coefficients[names[0]] - found.coefficients[names[0]]).abs().max()) > 1e-2
+    assert coverage(model, ["cp_lrp"]).sites.set_index("site").loc["blocks.1.ln1", "off"] > 0.1
+    original = model.blocks[1].ln1.original_component
+    declare_sites(model, [norm("blocks.1.ln1", *names, weight=original.weight, bias=original.bias)])  # said again: the later one holds
+    cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
+    close(cache.coefficients[names[0]], found.coefficients[names[0]], 1e-12)
+    assert [s.name for s in anatomy(model).sites] == [s.name for s in before.sites if not s.name.startswith("blocks.1.ln1:")]
+
+
+def test_the_steps_of_a_component_go_with_the_whole_of_it() -> None:
+    """A norm is one operation or three; who says what it is replaces all of them."""
+    model = build("gpt2")
+    declare_sites(model, [norm("blocks.0.mine", "blocks.0.ln1.hook_in", "blocks.0.ln1.hook_out", rms=True)])
+    names = [s.name for s in anatomy(model).sites]
+    assert "blocks.0.mine" in names and not [n for n in names if n.startswith("blocks.0.ln1")]
+    assert [n for n in names if n.startswith("blocks.1.ln1")]
+
+
+@pytest.mark.parametrize(
+    ("sites", "options", "message"),
+    [
+        (lambda m: [activation("mlp", "blocks.0.mlp.in.hook_out", "blocks.0.mlp.out.hook_inn", function=torch.relu)], {}, "out.hook_in"),
+        (lambda m: [norm("blocks.0.mlp", "blocks.0.ln1.hook_in", "blocks.0.ln1.hook_out")], {}, "'blocks.0.mlp' already"),
+        (lambda m: [*_activations(m, torch.relu), *_activations(m, torch.relu)], {}, "two sites have the name 'blocks.0.mlp'"),
+        (
+            lambda m: [norm(name, "blocks.0.ln1.hook_in", "blocks.0.ln1.hook_out") for name in ("one", "two")],
+            {},
+            "two sites have the output 'blocks.0.ln1.hook_out'",
+        ),
+        (lambda m: [], {"residual": ["blocks.0.hook_in"]}, "give it sites alone"),
+    ],
+)
+def test_bad_declarations_on_a_bridge_are_refused(sites: Any, options: dict[str, Any], message: str) -> None:
+    model = build("gpt2")
+    before = [s.name for s in anatomy(model).sites]
+    with pytest.raises(RelevanceError, match=message):
+        declare_sites(model, sites(model), **options)
+    assert [s.name for s in anatomy(model).sites] == before

@@ -155,7 +155,7 @@ def test_a_decorative_point_under_a_plain_ruleset_is_no_error() -> None:
 def test_decorative_points_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an attention shows that nobody knows is no relevance."""
     model = build_wider("bert", torch.float32)
-    monkeypatch.setattr("lens_relevance.sites.delegated_attention._FAMILIES", {})
+    monkeypatch.setattr("lens_relevance.sites.delegated_attention.ATTENTION", {})
     with pytest.raises(RelevanceError, match="decorative"):
         propagate(model, TOKENS, TARGET, rules="gradient", names_filter="blocks.0.attn.hook_attn_scores", strict=False)
     cache = propagate(model, TOKENS, TARGET, rules="gradient", names_filter=lambda name: name.startswith("blocks.0.attn"), strict=False)

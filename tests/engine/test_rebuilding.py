@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lens_relevance import LivenessError, RelevanceError, attach, propagate
+from lens_relevance.sites.families import ATTENTION
 from tests.engine.families import TARGET, build, close, inputs_and_reference, reference_for
 from tests.wider_models import build_wider
 
@@ -82,13 +84,6 @@ def test_a_module_that_computes_something_else_is_refused(rules: str, monkeypatc
     model, (tokens, other) = build_any("bert"), inputs_and_reference()
     module = model.blocks[1].attn.original_component.self
     monkeypatch.setattr(module, "scaling", module.scaling * 0.9)
-    from lens_relevance.sites.delegated_attention import _FAMILIES, _Family
-
-    entry = _FAMILIES["BertAttention"]
-    monkeypatch.setitem(
-        _FAMILIES,
-        "BertAttention",
-        _Family(scale=lambda m: 0.5, caller=entry.caller, mask=entry.mask, rotate=entry.rotate, n_heads=entry.n_heads),
-    )
+    monkeypatch.setitem(ATTENTION, "BertAttention", replace(ATTENTION["BertAttention"], scale=lambda module: 0.5))
     with pytest.raises(LivenessError, match="blocks.1.attn:z does not compute"):
         propagate(model, tokens, TARGET, rules=rules, reference=reference_for(rules, other))
