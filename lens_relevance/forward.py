@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.recording import Taps
+from lens_relevance.hooks.conditional import Condition, backward_through
+from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session
 from lens_relevance.inputs.metrics import Metric, gradient_at
 from lens_relevance.inputs.prompt import Prompt
@@ -27,6 +28,12 @@ class Run:
     tensors: dict[str, Tensor]
     logits: Tensor
     root: Tensor
+
+
+def at_once(run: Run, before: Run | None, seed: Tensor, *, conditions: list[Condition]) -> Iterator[Part]:
+    """The backward of a model whose graph was kept as a whole."""
+    coefficients = backward_through(run.root, seed, run.tensors, conditions=conditions)
+    yield Part(run.tensors, {} if before is None else before.tensors, coefficients)
 
 
 @contextmanager

@@ -36,6 +36,11 @@ class PlacedRule:
     def reset(self) -> None:
         self.visit, self.captured, self.fired, self.node = None, {}, 0, None
 
+    def forget(self) -> None:
+        """Let go of what the last passage left, the reference run's tensors among it."""
+        self.reset()
+        self.recorded.clear()
+
     def capture(self, index: int, x: Tensor) -> Visit | None:
         """Take an input; gives the visit that a marker on it has to tell, if one is needed."""
         if index in self.captured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,6 +40,8 @@ class Taps:
     def __init__(self, opened: Session, body: Anatomy, names: list[str]) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._opened, self._body = opened, body
+        self.fired: dict[str, bool] = {}  # whether what passed is on the graph; supposed of what `only` leaves without one
+        self.only: Collection[str] | None = None  # names that are kept while a part runs without a graph; None: it has one, and all are
         self.names: list[str] = []
         self.add(names)
 
@@ -56,8 +59,14 @@ class Taps:
         own has the coefficient of this point's branch."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return None
+        if self.only is not None:
+            self.fired[name] = True
+            if name in self.only:
+                self._tensors[name] = x
+            return None
         own = x.view_as(x) if x.requires_grad else x
         self._tensors[name] = own
+        self.fired[name] = x.requires_grad
         return own
 
     def take(self) -> dict[str, Tensor]:
@@ -70,23 +79,23 @@ class Taps:
         conversion = self._body.conversion(name)
         return tensor if conversion is None else conversion.convert(tensor)
 
-    def absent(self, tensors: dict[str, Tensor], explicit: Collection[str]) -> dict[str, str]:
+    def absent(self, explicit: Collection[str]) -> dict[str, str]:
         """Why tapped HookPoints have no coefficient to give; an error for those asked for by name."""
         absent = {}
         for name in self.names:
             if name in self._body.decorative:
                 absent[name] = "decorative on this model: it fires on another tensor than its name says"
-            elif name not in tensors:
+            elif name not in self.fired:
                 absent[name] = "did not fire in this forward, or holds integers"
                 remedy = "some HookPoints fire only behind a flag such as model.set_use_attn_result(True)"
-            elif not tensors[name].requires_grad:
+            elif not self.fired[name]:
                 absent[name] = "is a side branch on this model: the model does not go on with it"
                 remedy = "ask for the component's hook_in or hook_out instead"
             if name in absent and name in explicit:
                 raise RelevanceError(f"{name} {absent[name]}; {remedy}")
         return absent
 
-    def check_reached(self, coefficients: dict[str, Tensor], absent: dict[str, str], explicit: Collection[str]) -> None:
+    def check_reached(self, coefficients: Collection[str], absent: dict[str, str], explicit: Collection[str]) -> None:
         """Note the HookPoints that no coefficient reached; an error for those asked for by name."""
         for name in self.names:
             if name not in coefficients and name not in absent:
@@ -95,36 +104,67 @@ class Taps:
                     raise RelevanceError(f"{name}: {absent[name]}")
 
 
-def collect(
-    body: Anatomy,
-    names: list[str],
-    taps: dict[str, Tensor],
-    *,
-    references: dict[str, Tensor] | None,
-    coefficients: dict[str, Tensor],
-    masks: Mapping[str, Tensor],
-    n: int,
-    device: torch.device | str | None,
-) -> dict[str, dict[str, Tensor]]:
-    """Kept tensors in TransformerLens's layout, zero at padding, averaged over n references, moved where the user wants them."""
-    groups: dict[str, dict[str, Tensor]] = {"activations": {}, "coefficients": {}, "reference_activations": {}, "averaged": {}}
-    padded = {stack: not bool((mask == 1).all()) for stack, mask in masks.items()}
-    for name in names:
-        point, stack = body.points[name], body.stack_of(name)
-        conversion = body.conversion(name)
+@dataclass
+class Part:
+    """What the backward found in one part of the model: raw tensors by canonical name (references: without a reference run, none).
+
+    starts_flow: everything above this part is off the flow from the target to what is kept (`through`).
+    """
+
+    tensors: dict[str, Tensor]
+    references: dict[str, Tensor]
+    coefficients: dict[str, Tensor]
+    starts_flow: bool = False
+
+    def add(self, other: Part) -> None:
+        """Take in another part."""
+        self.tensors |= other.tensors
+        self.references |= other.references
+        self.coefficients |= other.coefficients
+
+
+class Kept:
+    """What a RelevanceCache keeps: tensors in TransformerLens's layout, zero at padding, averaged over n references, moved where the user
+    wants them."""
+
+    def __init__(self, body: Anatomy, names: list[str], masks: Mapping[str, Tensor], *, n: int, device: torch.device | str | None) -> None:
+        self._body, self._names, self._masks, self._n, self._device = body, names, masks, n, device
+        self._padded = {stack: not bool((mask == 1).all()) for stack, mask in masks.items()}
+        self._groups: dict[str, dict[str, Tensor]] = {"activations": {}, "coefficients": {}, "reference_activations": {}, "averaged": {}}
+        self.reached: set[str] = set()
+
+    @torch.no_grad()
+    def add(self, part: Part) -> None:
+        """Take in what the backward found in one part of the model."""
+        if part.starts_flow:
+            self.reached.clear()
+            for group in self._groups.values():
+                group.clear()
+        self.reached |= set(part.coefficients)
+        for name in self._names:
+            if name in part.coefficients:
+                self._keep(name, part.tensors[name].detach(), part.coefficients[name].detach(), part.references.get(name))
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """Everything by group, each in the order in which it was asked for."""
+        return {group: {name: kept[name] for name in self._names if name in kept} for group, kept in self._groups.items()}
+
+    def _keep(self, name: str, activation: Tensor, coefficient: Tensor, reference: Tensor | None) -> None:
+        point, stack = self._body.points[name], self._body.stack_of(name)
+        conversion = self._body.conversion(name)
         convert = conversion.convert if conversion is not None else (lambda x: x)
-        kept = {"activations": taps[name].detach(), "coefficients": coefficients[name].detach()}
-        if references is not None:
-            kept["reference_activations"] = references[name]
-        kept = {group: convert(_batched(tensor, masks.get(stack), n)) for group, tensor in kept.items()}
-        if padded.get(stack) and kept["coefficients"].ndim > 2:  # what a classifier pools has no positions
-            kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], masks[stack].repeat_interleave(n, 0), point.pos_dim)
-        if n > 1:
+        kept = {"activations": activation, "coefficients": coefficient}
+        if reference is not None:
+            kept["reference_activations"] = reference
+        kept = {group: convert(_batched(tensor, self._masks.get(stack), self._n)) for group, tensor in kept.items()}
+        if self._padded.get(stack) and kept["coefficients"].ndim > 2:  # what a classifier pools has no positions
+            mask = self._masks[stack].repeat_interleave(self._n, 0)
+            kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], mask, point.pos_dim)
+        if self._n > 1:
             each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
-            kept = {key: average(tensor, n) for key, tensor in kept.items()} | {"averaged": average(each, n)}
+            kept = {key: average(tensor, self._n) for key, tensor in kept.items()} | {"averaged": average(each, self._n)}
         for group, tensor in kept.items():
-            groups[group][name] = tensor if device is None else tensor.to(device)
-    return groups
+            self._groups[group][name] = tensor if self._device is None else tensor.to(self._device)
 
 
 def _batched(tensor: Tensor, mask: Tensor | None, n: int) -> Tensor:

@@ -140,14 +140,19 @@ class Session:
                 f"{', '.join(silent_leaves)} did not fire in this forward, so nothing can be said of the embeddings, where relevance ends. "
                 "Is the model called with token ids, and does its embedding have a HookPoint that fires?"
             )
-        silent = [p.site for p in self.placed if p.fired == 0 and p.site.enabled()]
-        if silent:
-            raise LivenessError(
-                f"{len(silent)} site(s) never fired in this forward, so their rules did nothing: "
-                + "; ".join(f"{s.name} ({s.points})" for s in silent[:3])
-                + ". Declare these sites at HookPoints that fire, or leave them out with strict=False"
-            )
+        refuse_silent(self.placed)
         return output
+
+
+def refuse_silent(placed: Sequence[PlacedRule]) -> None:
+    """Raise LivenessError where a rule was placed on a site that did not fire."""
+    silent = [p.site for p in placed if p.fired == 0 and p.site.enabled()]
+    if silent:
+        raise LivenessError(
+            f"{len(silent)} site(s) never fired in this forward, so their rules did nothing: "
+            + "; ".join(f"{s.name} ({s.points})" for s in silent[:3])
+            + ". Declare these sites at HookPoints that fire, or leave them out with strict=False"
+        )
 
 
 def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:

@@ -1,0 +1,157 @@
+"""recompute=True: block by block, and the same bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from lens_relevance import RelevanceCache, RelevanceError, latent, logit, logit_diff, mean_embedding, propagate, random_tokens
+from tests.classifiers import build_classifier, inputs_for
+from tests.encoder_decoders import build_encoder_decoder, sources_and_targets
+from tests.engine.families import FAMILIES, PAIRS, TARGET, build, inputs_and_reference, reference_for
+from tests.wider_models import WIDER, build_wider
+
+TOKENS, OTHER = inputs_and_reference()
+GROUPS = ("activations", "coefficients", "reference_activations", "averaged")
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+def both(model: Any, inputs: Any, target: Any, rules: str, **settings: Any) -> tuple[RelevanceCache, RelevanceCache]:
+    """The run at once, and the one block by block; every HookPoint's tensors, values and logits are the same bit by bit."""
+    at_once, block_by_block = (propagate(model, inputs, target, rules=rules, **settings, recompute=flag) for flag in (False, True))
+    for group in GROUPS:
+        expected, actual = getattr(at_once, group), getattr(block_by_block, group)
+        assert list(actual) == list(expected), group
+        for name in expected:
+            assert torch.allclose(actual[name], expected[name], rtol=0, atol=0, equal_nan=True), (rules, group, name)
+    assert torch.equal(block_by_block.logits, at_once.logits)
+    assert torch.equal(block_by_block.value, at_once.value)
+    assert set(block_by_block.absent) == set(at_once.absent)
+    assert float(at_once.tokens().abs().sum()) > 0
+    return at_once, block_by_block
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bit_equal_at_every_hook_point(family: str) -> None:
+    model = build(family, torch.float32, n_layers=3)
+    for rules in ("attnlrp", "gim", "deeplift"):
+        both(model, TOKENS, TARGET, rules, names_filter=everything, reference=reference_for(rules, OTHER))
+
+
+@pytest.mark.parametrize("family", WIDER)
+def test_bit_equal_on_wider_families(family: str) -> None:
+    model = build_wider(family, torch.float32)
+    both(model, TOKENS, TARGET, "deeplift", names_filter=everything, reference=OTHER)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert_classifier"])
+def test_bit_equal_on_classifiers(family: str) -> None:
+    model, (one, two) = build_classifier(family, torch.float32), inputs_for(family, torch.float32)
+    both(model, one, logit(2), "attnlrp", names_filter=everything)
+    both(model, one, logit(2), "deeplift", names_filter=everything, reference=two)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("settings", [{}, {"reference": mean_embedding()}, {"reference": random_tokens(3)}, {"reference": OTHER}])
+def test_bit_equal_for_every_kind_of_reference_with_padding(family: str, settings: dict[str, Any]) -> None:
+    model, mask = build(family, torch.float32, n_layers=4), torch.ones_like(TOKENS)
+    mask[0, :2] = 0
+    rules = "deeplift" if settings else "attnlrp"
+    both(model, TOKENS, TARGET, rules, names_filter=everything, attention_mask=mask, **settings)
+    both(model, TOKENS, None, rules, **settings)
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
+@pytest.mark.parametrize(
+    "name", ["embed.hook_out", "blocks.0.hook_in", "blocks.1.mlp.out.hook_in", "blocks.2.hook_out", "ln_final.hook_out"]
+)
+def test_a_latent_in_any_part(name: str, rules: str) -> None:
+    model = build("gpt2", torch.float32, n_layers=4)
+    both(model, TOKENS, latent(name, unit=1), rules, names_filter=everything, reference=reference_for(rules, OTHER))
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        {"embed.hook_out": {"position": [2]}},
+        {"blocks.1.attn.hook_z": {"head": [1]}},
+        {"blocks.3.mlp.hook_post": {"unit": [3]}},
+        {"blocks.1.hook_resid_pre": {"position": [3]}, "blocks.2.mlp.hook_post": {"unit": [3, 4]}},
+    ],
+)
+def test_conditions_in_any_part(through: dict[str, Any]) -> None:
+    both(build("gpt2", torch.float32, n_layers=4), TOKENS, TARGET, "attnlrp", names_filter=everything, through=through)
+
+
+def test_a_condition_above_a_latent_is_an_error() -> None:
+    model = build("gpt2", torch.float32, n_layers=4)
+    with pytest.raises(RelevanceError, match="through"):
+        propagate(
+            model, TOKENS, latent("blocks.1.hook_out", unit=0), rules="attnlrp", through={"blocks.2.hook_in": {"unit": [1]}}, recompute=True
+        )
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", *PAIRS])
+def test_the_account_is_the_same(rules: str) -> None:
+    model = build("llama", torch.float32, n_layers=4)
+    at_once, again = both(model, TOKENS, TARGET, rules, reference=reference_for(rules, OTHER), audit=True)
+    assert again.conservation().equals(at_once.conservation())
+
+
+def test_one_block() -> None:
+    both(build("gpt2", torch.float32, n_layers=1), TOKENS, TARGET, "deeplift", names_filter=everything, reference=OTHER)
+
+
+def test_hooks_of_the_user_act_in_both_runs_of_a_block() -> None:
+    model = build("llama", torch.float32, n_layers=4)
+    plain = propagate(model, TOKENS, TARGET, rules="attnlrp")
+    with model.hooks([("blocks.1.mlp.hook_post", lambda x, hook: x * 1.5), ("blocks.2.hook_in", lambda x, hook: x + 0.1)]):
+        edited, _ = both(model, TOKENS, TARGET, "attnlrp", names_filter=everything)
+    assert not torch.equal(edited.logits, plain.logits)
+    module = model.blocks[1]
+    handle = module.register_forward_pre_hook(lambda _, args: (args[0] + 0.1, *args[1:]))
+    edited, _ = both(model, TOKENS, TARGET, "deeplift", names_filter=everything, reference=OTHER)
+    handle.remove()
+    assert not torch.equal(edited.logits, plain.logits)
+
+
+def test_a_hook_that_changes_from_call_to_call_is_refused_and_the_model_left_as_found() -> None:
+    model, calls = build("gpt2", torch.float32, n_layers=4), []
+
+    def drifting(x: Tensor, hook: Any) -> Tensor:
+        calls.append(hook.name)
+        return x + 0.1 * len(calls)
+
+    with model.hooks([("blocks.1.mlp.hook_post", drifting)]):
+        with pytest.raises(RelevanceError, match="blocks.1 gave another value"):
+            propagate(model, TOKENS, TARGET, rules="attnlrp", recompute=True)
+    assert torch.is_grad_enabled()
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks)
+    both(model, TOKENS, TARGET, "attnlrp")
+
+
+def test_models_that_are_no_single_chain_are_refused() -> None:
+    source, _ = sources_and_targets()
+    with pytest.raises(RelevanceError, match="encoder, decoder"):
+        propagate(build_encoder_decoder("t5", torch.float32), source, logit_diff(3, 4), rules="attnlrp", recompute=True)
+
+
+def test_a_tensor_handed_beside_the_residual_stream_is_refused() -> None:
+    model = build("llama", torch.float32, n_layers=4)
+    kept: list[Tensor] = []
+    keep = model.embed.register_forward_hook(lambda _, args, output: kept.append(output))
+    block = model.blocks[1]
+    handed = register_module_forward_pre_hook(lambda module, args: (*args, kept[-1]) if module is block else None)
+    try:
+        with pytest.raises(RelevanceError, match="beside the residual stream"):
+            propagate(model, TOKENS, TARGET, rules="attnlrp", recompute=True)
+    finally:
+        keep.remove()
+        handed.remove()
