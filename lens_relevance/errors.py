@@ -20,3 +20,7 @@ class NotKeptError(RelevanceError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0]) if self.args else ""
+
+
+class OutOfRangeError(RelevanceError, IndexError):
+    """A layer, head, neuron, position or row was asked for that there is not. It ends a loop over rows as an IndexError does."""

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.components import COMPONENTS, Node
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.methods import eap_ig
-from analyses.patching import COMPONENTS, Node, ablation, activation_patching, path_patching
+from analyses.patching import ablation, activation_patching, path_patching
 from lens_relevance import propagate, token_relevance
 from tests.analyses.test_ranking import random_pairs
 from tests.two_devices import CPU, FIRST, SECOND, build, on_two_devices, place
 
 PAIRS = random_pairs()
-HEADS = tuple(name for name in COMPONENTS if name != "neuron")
+HEADS = tuple(name for name in COMPONENTS if name != "neurons")
 
 
 def test_the_stand_in_refuses_what_pytorch_refuses() -> None:

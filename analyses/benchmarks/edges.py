@@ -20,10 +20,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, Node, attribution_patch, faithfulness
+from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch, faithfulness
+from transformer_lens.tools.analysis.attribution_patching import Node as TransformerLensNode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.circuits import Ablation
+from analyses.components import MLP_INPUT, Node
 from analyses.edges import attribute_edges
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance import logit_diff
@@ -44,11 +46,12 @@ def metric(logits: Tensor) -> Tensor:
     return logits[0, -1, 3] - logits[0, -1, 4]
 
 
-def name_of(node: Node) -> str:
+def name_of(node: TransformerLensNode) -> str:
     """Our name of one of TransformerLens's nodes."""
-    fixed = {"embed": "embed", "logits": "logits", "mlp_out": f"L{node.layer}.mlp", "mlp_in": f"L{node.layer}.mlp.in"}
-    head = f"L{node.layer}H{node.head}"
-    return fixed.get(node.kind) or (head if node.kind == "attn_head_out" else f"{head}.{node.kind[0]}")
+    if node.kind in ("embed", "logits"):
+        return node.kind
+    names = {"mlp_out": "mlp", "mlp_in": MLP_INPUT, "attn_head_out": "heads"}
+    return str(Node(names.get(node.kind, node.kind[0]), node.layer or 0, head=node.head))
 
 
 def two_forwards_one_backward(model: Any, clean: Tensor, corrupt: Tensor) -> None:

@@ -20,11 +20,11 @@ import typer
 from rich.console import Console
 
 from analyses.cli.options import clean_errors
+from analyses.components import Direction, resolve_direction
 from analyses.describe.pattern_scores import KINDS, pattern_scores
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model
-from analyses.patching import Direction
 from analyses.report.terminal import frame_table
 from analyses.tasks import PromptPairs, induction, ioi
 from lens_relevance import RelevanceError
@@ -120,11 +120,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the task's draw.")] = 0,
 ) -> None:
     """Which known heads of the IOI circuit are among the top by relevance, and our correlations beside the published ones."""
-    if direction not in ("denoising", "noising", "mean"):
-        raise RelevanceError(f"direction is denoising, noising or mean, not {direction!r}")
     loaded = load_model(model)
     pairs = ioi(loaded, n, seed, corruption="abc")
-    check = gpt2_check(loaded, pairs, top, direction, seed)  # type: ignore[arg-type]
+    check = gpt2_check(loaded, pairs, top, resolve_direction(direction), seed)
     console = Console()
     console.print(frame_table(check.heads, f"Heads of the IOI circuit (Wang et al. 2022), ranked by {OWN} over {len(pairs)} pairs"))
     absent = int((check.heads["rank"] == 0).sum())

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
+from analyses.methods import Estimator
 from analyses.models.loading import load_model
 from analyses.perturbation import Attribution, against, areas, attribution, by_attention, perturbation_curves
 from lens_relevance import Target, logit, logit_diff, mean_embedding, random_tokens
@@ -32,7 +33,7 @@ DEEPLIFT = {
     "deeplift, mean embedding": against(mean_embedding()),
     "deeplift, 8 random": against(random_tokens(8)),
 }
-METHODS: dict[str, str | Attribution] = {
+METHODS: dict[str, str | Estimator | Attribution] = {
     "gradient": "gradient",
     "attnlrp": "attnlrp",
     "gim": "gim",
@@ -69,7 +70,7 @@ def with_occlusion(scores: Float[Tensor, "text pos"], effect: Float[Tensor, "tex
     return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean())
 
 
-def single_prompts(model: Any, tokens: Int[Tensor, "text pos"], methods: dict[str, str | Attribution]) -> pd.DataFrame:
+def single_prompts(model: Any, tokens: Int[Tensor, "text pos"], methods: dict[str, str | Estimator | Attribution]) -> pd.DataFrame:
     """One row per method; columns (target, zero | mean | random | occlusion), and the mean of the six areas."""
     mask, columns = torch.ones_like(tokens), {}
     for name, target in targets(model, tokens).items():

@@ -3,7 +3,6 @@
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, above, greedy, top
 from analyses.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve, faithfulness_table
-from analyses.circuits.integrated import integrated_edges
 from analyses.circuits.items import Items
 from analyses.circuits.recovery import Overlap, auroc, known_circuit, overlap
 from analyses.circuits.scores import ItemScores, score_items
@@ -20,7 +19,6 @@ __all__ = [
     "faithfulness_curve",
     "faithfulness_table",
     "greedy",
-    "integrated_edges",
     "known_circuit",
     "overlap",
     "score_items",

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from analyses.circuits.items import Items
 from analyses.circuits.scores import ItemScores, Order
-from analyses.graph.names import TARGET, owner
+from analyses.components import LOGITS, owner
 from lens_relevance.errors import RelevanceError
 
 
@@ -66,8 +66,8 @@ def greedy(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
     for index, reader in enumerate(items.frame["target"]):
         entering[owner(reader)].append(index)
     values = scores.values(order)
-    kept, reached = np.zeros(len(items), dtype=bool), {TARGET}
-    heap = [(-values[i], i) for i in entering[TARGET]]
+    kept, reached = np.zeros(len(items), dtype=bool), {LOGITS}
+    heap = [(-values[i], i) for i in entering[LOGITS]]
     heapq.heapify(heap)
     writers = items.frame["source"].to_numpy()
     while heap and kept.sum() < n:

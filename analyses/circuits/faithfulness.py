@@ -18,14 +18,15 @@ from jaxtyping import Float
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
 from analyses.circuits.items import Level
-from analyses.circuits.scores import EAP_IG, PATCHING, RANDOM, ItemScores, Order, score_items
+from analyses.circuits.scores import PATCHING, RANDOM, ItemScores, Order, score_items
 from analyses.datasets.progress import progress_bar
+from analyses.methods import Estimator
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 EVERY_K_BELOW = 1_000
-METHODS = ("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", EAP_IG, PATCHING, RANDOM)
+METHODS = ("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", "eap_ig", PATCHING, RANDOM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +81,13 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
 def faithfulness_table(
     model: Any,
     pairs: PromptPairs,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str | Estimator] = METHODS,
+    *,
     level: Level = "edge",
-    ig_steps: int = 20,
     seed: int = 0,
     held_out: PromptPairs | None = None,
 ) -> pd.DataFrame:
-    """CMD and CPR of each method: columns method, order, cmd, cpr, best CMD first. `patching` is left out at edge level.
+    """CMD and CPR of each method (see `score_items`): columns method, order, cmd, cpr, best CMD first. Edges leave `patching` out.
 
     held_out: pairs that circuits are evaluated on, found on `pairs`. cmd and cpr are then those on held-out pairs, and a further column,
     `selection_cmd`, is the CMD on `pairs`, by which rows are ordered: the first row is the method that one would have chosen, and its cmd
@@ -97,9 +98,9 @@ def faithfulness_table(
     rows = []
     with progress_bar() as bar:
         for method in bar.track([m for m in methods if (m, level) != (PATCHING, "edge")], description="circuits"):
-            scored = [score_items(found_on, method, ig_steps=ig_steps, seed=seed + i) for i in range(5 if method == RANDOM else 1)]
+            scored = [score_items(found_on, method, seed=seed + i) for i in range(5 if method == RANDOM else 1)]
             for order in ("absolute", "signed"):
-                row = {"method": method, "order": order} | _mean_areas(evaluated_on, scored, order)
+                row = {"method": scored[0].method, "order": order} | _mean_areas(evaluated_on, scored, order)
                 if held_out is not None:
                     row["selection_cmd"] = _mean_areas(found_on, scored, order)["cmd"]
                 rows.append(row)

@@ -12,9 +12,10 @@ from scipy.stats import rankdata
 from analyses.circuits.choose import Circuit
 from analyses.circuits.items import Items
 from analyses.circuits.scores import ItemScores
+from analyses.components import Node
 from lens_relevance.errors import RelevanceError
 
-Key = tuple[str, ...] | str
+Key = str | Node | tuple[str | Node, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Overlap:
 
 
 def known_circuit(items: Items, known: Collection[Key]) -> Circuit:
-    """The circuit of nodes (`"L0H1"`) or edges (`("embed", "L0H1.q")`) given by name, at all positions.
+    """The circuit of nodes (`"L0H1"`) or edges (`("embed", "L0H1.q")`), at all positions.
 
     Raises RelevanceError for an empty one and for names that are no items.
     """
@@ -40,7 +41,7 @@ def known_circuit(items: Items, known: Collection[Key]) -> Circuit:
         raise RelevanceError("the known circuit is empty")
     columns = ["node"] if items.level == "node" else ["source", "target"]
     keys = [k[0] if len(columns) == 1 else k for k in zip(*(items.frame[c] for c in columns), strict=True)]
-    wanted = {k if isinstance(k, str) else tuple(k) for k in known}
+    wanted = {str(k) if isinstance(k, str | Node) else tuple(map(str, k)) for k in known}
     unknown = wanted - set(keys)
     if unknown:
         raise RelevanceError(f"{sorted(map(str, unknown))[0]} is no {items.level} of this model")

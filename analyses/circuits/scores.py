@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.circuits.ablation import Ablation
-from analyses.circuits.integrated import integrated_edges
 from analyses.circuits.items import Items
+from analyses.components import Run, parse_node
 from analyses.datasets.batches import rows_together
-from analyses.edges.attribution import EdgeAttribution, attribute_edges
+from analyses.methods import Estimator, estimator
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.targets import as_target
-from lens_relevance.ruleset_tables import Table, ruleset_name
+from lens_relevance.ruleset_tables import Table
 
-Run = Literal["corrupt", "clean", "mean"]
 Order = Literal["signed", "absolute"]
-EAP_IG, RANDOM, PATCHING = "eap_ig", "random", "patching"
+RANDOM, PATCHING = "random", "patching"
 _BATCH = 8
 
 
@@ -62,59 +63,63 @@ class ItemScores:
         return frame.sort_values("score", key=lambda s: -s.abs(), kind="stable", ignore_index=True)
 
 
-def score_items(
-    ablation: Ablation, method: str | Table = "deeplift", run: Run = "corrupt", ig_steps: int = 20, seed: int = 0
-) -> ItemScores:
+def score_items(ablation: Ablation, method: str | Table | Estimator = "deeplift", run: Run = "corrupt", *, seed: int = 0) -> ItemScores:
     """Scores of the items of an `Ablation` on its pairs.
 
-    method: a ruleset (`gradient` is attribution patching, EAP at edge level), estimate (u_clean - u_corrupt) . g_v; `eap_ig`: the same with
-        g averaged over `ig_steps` midpoints of the line between corrupt and clean embeddings (Hanna et al. 2024, EAP-IG-inputs);
-        `patching` (nodes only): activation patching, the mean of what setting the node alone to its clean value adds to the corrupt run
-        (denoising) and what setting it alone to its replacement takes from the clean run (noising; the only one where means replace);
-        `random`: normal numbers from `seed`.
-    run: where g is taken: on the corrupt run (as TransformerLens does), on the clean one, or the mean of both. Only local rules tell the
-        two apart; `deeplift`, which is symmetric, does not.
+    Args:
+        method: a method of `analyses.methods`, by name or as an Estimator, or a table of rules: estimates (u_clean - u_corrupt) . g_v.
+            Edges take one that scores edges (rulesets, `eap_ig`); nodes also one that scores the residual stream, MLPs and heads.
+            `patching` (nodes only): activation patching, the mean of what setting the node alone to its clean value adds to the corrupt run
+            (denoising) and what setting it alone to its replacement takes from the clean run (noising; the only one where means replace).
+            `random`: normal numbers from `seed`.
+        run: where g is taken: on the corrupt run (as TransformerLens does), on the clean one, or the mean of both. Only local rules tell
+            the two apart; `deeplift`, which is symmetric, does not.
+
+    Raises:
+        RelevanceError: an unknown method, or one that does not score what the items are.
     """
     items, downwards = ablation.items, bool(ablation.full.mean() < ablation.empty.mean())
     if method == RANDOM:
         drawn = np.random.default_rng(seed).standard_normal(len(items))
         return ItemScores(items, RANDOM, drawn, np.abs(drawn))
     if method == PATCHING:
-        per_example = _patching(ablation)
+        name, per_example = PATCHING, _patching(ablation)
     else:
-        per_example = torch.cat([_estimate(ablation, edges) for edges in _attributions(ablation, method, run, ig_steps)])
+        chosen = estimator(method)
+        name, per_example = chosen.name, _estimates(ablation, chosen, run)
     values = per_example.double().cpu().numpy()
-    name = method if isinstance(method, str) else ruleset_name(method)
     return ItemScores(items, name, values.mean(0), np.abs(values).mean(0), downwards)
 
 
-def _attributions(ablation: Ablation, method: str | Table, run: Run, ig_steps: int) -> Any:
-    """Edges of clean less corrupt, batch by batch."""
-    if run not in ("corrupt", "clean", "mean"):
-        raise RelevanceError(f"run is 'corrupt', 'clean' or 'mean', got {run!r}")
-    model, everything = ablation.model, ablation.pairs
-    for pairs in everything.batches(rows_together(model, as_target(everything.target), everything.clean, everything.clean_mask, _BATCH)):
-        if method == EAP_IG:
-            yield [(1.0, integrated_edges(model, pairs, ig_steps))]
-            continue
-        both = []
-        mask = pairs.clean_mask
-        if run != "clean":
-            both.append((-1.0, attribute_edges(model, pairs.corrupt, pairs.target, method, pairs.clean, mask)))
-        if run != "corrupt":
-            both.append((1.0, attribute_edges(model, pairs.clean, pairs.target, method, pairs.corrupt, mask)))
-        yield [(sign / len(both), edges) for sign, edges in both]
+def _estimates(ablation: Ablation, method: Estimator, run: Run) -> Float[Tensor, "example item"]:
+    """What a method gives each item on each pair, batch by batch."""
+    items, of_nodes = ablation.items, {"resid", "heads", "mlp"} <= set(method.components)
+    if method.edges is None and (items.level == "edge" or items.pos > 1 or not of_nodes):
+        scored = f"it scores {', '.join(method.components)}" + (", at all positions together" if of_nodes and items.level == "node" else "")
+        wanted = "edges" if items.level == "edge" else "the embeddings, every head and every MLP" + (" by position" * (items.pos > 1))
+        raise RelevanceError(f"{method.name} cannot order these items, which are {wanted}: {scored}; choose a ruleset or eap_ig")
+    everything, batches = ablation.pairs, []
+    size = rows_together(ablation.model, as_target(everything.target), everything.clean, everything.clean_mask, _BATCH)
+    for batch in everything.batches(size):
+        parts = [weight * _one_run(ablation, method, pairs) for weight, pairs in method.parts(batch, run)]
+        batches.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+    return torch.cat(batches)
 
 
-def _estimate(ablation: Ablation, parts: list[tuple[float, EdgeAttribution]]) -> Tensor:
-    """[example, item]"""
-    items, total = ablation.items, None
-    for sign, edges in parts:
-        scores = edges.writer_scores if items.level == "node" else edges.scores
-        mine = sign * items.gather(scores, edges.writers)
-        total = mine if total is None else total + mine
-    assert total is not None
-    return total
+def _one_run(ablation: Ablation, method: Estimator, pairs: PromptPairs) -> Float[Tensor, "example item"]:
+    """What a method gives each item with coefficients taken on the corrupt run."""
+    items, model = ablation.items, ablation.model
+    if method.edges is not None:
+        edges = method.edges(model, pairs)
+        return items.gather(edges.writer_scores if items.level == "node" else edges.scores, edges.writers)
+    nodes = [parse_node(name) for name in items.frame["node"]]
+    kinds = ["resid" if node.component == "embed" else node.component for node in nodes]
+    scores = method.one_run(model, pairs, list(dict.fromkeys(kinds)))
+    columns = []
+    for node, kind in zip(nodes, kinds, strict=True):
+        of_layer = scores[kind][:, max(node.layer, 0)]  # what the embeddings write is the residual stream that enters the first block
+        columns.append(of_layer.sum(1) if node.head is None else of_layer[:, node.head])
+    return torch.stack(columns, 1)
 
 
 def _patching(ablation: Ablation) -> Tensor:

@@ -57,7 +57,7 @@ def circuit(
     if half == 0:
         raise RelevanceError("circuits are found on one half of the pairs and evaluated on the other, so there must be two pairs or more")
     found_on, held_out = question.pairs[slice(0, half)], question.pairs[slice(half, None)]
-    table = faithfulness_table(loaded, found_on, chosen, level, held_out=held_out)  # type: ignore[arg-type]
+    table = faithfulness_table(loaded, found_on, chosen, level=level, held_out=held_out)  # type: ignore[arg-type]
     if out is not None:
         table.to_csv(out, index=False)
     title = (

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import ParallelBlockBridge
 
+from analyses.components import MLP_INPUT, Node
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import AttentionGeometry, Linear, Mix
 from lens_relevance.sites import Anatomy, Site, anatomy
@@ -62,20 +63,20 @@ class Layer:
 
     @cached_property
     def heads(self) -> list[str]:
-        return [f"L{self.index}H{h}" for h in range(self.geometry.n_heads)]
+        return [str(Node("heads", self.index, head=h)) for h in range(self.geometry.n_heads)]
 
     @property
     def mlp_writer(self) -> list[str]:
-        return [f"L{self.index}.mlp"] if self.has_mlp else []
+        return [str(Node("mlp", self.index))] if self.has_mlp else []
 
     @cached_property
     def attn_readers(self) -> list[str]:
         """q of every head, then k, then v."""
-        return [f"{head}.{read}" for read in "qkv" for head in self.heads]
+        return [str(Node(read, self.index, head=h)) for read in "qkv" for h in range(self.geometry.n_heads)]
 
     @property
     def mlp_reader(self) -> list[str]:
-        return [f"L{self.index}.mlp.in"] if self.has_mlp else []
+        return [str(Node(MLP_INPUT, self.index))] if self.has_mlp else []
 
     @property
     def attn_input(self) -> str:

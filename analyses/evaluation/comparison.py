@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.batches import rows_together
 from analyses.datasets.streaming import Stream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
-from analyses.methods import Component, Estimator, Run, estimator
-from analyses.patching import Direction, activation_patching
+from analyses.methods import Estimator, estimator
+from analyses.patching import activation_patching
 from analyses.patching.checks import check_gap
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
@@ -31,7 +32,7 @@ COLUMNS = (
     *("method", "component", "pearson", "spearman", "sign_agreement", "top_k_overlap", "magnitude_error", "completeness"),
     *("forwards", "backwards", "seconds", "pearson_low", "pearson_high", "spearman_low", "spearman_high"),
 )
-_PATCHED = {"resid": "resid_pre", "attn": "attn_out", "mlp": "mlp_out", "heads": "z", "q": "q", "k": "k", "v": "v"}
+_COMPARED = ("resid", "attn", "mlp", "heads", "q", "k", "v")
 _TOKENS_PER_PASS = 2048
 # A pass of patching holds many patches anyway; with few pairs at a time the bar moves, and an interruption costs little.
 _PAIRS_PATCHED = 16
@@ -77,7 +78,7 @@ def compare_with_patching(
 
     Args:
         methods: names (`analyses.methods`) or Estimators.
-        components: resid, attn and mlp by layer and position; heads (z), q, k and v by layer and head, all positions together.
+        components: resid, attn and mlp by layer and position; heads, q, k and v by layer and head, all positions together.
         direction: the yardstick: denoising, noising, or the mean of both.
         run: where the estimates take their coefficients.
         top_k: size of the sets that top_k_overlap compares; a tenth of the components, 3 at least, by default.
@@ -112,19 +113,23 @@ def compare(
 ) -> Comparison:
     """`compare_with_patching`, with the scores that its table was made from."""
     chosen = [estimator(method) for method in methods]
-    for component in components:
-        if component not in _PATCHED:
-            raise RelevanceError(f"unknown component {component!r}; methods are compared on {', '.join(_PATCHED)}")
+    components, run = list(dict.fromkeys(resolve_component(name).name for name in components)), resolve_run(run)
+    resolve_direction(direction)
+    if other := [name for name in components if name not in _COMPARED]:
+        raise RelevanceError(f"methods are compared on {', '.join(_COMPARED)}, not {other[0]}")
     if not chosen or not components or not len(pairs):
         raise RelevanceError("a comparison needs at least one method, one component and one pair")
+    named = [method.name for method in chosen]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise RelevanceError(f"two methods are called {twice[0]!r}, so the table could not tell them apart; give one another name")
     stream = Stream(
         model,
         pairs,
         batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1]),
         checkpoint,
         analysis="comparison",
-        methods=[method.name for method in chosen],
-        components=list(components),
+        methods=named,
+        components=components,
         direction=direction,
         run=run,
     )
@@ -143,12 +148,10 @@ def compare(
             "backwards": method.backwards * method.passes(run),
             "seconds": seconds,
         }
-        for component in [name for name in components if name in wanted]:
-            estimate = scores[component].reshape(-1, scores[component].shape[2])
-            rows.append(
-                {"method": method.name, "component": component, **_cell(estimate, effects[component], top_k, pooled, resamples), **shared}
-            )
-            columns[method.name, component] = mean_over_pairs(estimate)
+        for name in [name for name in components if name in wanted]:
+            estimate = scores[name].reshape(-1, scores[name].shape[2])
+            rows.append({"method": method.name, "component": name, **_cell(estimate, effects[name], top_k, pooled, resamples), **shared})
+            columns[method.name, name] = mean_over_pairs(estimate)
     table = pd.DataFrame(rows)[list(COLUMNS)]
     # A method that scores heads alone is not ranked among those that were tried on everything.
     full = table["method"].map(table["method"].value_counts()) == len(components)
@@ -166,7 +169,7 @@ def compare(
 
 def _estimate(model: Any, method: Estimator, components: Sequence[str], run: Run) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
     """What a method says of a batch."""
-    return lambda batch: method(model, batch, cast(Sequence[Component], components), run)
+    return lambda batch: method(model, batch, components, run=run)
 
 
 def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
@@ -185,10 +188,10 @@ def _effects(
     def step(batch: PromptPairs) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*same value on clean and corrupt")  # said once, below, of all pairs
-            patched = activation_patching(model, batch, tuple(_PATCHED[c] for c in components), direction=direction, progress=False)
+            patched = activation_patching(model, batch, components, direction=direction, progress=False)
         assert patched.corrupt is not None  # this is patching, not ablation
-        rows = {c: [i for i, node in enumerate(patched.nodes) if node.component == _PATCHED[c]] for c in components}
-        return {c: patched.effect[rows[c]].T for c in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
+        rows = {name: [i for i, node in enumerate(patched.nodes) if node.component == name] for name in components}
+        return {name: patched.effect[rows[name]].T for name in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
 
     pairs = stream.pairs  # there can be more processes than pairs
     size = rows_together(model, as_target(pairs.target), pairs.clean, pairs.clean_mask, _PAIRS_PATCHED) if len(pairs) else 1
@@ -229,18 +232,18 @@ def _scores(
 ) -> pd.DataFrame:
     """Every score averaged over pairs, methods beside the effect of patching."""
     frames = []
-    for component in components:
-        mean = mean_over_pairs(effects[component])
+    for name in components:
+        mean = mean_over_pairs(effects[name])
         width = len(mean) // n_layers
         frame = pd.DataFrame(
             {
-                "component": component,
+                "component": name,
                 "layer": np.repeat(np.arange(n_layers), width),
                 "index": np.tile(np.arange(width), n_layers),
                 "patching": mean,
             }
         )
         for method in methods:
-            frame[method.name] = columns.get((method.name, component), np.nan)
+            frame[method.name] = columns.get((method.name, name), np.nan)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)

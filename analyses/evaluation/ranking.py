@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.components import Run, resolve_component, resolve_run
 from analyses.datasets.streaming import Stream
-from analyses.evaluation.ranking_check import Kind, Replacement, ablate_top
-from analyses.methods import Component, Estimator, Run, estimator
+from analyses.evaluation.ranking_check import Replacement, ablate_top
+from analyses.methods import Estimator, estimator
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 
@@ -30,19 +31,19 @@ def rank_heads(
     batch_size: int | None = None,
     ablate: bool | Replacement = False,
     checkpoint: str | Path | None = None,
-    component: Literal["heads", "q", "k", "v"] = "heads",
+    component: str = "heads",
 ) -> pd.DataFrame:
     """Attention heads by their part in what the target says of clean against corrupt, largest magnitude first.
 
     Args:
         method: a ruleset or another method of `analyses.methods`; the score of a head is its estimate of the effect of patching z.
-        run: where coefficients are taken: "corrupt", "clean" or the mean of "both" (one and the same for `deeplift`).
+        run: where coefficients are taken: "corrupt", "clean" or their "mean" (one and the same for `deeplift`).
         top_k: what counts as "in the top" for a single pair, by magnitude; a tenth of the heads, 3 at least, by default.
         batch_size: pairs per pass; None for about 2048 tokens.
         ablate: verify the ranking by ablating its top k, and k random heads, to their values in the corrupt run ("corrupt", or True) or
             to their mean over the clean prompts ("mean"): the result's `attrs["ablation"]`, an `AblationCheck`.
         checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
-        component: what of a head is scored: what it gives (z, "heads"), or its queries, keys or values (under grouped-query attention there
+        component: what of a head is scored: what it gives ("heads"), or its queries, keys or values (under grouped-query attention there
             is a row per key-value head). `method="atp_star"` recomputes the softmax for queries and keys.
 
     Returns a row per head: layer, head, score (mean over pairs, in the units of the target), standard_error, top_share (share of pairs in
@@ -50,6 +51,8 @@ def rank_heads(
 
     Under `accelerate launch` each process takes its share of the pairs, and all return the whole ranking.
     """
+    if resolve_component(component).index != "head":
+        raise RelevanceError(f"rank_heads ranks heads, q, k or v, not {component!r}")
     n_heads = int(model.cfg.n_heads)
     top_k = top_k if top_k is not None else max(3, len(model.blocks) * n_heads // 10)
     size = batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1])
@@ -81,7 +84,7 @@ def _rank(
     pairs: PromptPairs,
     method: Estimator,
     run: Run,
-    component: Component,
+    name: str,
     top_k: int,
     size: int,
     ablate: bool | Replacement,
@@ -91,18 +94,18 @@ def _rank(
         raise RelevanceError(f"top_k is a number of components, at least 1, not {top_k}")
     if ablate not in (False, True, "corrupt", "mean"):
         raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
-    stream = Stream(model, pairs, size, checkpoint, analysis=f"rank {component}", method=method.name, run=run, top_k=top_k)
+    kind, run = resolve_component(name), resolve_run(run)
+    stream = Stream(model, pairs, size, checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
     totals = stream.fold(
         lambda: _Totals(top_k),
-        lambda batch: method(model, batch, [component], run)[component],
-        f"ranking {component} by {method.name}",
+        lambda batch: method(model, batch, [kind.name], run=run)[kind.name],
+        f"ranking {kind.name} by {method.name}",
     )
-    name, kind = ("neuron", "neuron") if component == "neurons" else ("head", "z" if component == "heads" else component)
-    ranking = totals.frame(name)
+    ranking = totals.frame(kind.index)
     if ablate:
-        ranked = list(zip(ranking["layer"].tolist(), ranking[name].tolist(), strict=True))
+        ranked = list(zip(ranking["layer"].tolist(), ranking[kind.index].tolist(), strict=True))
         replacement: Replacement = "corrupt" if ablate is True else ablate
-        ranking.attrs["ablation"] = ablate_top(model, stream, cast(Kind, kind), ranked, top_k, replacement)
+        ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked, top_k, replacement)
     return ranking
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyses.components import Component
 from analyses.datasets.streaming import Stream
-from analyses.patching.nodes import COMPONENTS
 from analyses.patching.pieces import pieces_of
 from analyses.patching.readout import evaluate
 from analyses.patching.recording import forward
@@ -20,7 +20,6 @@ from analyses.tasks import PromptPairs
 RANDOM_SETS = 10
 Chosen = Sequence[tuple[int, int]]
 """Components that are ablated together, as (layer, head or neuron)."""
-Kind = Literal["z", "q", "k", "v", "neuron"]
 Replacement = Literal["corrupt", "mean"]
 """What ablated components are set to: their values in the corrupt run, or their mean over the clean prompts, position by position."""
 
@@ -52,7 +51,7 @@ class AblationCheck:
         )
 
 
-def ablate_top(model: Any, stream: Stream, kind: Kind, ranked: Chosen, k: int, replacement: Replacement = "corrupt") -> AblationCheck:
+def ablate_top(model: Any, stream: Stream, kind: Component, ranked: Chosen, k: int, replacement: Replacement = "corrupt") -> AblationCheck:
     """Ablation of the first k of `ranked` (all components, best first) and of random sets; the same random sets for the same model.
 
     The mean is taken over all pairs, of all processes, at each position over the prompts that have a token there (Wang et al. 2022): it
@@ -83,7 +82,7 @@ Values = dict[int, Float[Tensor, "pair pos ..."]]
 
 @torch.no_grad()
 def _losses(
-    model: Any, pairs: PromptPairs, kind: Kind, sets: Sequence[Chosen], needed: dict[int, Tensor], means: Values | None
+    model: Any, pairs: PromptPairs, kind: Component, sets: Sequence[Chosen], needed: dict[int, Tensor], means: Values | None
 ) -> dict[str, Tensor]:
     """What each set costs, losses [pair, set], and what there is to lose, gap [pair]."""
     (piece,) = pieces_of(model, pairs, None, len(pairs))
@@ -95,7 +94,7 @@ def _losses(
             x[:, :, indices.to(x.device)] = new[layer].to(x)[:, :, torch.searchsorted(needed[layer], indices).to(x.device)]
             return x
 
-        return _point(kind, layer), set_
+        return kind.write_at(layer), set_
 
     def metric(tokens: Int[Tensor, "pair pos"], hooks: list[tuple[str, Any]]) -> Float[Tensor, " pair"]:
         with model.hooks(fwd_hooks=hooks):
@@ -131,7 +130,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def _clean_values(model: Any, pairs: PromptPairs, kind: Kind, needed: dict[int, Tensor]) -> Float[Tensor, "pair pos value"]:
+def _clean_values(model: Any, pairs: PromptPairs, kind: Component, needed: dict[int, Tensor]) -> Float[Tensor, "pair pos value"]:
     """What `_Sums` takes in of a batch."""
     (piece,) = pieces_of(model, pairs, None, len(pairs))
     kept: Values = {}
@@ -142,28 +141,24 @@ def _clean_values(model: Any, pairs: PromptPairs, kind: Kind, needed: dict[int, 
     return torch.cat([values.where(real.bool(), 0.0), real.double()], 2)
 
 
-def _split(mean: Float[Tensor, "pos value"], kind: Kind, needed: dict[int, Tensor]) -> Values:
+def _split(mean: Float[Tensor, "pos value"], kind: Component, needed: dict[int, Tensor]) -> Values:
     """The mean by layer, in the shape of what is kept there."""
     width = mean.shape[1] // sum(len(indices) for indices in needed.values())
     parts = mean.split([len(indices) * width for indices in needed.values()], 1)
-    shape = [-1] if kind == "neuron" else [-1, width]
+    shape = [-1] if kind.index == "neuron" else [-1, width]
     return {layer: part.unflatten(1, shape).unsqueeze(0) for layer, part in zip(needed, parts, strict=True)}
 
 
-def _keepers(kind: Kind, needed: dict[int, Tensor], kept: Values) -> list[tuple[str, Any]]:
+def _keepers(kind: Component, needed: dict[int, Tensor], kept: Values) -> list[tuple[str, Any]]:
     """Hooks that keep the needed components of each layer in `kept`."""
 
     def keeper(layer: int) -> Any:
         def keep(x: Tensor, hook: Any) -> None:
             kept[layer] = x[:, :, needed[layer].to(x.device)]
 
-        return _point(kind, layer), keep
+        return kind.write_at(layer), keep
 
     return [keeper(layer) for layer in needed]
-
-
-def _point(kind: Kind, layer: int) -> str:
-    return f"blocks.{layer}.{COMPONENTS[kind].write}"
 
 
 def _indices(chosen: Iterable[int]) -> Int[Tensor, " chosen"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from analyses.graph.names import owner
+from analyses.components import owner
 from lens_relevance.errors import RelevanceError
 
 if TYPE_CHECKING:

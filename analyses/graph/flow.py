@@ -11,8 +11,8 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
+from analyses.components import Node, find_node
 from analyses.graph import aggregate, exchange, paths, prune
-from analyses.graph.names import parse
 from lens_relevance.errors import RelevanceError
 
 KEYS = ["source", "target", "position", "source_position"]
@@ -208,14 +208,14 @@ class FlowGraph:
 
 def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:
     """Columns node, component, layer, head, position, token, score from node, position, score."""
-    parsed = {name: parse(name) for name in nodes["node"].unique()}
+    parsed = {name: find_node(name) or Node("group") for name in nodes["node"].unique()}
     token = {i: text for i, text in enumerate(tokens)} | {EVERYWHERE: "(all)"}
     return pd.DataFrame(
         {
             "node": nodes["node"].to_numpy(),
             "component": [parsed[n].component for n in nodes["node"]],
             "layer": [parsed[n].layer for n in nodes["node"]],
-            "head": [parsed[n].head for n in nodes["node"]],
+            "head": [-1 if parsed[n].head is None else parsed[n].head for n in nodes["node"]],
             "position": nodes["position"].to_numpy(),
             "token": [token[p] for p in nodes["position"]],
             "score": nodes["score"].to_numpy(),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from analyses.graph.names import TARGET, parse
+from analyses.components import LOGITS, SOURCES, Node, find_node
 from lens_relevance.errors import RelevanceError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Network:
         edges = graph.edges
         if edges.empty:
             raise RelevanceError("the graph has no edges")
-        groups = [name for name in pd.unique(pd.concat([edges["source"], edges["target"]])) if parse(name).component == "group"]
+        nodes = {name: find_node(name) for name in pd.unique(pd.concat([edges["source"], edges["target"]]))}
+        groups = [name for name, node in nodes.items() if node is None]
         if groups:
             raise RelevanceError(f"the graph was grouped ({groups[0]!r}), which may make it cyclic: prune and search before grouping")
         ends = pd.DataFrame(
@@ -43,13 +44,13 @@ class Network:
         self.keys: list[tuple[str, int]] = [(str(name), int(position)) for name, position in keys]
         self.source, self.target = np.split(code, 2)
         self.size = edges["score"].abs().to_numpy(dtype=float)
-        stages = {name: parse(name).stage for name in {name for name, _ in self.keys}}
+        stages = {name: _stage(node) for name, node in nodes.items() if node is not None}
         self.stage = np.array([stages[name] for name, _ in self.keys])
         self.inputs: Bool[np.ndarray, " node"] = self.stage == 0
         entering = np.bincount(self.target, self.size, len(self.keys))
         self.entering = entering
         self.share = self.size / np.where(entering > 0, entering, 1.0)[self.target]
-        at_target = np.array([name == TARGET for name, _ in self.keys])
+        at_target = np.array([name == LOGITS for name, _ in self.keys])
         self.targets = np.flatnonzero(at_target & (entering > 0))
         if len(self.targets) == 0:
             raise RelevanceError("the target is disconnected: no edge with relevance enters `logits` in this graph")
@@ -87,3 +88,13 @@ class Network:
             kept[edges] &= alive[self.source[edges]]
             alive[self.target[edges[kept[edges]]]] = True
         return kept
+
+
+_STAGES = {"q": 1, "k": 1, "v": 1, "heads": 2, "mlp.in": 3, "mlp": 4}
+
+
+def _stage(node: Node) -> int:
+    """Place in the order of computation: every edge of a graph leads to a higher stage."""
+    if node.component in SOURCES:
+        return 0
+    return 10**9 if node.component == LOGITS else 4 * node.layer + _STAGES[node.component]

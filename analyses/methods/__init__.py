@@ -1,4 +1,4 @@
-"""Estimates of activation patching: what every component would do if it were patched, from a few backward passes, behind one signature.
+"""Attribution methods behind one signature: estimates of activation patching from a few passes, by name.
 
 The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficient that a method delivers at its activation a:
 
@@ -12,53 +12,36 @@ The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficie
 | `weighted_accumulation`, ... | heads only, no pair: what token-to-token relevance passes through a head of the clean prompt | 1, 1 |
 
 Positive: the component carries what makes the metric of the clean run larger. `run` chooses where g is taken: on the corrupt run (as
-TransformerLens does; estimates denoising), on the clean run (estimates noising), or the mean of both.
+TransformerLens does; estimates denoising), on the clean run (estimates noising), or the mean of the two. Rulesets and `eap_ig` also score
+edges; rulesets and token relevance also score the tokens of single prompts. `register_method` adds a method of your own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
-from analyses.methods.atp_star import atp_star
-from analyses.methods.attention import by_attention
-from analyses.methods.base import POINTS, Component, Estimator, Run, Scores, collect, points
-from analyses.methods.direct import direct_logit_attribution
-from analyses.methods.integrated import DEFAULT_STEPS, conductance, eap_ig
-from analyses.methods.rules import by_ruleset
-from lens_relevance import RelevanceError
-from lens_relevance.attention_methods import METHODS as ATTENTION_METHODS
-from lens_relevance.ruleset_tables import rulesets
+from analyses.methods.atp_star_method import atp_star
+from analyses.methods.base import Estimator, Scores, TokenScores, collect, points
+from analyses.methods.conductance_method import conductance
+from analyses.methods.direct_logit_method import direct_logit_attribution
+from analyses.methods.eap_ig_method import eap_ig, integrated_edges
+from analyses.methods.registry import estimator, methods, register_method
+from analyses.methods.ruleset_method import by_ruleset
+from analyses.methods.token_relevance_method import by_attention
+from lens_relevance.attention_methods.methods import ALIASES
+from lens_relevance.attention_methods.methods import METHODS as ATTENTION_METHODS
 
-SPECIAL: dict[str, Callable[[], Estimator]] = {
-    "atp_star": atp_star,
-    "eap_ig": eap_ig,
-    "conductance": conductance,
-    "direct_logit_attribution": direct_logit_attribution,
-    **{name: partial(by_attention, name) for name in ATTENTION_METHODS},
-}
-"""Methods that are more than a ruleset, with their default number of steps."""
-
-
-def estimator(method: str | Estimator) -> Estimator:
-    """A method by name: a ruleset (`deeplift`, `relp`, `attnlrp`, `gradient`, ...) or one of `SPECIAL`; an Estimator is taken as it is."""
-    if isinstance(method, Estimator):
-        return method
-    if method in SPECIAL:
-        return SPECIAL[method]()
-    if method in rulesets():
-        return by_ruleset(method)
-    raise RelevanceError(f"unknown method {method!r}; choose one of {', '.join([*rulesets(), *SPECIAL])}")
-
+register_method("atp_star", atp_star)
+register_method("eap_ig", eap_ig)
+register_method("conductance", conductance)
+register_method("direct_logit_attribution", direct_logit_attribution)
+for _name in (*ATTENTION_METHODS, *ALIASES):
+    register_method(_name, partial(by_attention, _name))
 
 __all__ = [
-    "DEFAULT_STEPS",
-    "POINTS",
-    "SPECIAL",
-    "Component",
     "Estimator",
-    "Run",
     "Scores",
+    "TokenScores",
     "atp_star",
     "by_attention",
     "by_ruleset",
@@ -67,5 +50,8 @@ __all__ = [
     "direct_logit_attribution",
     "eap_ig",
     "estimator",
+    "integrated_edges",
+    "methods",
     "points",
+    "register_method",
 ]

@@ -1,110 +1,126 @@
-"""What an estimator is, and where components are read."""
+"""What an attribution method is: an Estimator, with its scores of components, of edges and of a prompt's tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyses.components import COMPONENTS, SCORED, Run, resolve_component, resolve_run
+from analyses.edges import EdgeAttribution
+from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 
-Component = Literal["resid", "attn", "mlp", "heads", "q", "k", "v", "neurons"]
-Run = Literal["corrupt", "clean", "both"]
 Scores = dict[str, Float[Tensor, "batch layer index"]]
 """Per component: [batch, layer, position] for resid, attn, mlp; [batch, layer, head] and [batch, layer, neuron], summed over positions."""
 
-POINTS: dict[str, str] = {
-    "resid": "hook_resid_pre",
-    "attn": "hook_attn_out",
-    "mlp": "hook_mlp_out",
-    "heads": "attn.hook_z",
-    "q": "attn.hook_q",
-    "k": "attn.hook_k",
-    "v": "attn.hook_v",
-    "neurons": "mlp.hook_post",
-}
-"""HookPoint, within a block, at which each component is scored. Under grouped-query attention k and v count key-value heads."""
 
-EMBEDDINGS = "embed.hook_out"
+@runtime_checkable
+class TokenScores(Protocol):
+    """Scores of the tokens of prompts (or of the patches of pictures), [batch, pos]."""
+
+    def __call__(
+        self,
+        model: Any,
+        inputs: Any,
+        target: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        reference: Any = None,
+        stack: str | None = None,
+    ) -> Float[Tensor, "batch pos"]:
+        """Scores of each row for the target.
+
+        Args:
+            inputs, target, attention_mask: as for `propagate`.
+            reference: what a method that compares two runs is to compare with; None for its own choice.
+            stack: the token set that is wanted, where a model has several.
+        """
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A method that scores components for pairs.
+    """An attribution method: it estimates what patching a component would do, from a few passes over each pair.
 
-    forwards, backwards: passes over each pair for one run. `both` takes them twice, unless the method is symmetric in the two runs.
-    components: what it scores. single_run: it knows no counterpart and looks at the clean prompts alone, so `run` does not matter.
+    Attributes:
+        name: what it is called in tables.
+        one_run: (model, pairs, components) -> scores of clean against corrupt, with coefficients taken on the corrupt run. Components come
+            by their names, not their aliases.
+        forwards, backwards: passes over each pair for one run. The mean of both runs takes them twice, unless the method is symmetric.
+        symmetric: whether both runs give the same.
+        components: what it scores.
+        single_run: whether it looks at the clean prompts alone, so that `run` does not matter.
+        edges: (model, pairs) -> edges of clean against corrupt, with coefficients taken on the corrupt run; None where it has none.
+        tokens: scores of the tokens of single prompts; None where it needs a pair.
     """
 
     name: str
-    one_run: Callable[[Any, PromptPairs, Sequence[Component]], Scores]
+    one_run: Callable[[Any, PromptPairs, Sequence[str]], Scores]
     forwards: int
     backwards: int
     symmetric: bool = False
-    components: tuple[Component, ...] = ("resid", "attn", "mlp", "heads", "q", "k", "v", "neurons")
+    components: tuple[str, ...] = SCORED
     single_run: bool = False
+    edges: Callable[[Any, PromptPairs], EdgeAttribution] | None = None
+    tokens: TokenScores | None = None
 
     def passes(self, run: Run) -> int:
         """How often the runs are taken: 1, or 2 where both directions are averaged."""
-        return 2 if run == "both" and not (self.symmetric or self.single_run) else 1
+        return 2 if resolve_run(run) == "mean" and not (self.symmetric or self.single_run) else 1
 
-    def __call__(self, model: Any, pairs: PromptPairs, components: Sequence[Component], run: Run = "corrupt") -> Scores:
-        """Scores of each component for each pair, in the units of the target.
+    def parts(self, pairs: PromptPairs, run: Run) -> list[tuple[float, PromptPairs]]:
+        """Pairs to evaluate on their corrupt run, with the weights by which their scores add up to those of `run`.
 
-        Raises RelevanceError for an unknown component or run, and what `propagate` raises.
+        The clean run is the corrupt run of the pair turned round, and its scores are then those of corrupt against clean.
         """
-        for component in components:
-            if component not in POINTS:
-                raise RelevanceError(f"unknown component {component!r}; there are {', '.join(POINTS)}")
-            if component not in self.components:
-                raise RelevanceError(f"{self.name} scores {', '.join(self.components)}, not {component}; for these choose a ruleset")
-        if run not in ("corrupt", "clean", "both"):
-            raise RelevanceError(f"run is 'corrupt', 'clean' or 'both', not {run!r}")
-        if run == "corrupt" or self.single_run or (run == "both" and self.symmetric):
-            return self.one_run(model, pairs, components)
-        # The clean run is the corrupt run of the pair turned round, and its scores are then those of corrupt against clean.
-        other = self.one_run(model, _turned(pairs), components)
-        clean = {name: -scores for name, scores in other.items()}
-        if run == "clean":
-            return clean
-        corrupt = self.one_run(model, pairs, components)
-        return {name: (corrupt[name] + clean[name]) / 2 for name in corrupt}
+        where = resolve_run(run)
+        if where == "corrupt" or self.single_run or (where == "mean" and self.symmetric):
+            return [(1.0, pairs)]
+        turned = PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)
+        return [(-1.0, turned)] if where == "clean" else [(0.5, pairs), (-0.5, turned)]
+
+    def __call__(self, model: Any, pairs: PromptPairs, components: Sequence[str], *, run: Run = "corrupt") -> Scores:
+        """Scores of each component for each pair, in the units of the target, by the components' names (not their aliases).
+
+        Raises:
+            RelevanceError: an unknown component or run, a component that this method does not score, and what `propagate` raises.
+        """
+        names = [resolve_component(name).name for name in components]
+        for name in names:
+            if name not in self.components:
+                raise RelevanceError(f"{self.name} scores {', '.join(self.components)}, not {name}; for these choose a ruleset")
+        found = [(weight, self.one_run(model, part, names)) for weight, part in self.parts(pairs, run)]
+        return {name: sum(weight * scores[name] for weight, scores in found) for name in found[0][1]}  # type: ignore[misc]  # not the int 0
 
 
-def points(model: Any, components: Sequence[Component]) -> list[str]:
+def points(model: Any, components: Sequence[str]) -> list[str]:
     """The HookPoints of the components, in TransformerLens's short names."""
-    return [f"blocks.{layer}.{POINTS[component]}" for component in components for layer in range(len(model.blocks))]
+    return [COMPONENTS[name].read_at(layer) for name in components for layer in range(n_layers(model))]
 
 
-def collect(model: Any, components: Sequence[Component], relevance: Callable[[str], Tensor]) -> Scores:
+_AXES = {"position": "pos", "head": "head", "neuron": "neuron"}
+
+
+def collect(model: Any, components: Sequence[str], relevance: Callable[[str], Tensor]) -> Scores:
     """Relevance by HookPoint as scores by component."""
     scores: Scores = {}
-    for component in components:
-        layers = [_reduced(component, relevance(f"blocks.{layer}.{POINTS[component]}")) for layer in range(len(model.blocks))]
-        scores[component] = torch.stack([layer.to(layers[0].device) for layer in layers], dim=1)  # they may be on several devices
+    for name in components:
+        axes = [i for i, axis in enumerate(COMPONENTS[name].axes) if axis not in ("batch", _AXES[COMPONENTS[name].index])]
+        layers = [relevance(COMPONENTS[name].read_at(layer)).sum(axes) for layer in range(n_layers(model))]
+        scores[name] = torch.stack([layer.to(layers[0].device) for layer in layers], dim=1)  # they may be on several devices
     return scores
-
-
-def _reduced(component: Component, relevance: Tensor) -> Float[Tensor, "batch index"]:
-    if component in ("heads", "q", "k", "v"):
-        return relevance.sum((1, 3))
-    return relevance.sum(1) if component == "neurons" else relevance.sum(2)
-
-
-def _turned(pairs: PromptPairs) -> PromptPairs:
-    return PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)
 
 
 @torch.no_grad()
 def activations(model: Any, tokens: Int[Tensor, "batch pos"], names: Sequence[str], pairs: PromptPairs) -> dict[str, Tensor]:
-    """Activations of one plain run, with those of the embeddings."""
-    _, cache = model.run_with_cache(tokens, names_filter=[*names, EMBEDDINGS], **hidden(pairs))
-    return {name: cache[name] for name in [*names, EMBEDDINGS]}
+    """Activations of one plain run."""
+    _, cache = model.run_with_cache(tokens, names_filter=list(names), **hidden(pairs))
+    return {name: cache[name] for name in names}
 
 
 def hidden(pairs: PromptPairs) -> dict[str, Tensor]:

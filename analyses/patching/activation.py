@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.components import COMPONENTS, Direction, Node, resolve_direction
 from analyses.patching.checks import check_eval, check_gap, check_pairs, check_pattern_live
-from analyses.patching.nodes import COMPONENTS, Node, expand, touched
 from analyses.patching.patcher import Patcher
 from analyses.patching.pieces import bar_if, pieces_of
 from analyses.patching.plan import Patch, Values
 from analyses.patching.readout import Readout, evaluate
 from analyses.patching.recording import Recording, record
-from analyses.patching.results import Direction, PatchedRuns, PatchingResult, joined
-
-Wanted = str | Node | Sequence[str | Node]
+from analyses.patching.results import PatchedRuns, PatchingResult, joined
+from analyses.patching.selection import Selection, layers_of, nodes_of
+from lens_relevance.errors import RelevanceError
 
 
 @torch.no_grad()
 def activation_patching(
     model: TransformerBridge,
     pairs: Any,
-    components: Wanted = ("resid_pre", "attn_out", "mlp_out", "z"),
+    components: Selection = ("resid", "attn", "mlp", "heads"),
     direction: Direction = "denoising",
     by_position: bool | None = None,
     metric: Any = None,
@@ -40,7 +39,7 @@ def activation_patching(
 
     Args:
         pairs: a `PromptPairs`: clean and corrupt token ids [n, pos] of equal length, their masks, and a target.
-        components: names (see `COMPONENTS`), each for all layers and heads, or single `Node`s.
+        components: names (see `analyses.components`), each for all layers and heads, or single nodes (`Node`s or text such as `L3H5`).
         direction: denoising, noising, or mean (of both effects).
         by_position: patch each position on its own, or all together; None: each position for residual stream, attention and MLP outputs,
             all together for heads. Single nodes name their own position.
@@ -50,11 +49,11 @@ def activation_patching(
 
     Returns the patched metric, the baseline and the effect of each node, per pair (`effect`) and averaged (`to_dataframe`).
 
-    Raises ValueError for a model in train mode, prompts of unequal length, an unknown component and one that this model lacks or does not
-    go on with; IndexError for a layer, head, neuron or position out of range. Warns where the metric cannot tell clean from corrupt.
+    Raises RelevanceError for a model in train mode, prompts of unequal length, an unknown component and one that this model lacks or does
+    not go on with, and OutOfRangeError for a layer, head, neuron or position out of range. Warns where the metric cannot tell clean from
+    corrupt.
     """
-    if direction not in ("denoising", "noising", "mean"):
-        raise ValueError(f'direction is "denoising", "noising" or "mean", not {direction!r}')
+    resolve_direction(direction)
     check_pairs(pairs)
     keys = _prepare(model, components, batch_size)
     ways: list[Literal["denoising", "noising"]] = ["denoising", "noising"] if direction == "mean" else [direction]
@@ -65,7 +64,7 @@ def activation_patching(
             clean = record(model, piece.clean, piece.mask, keys, with_calls="noising" in ways)
             corrupt = record(model, piece.corrupt, piece.mask, keys, with_calls="denoising" in ways)
             _check_live(model, clean, keys)
-            nodes = expand(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
+            nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * len(ways) * -(-len(pairs.clean) // clean.n))
             first, runs = piece.first_difference(), []
             for way in ways:
@@ -84,7 +83,7 @@ def activation_patching(
 def ablation(
     model: TransformerBridge,
     pairs: Any,
-    components: Wanted = ("resid_pre", "attn_out", "mlp_out", "z"),
+    components: Selection = ("resid", "attn", "mlp", "heads"),
     value: Literal["zero", "mean"] = "zero",
     by_position: bool | None = None,
     metric: Any = None,
@@ -99,7 +98,7 @@ def ablation(
     Args, returns and errors: as `activation_patching`.
     """
     if value not in ("zero", "mean"):
-        raise ValueError(f'a node is ablated to "zero" or "mean", not {value!r}')
+        raise RelevanceError(f'a node is ablated to "zero" or "mean", not {value!r}')
     check_pairs(pairs)
     keys = _prepare(model, components, batch_size)
     ablated = _mean_values(model, pairs, metric, keys, batch_size) if value == "mean" else None
@@ -109,7 +108,7 @@ def ablation(
         for piece in pieces_of(model, pairs, metric, batch_size):
             clean = record(model, piece.clean, piece.mask, keys, with_calls=True)
             _check_live(model, clean, keys)
-            nodes = expand(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
+            nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * -(-len(pairs.clean) // clean.n))
             new = {key: torch.zeros_like(old) if ablated is None else ablated[key].expand_as(old) for key, old in clean.values.items()}
             readout = Readout(piece.metric, clean.logits)
@@ -121,20 +120,20 @@ def ablation(
     return joined(pieces)
 
 
-def _prepare(model: TransformerBridge, components: Wanted, batch_size: int | None) -> list[tuple[str, int]]:
+def _prepare(model: TransformerBridge, components: Selection, batch_size: int | None) -> list[tuple[str, int]]:
     """Check what can be checked before the model runs; every (component, layer) to record."""
     check_eval(model)
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is a number of rows per forward pass, at least 1, not {batch_size}")
-    keys = touched(model, components)
+        raise RelevanceError(f"batch_size is a number of rows per forward pass, at least 1, not {batch_size}")
+    keys = layers_of(model, components)
     # resid_mid is set by what attention adds to the stream
-    return keys + [("attn_out", layer) for name, layer in keys if name == "resid_mid" and ("attn_out", layer) not in keys]
+    return keys + [("attn", layer) for name, layer in keys if name == "resid_mid" and ("attn", layer) not in keys]
 
 
 def _values(base: Recording, source: Values) -> Values:
     """What nodes are set to: the values of `source`, or for the stream after attention, what attention has to add to make it so."""
     return {
-        (name, layer): base.values["attn_out", layer] + value - base.values[name, layer] if name == "resid_mid" else value
+        (name, layer): base.values["attn", layer] + value - base.values[name, layer] if name == "resid_mid" else value
         for (name, layer), value in source.items()
     }
 

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.patching.nodes import COMPONENTS
+from analyses.components import COMPONENTS
 from analyses.patching.plan import Patch, Values, edits_of, rows_of
 from analyses.patching.readout import Readout
 from analyses.patching.recording import Recording, forward
 from analyses.patching.sweep import Shortcut, run_rows, to_logits
+from lens_relevance.errors import RelevanceError
 
 SAMPLES = 3
 """Patches on which a shortcut is compared with whole forward passes."""
@@ -27,13 +28,13 @@ def check_eval(model: TransformerBridge) -> None:
     for root in (model, model.original_model):
         for name, module in root.named_modules():
             if module.training:
-                raise ValueError(f"patching compares runs, but {name or 'the model'} is in train mode; call model.eval() first")
+                raise RelevanceError(f"patching compares runs, but {name or 'the model'} is in train mode; call model.eval() first")
 
 
 def check_pairs(pairs: Any) -> None:
     """Refuse pairs whose prompts differ in length: a position would mean two things."""
     if pairs.clean.shape != pairs.corrupt.shape or pairs.clean.ndim != 2:
-        raise ValueError(
+        raise RelevanceError(
             f"clean and corrupt must be token ids of one shape [n, pos], got {tuple(pairs.clean.shape)} and {tuple(pairs.corrupt.shape)}; "
             "use prompts of equal length"
         )
@@ -42,7 +43,7 @@ def check_pairs(pairs: Any) -> None:
     masks = [torch.ones_like(pairs.clean) if mask is None else mask for mask in (pairs.clean_mask, pairs.corrupt_mask)]
     differing = (masks[0].bool() != masks[1].bool()).any(dim=1).nonzero().flatten().tolist()
     if differing:
-        raise ValueError(f"clean and corrupt are of unequal length or padded differently in pairs {differing[:5]}; drop these pairs")
+        raise RelevanceError(f"clean and corrupt are of unequal length or padded differently in pairs {differing[:5]}; drop these pairs")
 
 
 def check_gap(clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"] | None) -> None:
@@ -68,16 +69,16 @@ def check_pattern_live(model: TransformerBridge, recording: Recording, layer: in
 
         return hook_fn
 
-    z, pattern = (f"blocks.{layer}.{COMPONENTS[component].write}" for component in ("z", "pattern"))
+    z, pattern = (COMPONENTS[name].write_at(layer) for name in ("heads", "pattern"))
     tokens, mask = recording.tokens[:1], None if recording.mask is None else recording.mask[:1]
     for name, hooks in {"plain": [], "zeroed": [(pattern, lambda value, hook: torch.zeros_like(value))]}.items():
         with model.hooks(fwd_hooks=[*hooks, (z, keep(name))]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TransformerLens warns of some hooks that it drops; all are refused here
             forward(model, tokens, mask)
     if torch.equal(heads["plain"], heads["zeroed"]):
-        raise ValueError(
+        raise RelevanceError(
             f"the pattern of block {layer} is only shown, the model does not go on with it ({type(model.blocks[layer].attn).__name__} "
-            "leaves attention to Hugging Face), so patching it would do nothing; patch q, k or z instead"
+            "leaves attention to Hugging Face), so patching it would do nothing; patch q, k or heads instead"
         )
 
 

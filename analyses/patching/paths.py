@@ -12,17 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.components import COMPONENTS, LOGITS, Component, Node, resolve_direction
 from analyses.patching.checks import check_eval, check_gap, check_pairs
-from analyses.patching.nodes import COMPONENTS, Node, as_list, expand, touched
 from analyses.patching.patcher import Patcher
 from analyses.patching.pieces import bar_if, pieces_of
 from analyses.patching.plan import Patch, Values, edits_of, passes, rows_of
 from analyses.patching.readout import Readout, evaluate
 from analyses.patching.recording import record, take_rows
 from analyses.patching.results import PatchedRuns, join_runs
+from analyses.patching.selection import Selection, as_list, layers_of, nodes_of
 from analyses.patching.sweep import Edits, Rows, run_rows
-
-Wanted = str | Node | Sequence[str | Node]
+from lens_relevance.errors import RelevanceError
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class PathPatchingResult:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per path, averaged over pairs.
 
-        Columns: sender_layer, sender_head, sender_position (<NA>: all), receiver (q, k, v, z or logits), receiver_layer, receiver_head,
+        Columns: sender_layer, sender_head, sender_position (<NA>: all), receiver (q, k, v, heads or logits), receiver_layer, receiver_head,
         receiver_position, patched, baseline, effect.
         """
 
@@ -70,8 +70,8 @@ class PathPatchingResult:
 def path_patching(
     model: TransformerBridge,
     pairs: Any,
-    senders: Wanted,
-    receivers: Wanted,
+    senders: Selection,
+    receivers: Selection,
     direction: Literal["denoising", "noising"] = "denoising",
     freeze: Sequence[Literal["heads", "mlps"]] = ("heads", "mlps"),
     metric: Any = None,
@@ -86,21 +86,21 @@ def path_patching(
     Wang et al. freeze the heads only: `freeze=("heads",)`.
 
     Args:
-        senders: "z" for all heads, or nodes such as Node("z", 0, head=3).
-        receivers: "q", "k", "v" or "z" (all three inputs of a head) for all heads in later layers, "logits", or nodes. Under grouped-query
-            attention q and z count query heads, k and v key-value heads.
+        senders: "heads" for all of them, or nodes such as "L0H3".
+        receivers: "q", "k", "v" or "heads" (all three inputs of a head) for all heads in later layers, "logits", or nodes. Under
+            grouped-query attention q and heads count query heads, k and v key-value heads.
         direction, metric, batch_size, progress: as in `activation_patching`.
 
-    Raises ValueError and IndexError as `activation_patching`, and where no receiver lies above a sender.
+    Raises RelevanceError as `activation_patching`, and where no receiver lies above a sender.
     """
-    if direction not in ("denoising", "noising"):
-        raise ValueError(f'direction is "denoising" or "noising", not {direction!r}')
+    if resolve_direction(direction) == "mean":
+        raise RelevanceError("paths are patched in one direction, denoising or noising; call path_patching for each and average")
     if unknown := set(freeze) - {"heads", "mlps"}:
-        raise ValueError(f'what can be frozen is "heads" and "mlps", not {sorted(unknown)}')
+        raise RelevanceError(f'what can be frozen is "heads" and "mlps", not {sorted(unknown)}')
     check_eval(model)
     check_pairs(pairs)
-    to_logits = [item for item in as_list(receivers) if item == "logits"]
-    to_heads = [item for item in as_list(receivers) if item != "logits"]
+    to_logits = [item for item in as_list(receivers) if item == Node(LOGITS)]
+    to_heads = [item for item in as_list(receivers) if item != Node(LOGITS)]
     keys = _keys(model, as_list(senders), to_heads, freeze)
     pieces = []
     with bar_if(progress) as bar:
@@ -112,11 +112,11 @@ def path_patching(
             ]
             base, source = recordings if direction == "noising" else recordings[::-1]
             shapes = {key: tuple(base.values[key].shape) for key in keys}
-            sending = expand(senders, shapes, by_position=False)
-            receiving = expand(to_heads, shapes, by_position=False) + [Node("logits", len(model.blocks)) for _ in to_logits]
+            sending = nodes_of(senders, shapes, by_position=False)
+            receiving = nodes_of(to_heads, shapes, by_position=False) + [Node(LOGITS, len(model.blocks)) for _ in to_logits]
             paths = [(sender, receiver) for sender in sending for receiver in receiving if receiver.layer > sender.layer]
             if not paths:
-                raise ValueError("no receiver lies in a layer above a sender, so there is no path between them")
+                raise RelevanceError("no receiver lies in a layer above a sender, so there is no path between them")
             bar.update(task, total=len(paths) * -(-len(pairs.clean) // base.n))
             readout, first = Readout(piece.metric, base.logits), piece.first_difference()
             patcher = Patcher(model, base, readout, first, batch_size, lambda count: bar.advance(task, count))
@@ -129,16 +129,18 @@ def path_patching(
     return PathPatchingResult(tuple(pieces[0][0]), join_runs([run for _, run, _ in pieces]), clean, corrupt)
 
 
-def _keys(model: TransformerBridge, senders: list[str | Node], receivers: list[str | Node], freeze: Sequence[str]) -> list[tuple[str, int]]:
+def _keys(
+    model: TransformerBridge, senders: list[Component | Node], receivers: list[Component | Node], freeze: Sequence[str]
+) -> list[tuple[str, int]]:
     """Every (component, layer) to record; refuses what cannot send or receive."""
-    for items, allowed in ((senders, ("z",)), (receivers, ("q", "k", "v", "z"))):
+    for word, items, allowed in (("from", senders, ("heads",)), ("to", receivers, ("q", "k", "v", "heads"))):
         for item in items:
-            name = item if isinstance(item, str) else item.component
-            if name in COMPONENTS and name not in allowed:
-                raise ValueError(f"paths lead from z to q, k, v, z or logits, not {'from' if items is senders else 'to'} {name!r}")
-    layers, hooks = range(len(model.blocks)), model.hook_dict
-    mlps = [("mlp_out", layer) for layer in layers if "mlps" in freeze and f"blocks.{layer}.{COMPONENTS['mlp_out'].read}" in hooks]
-    return list(dict.fromkeys(touched(model, ["z", *senders, *receivers]) + mlps))
+            name = item.name if isinstance(item, Component) else item.component
+            if name not in allowed:
+                raise RelevanceError(f"paths lead from heads to q, k, v, heads or logits, not {word} {name!r}")
+    heads = layers_of(model, ["heads", *senders, *receivers])
+    mlps = [("mlp", i) for i in range(len(model.blocks)) if "mlps" in freeze and COMPONENTS["mlp"].read_at(i) in model.hook_dict]
+    return list(dict.fromkeys(heads + mlps))
 
 
 def _patched(
@@ -159,11 +161,11 @@ def _patched(
         edits = _sending(patcher, group, rows, source, receivers, freeze, received)
         outcome = run_rows(patcher.model, recording, rows, edits, patcher.readout.columns, shortcut)
         for receiver in receivers:
-            if receiver.component == "logits":
+            if receiver.component == LOGITS:
                 patched |= {(member.node, receiver): value for member, value in zip(group, patcher.read(rows, outcome), strict=True)}
                 patcher.done(len(group))
         heads = [(number, sent.node, receiver) for number, sent in enumerate(group) for receiver in receivers]
-        heads = [path for path in heads if path[2].layer > path[1].layer and path[2].component != "logits"]
+        heads = [path for path in heads if path[2].layer > path[1].layer and path[2].component != LOGITS]
         if heads:
             values = patcher.metric([patch(receiver, number * n) for number, _, receiver in heads], received)
             patched |= {(sender, receiver): value for (_, sender, receiver), value in zip(heads, values, strict=True)}
@@ -193,6 +195,6 @@ def _sending(
     for layer in range(group[0].node.layer, len(patcher.model.blocks)):
         noted = dict.fromkeys(receiver.component for receiver in receivers if receiver.layer == layer)
         here = [note((name, layer)) for name in noted]
-        held = [name for name, kind in (("z", "heads"), ("mlp_out", "mlps")) if kind in freeze and (name, layer) in base]
+        held = [name for name, kind in (("heads", "heads"), ("mlp", "mlps")) if kind in freeze and (name, layer) in base]
         edits[layer] = here + [hold((name, layer)) for name in held] + edits.get(layer, [])
     return edits

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from analyses.patching.nodes import COMPONENTS, Node
+from analyses.components import COMPONENTS, Node
 from analyses.patching.recording import Recording
 from analyses.patching.sweep import Edit, Edits, Rows, Shortcut
+from lens_relevance.errors import RelevanceError
 
 Values = dict[tuple[str, int], Tensor]
 """(component, layer) -> activation [rows, ...] that patches take their values from."""
@@ -73,7 +74,7 @@ def _edit(numbers: list[int], patches: list[Patch], values: Tensor, n: int) -> E
 
     def edit(value: Tensor, start: int) -> Tensor | None:
         if value.ndim != len(axes):
-            raise ValueError(f"{nodes[0]}: expected an activation [{', '.join(axes)}], the HookPoint shows {tuple(value.shape)}")
+            raise RelevanceError(f"{nodes[0]}: expected an activation [{', '.join(axes)}], the HookPoint shows {tuple(value.shape)}")
         stop = start + value.shape[axes.index("pos")]
         here = [i for i, position in enumerate(positions) if start <= position < stop] if positions else list(range(len(nodes)))
         if not here:

@@ -12,7 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from analyses.patching.nodes import COMPONENTS
+from analyses.components import COMPONENTS
+from lens_relevance.errors import RelevanceError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -115,7 +116,7 @@ def record(
     Args:
         with_calls: also keep what is needed to go on from any block: how each block was called, and its keys and values.
 
-    Raises ValueError if a HookPoint that was asked for does not fire.
+    Raises RelevanceError if a HookPoint that was asked for does not fire.
     """
     values: dict[tuple[str, int], Tensor] = {}
 
@@ -123,7 +124,7 @@ def record(
         def hook_fn(value: Tensor, hook: Any) -> None:
             values[key] = value.detach()
 
-        return f"blocks.{key[1]}.{COMPONENTS[key[0]].read}", hook_fn
+        return COMPONENTS[key[0]].read_at(key[1]), hook_fn
 
     with model.hooks(fwd_hooks=[keep(key) for key in wanted]):
         if with_calls:
@@ -132,9 +133,10 @@ def record(
             logits, calls, cache = forward(model, tokens, mask), [], None
     for component, layer in wanted:
         if (component, layer) not in values:
-            raise ValueError(
-                f"{component!r} of block {layer} never fires in this model (blocks.{layer}.{COMPONENTS[component].read} is not part of its "
-                "forward pass), so it can be neither read nor patched"
+            point = COMPONENTS[component].read_at(layer)
+            raise RelevanceError(
+                f"{component!r} of block {layer} never fires in this model ({point} is not part of its forward pass), so it can be neither "
+                "read nor patched"
             )
     return Recording(tokens, mask, logits, values, calls, cache)
 

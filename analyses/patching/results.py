@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.patching.nodes import Node
+from analyses.components import Node, resolve_component
 from analyses.patching.sweep import Shortcut
-
-Direction = Literal["denoising", "noising", "mean"]
+from lens_relevance.errors import RelevanceError
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +63,17 @@ class PatchingResult:
 
     @property
     def patched(self) -> Float[Tensor, "node pair"]:
-        """The metric with each node patched. Raises ValueError for direction="mean", which has two (see `runs`)."""
+        """The metric with each node patched. Raises RelevanceError for direction="mean", which has two (see `runs`)."""
         return self._only_run().patched
 
     @property
     def baseline(self) -> Float[Tensor, " pair"]:
-        """The metric of the run that was patched, before patching. Raises ValueError for direction="mean" (see `runs`)."""
+        """The metric of the run that was patched, before patching. Raises RelevanceError for direction="mean" (see `runs`)."""
         return self._only_run().baseline
 
     def _only_run(self) -> PatchedRuns:
         if len(self.runs) > 1:
-            raise ValueError('direction="mean" patched two runs; read result.runs[0] (denoising) and result.runs[1] (noising)')
+            raise RelevanceError('direction="mean" patched two runs; read result.runs[0] (denoising) and result.runs[1] (noising)')
         return self.runs[0]
 
     def to_dataframe(self, per_pair: bool = False) -> pd.DataFrame:
@@ -111,18 +109,18 @@ class PatchingResult:
         frame["effect"] = column(self.effect)
         return frame
 
-    def grid(self, component: str, values: str = "effect") -> pd.DataFrame:
+    def grid(self, name: str, values: str = "effect") -> pd.DataFrame:
         """One component as a table for a heatmap: layers down; heads, positions, neurons or (position, head) across.
 
         Args:
             values: a column of `to_dataframe`.
 
-        Raises ValueError if the component was not patched.
+        Raises RelevanceError if the component was not patched.
         """
         frame = self.to_dataframe()
-        frame = frame[frame["component"] == component]
+        frame = frame[frame["component"] == resolve_component(name).name]
         if frame.empty:
-            raise ValueError(f"{component!r} was not patched; there are {', '.join(dict.fromkeys(node.component for node in self.nodes))}")
+            raise RelevanceError(f"{name!r} was not patched; there are {', '.join(dict.fromkeys(node.component for node in self.nodes))}")
         across = [name for name in ("position", "head", "neuron") if frame[name].notna().all()]
         if not across:
             return frame.set_index("layer")[[values]]

@@ -9,69 +9,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.methods import Estimator, TokenScores, by_ruleset, estimator
 from analyses.perturbation.removal_runs import one_by_one
 from analyses.perturbation.text import TextRemoval
-from lens_relevance import RelevanceError, Target, mean_embedding, propagate
-from lens_relevance.attention_methods import METHODS, TokenRelevance, token_relevance
-from lens_relevance.attention_methods.methods import ALIASES
-from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, rulesets
+from lens_relevance import RelevanceError, Target
+from lens_relevance.ruleset_tables import Table
 
 Attribution = Callable[[Any, Tensor, Target, Tensor], Tensor]
 
 
-def attribution(method: str | Attribution) -> Attribution:
-    """An attribution by name; a callable is taken as it is.
+def attribution(method: str | Estimator | Attribution) -> Attribution:
+    """An attribution of tokens: a method of `analyses.methods` (by name or as an Estimator), `occlusion` or `random`, or a callable.
 
-    Names: rulesets (`attnlrp`, `relp`, ...; pair rules such as `deeplift` against `mean_embedding()`, see `against` for other references),
-    methods of `token_relevance` (`chefer`, `rollout`, `weighted_accumulation`, ...), `occlusion` and `random`.
+    Raises:
+        RelevanceError: an unknown method, or one that scores no tokens of single prompts.
     """
-    if not isinstance(method, str):
+    if method == "occlusion":
+        return occlusion()
+    if method == "random":
+        return random_order()
+    if not isinstance(method, str | Estimator):
         return method
-    if method in rulesets():
-        return against(mean_embedding(), rules=method) if needs_reference(ruleset(method)) else by_ruleset(method)
-    if method in METHODS or method in ALIASES:
-        return by_attention(method)
-    if method in ("occlusion", "random"):
-        return occlusion() if method == "occlusion" else random_order()
-    raise RelevanceError(
-        f"unknown attribution {method!r}; choose one of {', '.join([*rulesets(), *METHODS, *ALIASES, 'occlusion', 'random'])}, or give a "
-        "callable (model, tokens, target, mask) -> [batch, pos]"
-    )
+    scores = token_scores(method)
+    return lambda model, tokens, target, mask: scores(model, tokens, target, attention_mask=mask)
 
 
-def by_ruleset(rules: str | Table) -> Attribution:
-    """Relevance at the token embeddings under a ruleset for single runs."""
-    return lambda model, tokens, target, mask: propagate(
-        model, tokens, target, rules=rules, names_filter=["embed.hook_out"], attention_mask=mask
-    ).tokens()
+def token_scores(method: str | Estimator) -> TokenScores:
+    """How a method scores the tokens of single prompts.
+
+    Raises:
+        RelevanceError: an unknown method, or one that scores no tokens of single prompts.
+    """
+    chosen = estimator(method)
+    if chosen.tokens is None:
+        raise RelevanceError(
+            f"{chosen.name} compares the two runs of a pair and scores no tokens of single prompts; choose a ruleset, a method of token "
+            "relevance, 'occlusion' or 'random'"
+        )
+    return chosen.tokens
 
 
 def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
     """Relevance at the token embeddings under a pair ruleset, against one reference or averaged over several.
 
-    references: what `propagate` takes: `mean_embedding()`, `random_tokens(8)`, token ids, ...
+    Args:
+        references: what `propagate` takes: `mean_embedding()`, `random_tokens(8)`, token ids, ...
     """
     if not references:
         raise RelevanceError("against() needs at least one reference, such as mean_embedding() or random_tokens(8)")
+    tokens_under = token_scores(by_ruleset(rules))
 
     def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
-        runs = [
-            propagate(model, tokens, target, rules=rules, names_filter=["embed.hook_out"], reference=one, attention_mask=mask).tokens()
-            for one in references
-        ]
-        return torch.stack(runs).mean(0)
-
-    return scores
-
-
-def by_attention(method: str, importance: str = "relevance", rules: str | Table = "gradient") -> Attribution:
-    """Scores of `token_relevance`."""
-
-    def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
-        found = token_relevance(model, tokens, target, method=method, importance=importance, rules=rules, attention_mask=mask)
-        if not isinstance(found, TokenRelevance):
-            raise RelevanceError("this test removes the tokens of one set; for two, see analyses.perturbation.EmbeddingRemoval")
-        return found.scores
+        return torch.stack([tokens_under(model, tokens, target, attention_mask=mask, reference=one) for one in references]).mean(0)
 
     return scores
 

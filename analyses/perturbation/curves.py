@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from analyses.datasets.progress import progress_bar
+from analyses.methods import Estimator
 from analyses.perturbation.attributions import Attribution, attribution
 from analyses.perturbation.removal import removal_curves
 from analyses.perturbation.removal_runs import Removal
@@ -26,7 +27,7 @@ def perturbation_curves(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
-    methods: Sequence[str] | Mapping[str, str | Attribution] = ("attnlrp",),
+    methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | Attribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_embedding",),
     attention_mask: Tensor | None = None,
     steps: int | None = None,
@@ -36,14 +37,15 @@ def perturbation_curves(
     """MoRF and LeRF curves of each method with each baseline, and of a random order on the same prompts.
 
     model, inputs, target, attention_mask: as for `propagate`; None explains each prompt's top prediction against its runner-up.
-    methods: names (see `attribution`), or name -> name or callable (model, tokens, target, mask) -> [batch, pos], for example
+    methods: names or Estimators (see `attribution`), or name -> one of these or a callable (model, tokens, target, mask) -> [batch, pos],
+        for example
         `{"deeplift, 8 random": against(random_tokens(8))}`.
     baselines: of `BASELINES`: what stands where a token was removed. steps: in how many steps all tokens go (default one by one).
 
     Each prompt's first token (BOS) is never removed. Returns a DataFrame with columns method, baseline, example, order (MoRF, LeRF),
     removed, share, value (units of the target), same_prediction; `areas` and `summary` condense it.
     """
-    named: dict[str, str | Attribution] = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    named = named_methods(methods)
     if not named or not baselines:
         raise RelevanceError("give at least one method and one baseline")
     chosen = {name: attribution(method) for name, method in ({"random": "random"} | named).items()}
@@ -59,6 +61,13 @@ def perturbation_curves(
         scores = {n: chosen[n](model, tokens, resolved, mask).detach().cpu() for n in bar.track(chosen, description="attributions")}
     removals = [TextRemoval(model, tokens, mask, resolved, baseline, seed, batch_size) for baseline in baselines]
     return curves_of(scores, removable, removals, steps)
+
+
+def named_methods(methods: Sequence[str | Estimator] | Mapping[str, Any]) -> dict[str, Any]:
+    """Methods by the names that stand in tables: their own, where none are given."""
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    return {method if isinstance(method, str) else method.name: method for method in methods}
 
 
 def curves_of(

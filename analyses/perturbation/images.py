@@ -9,15 +9,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.perturbation.curves import curves_of
+from analyses.methods import Estimator
+from analyses.perturbation.attributions import token_scores
+from analyses.perturbation.curves import curves_of, named_methods
 from analyses.perturbation.inputs import PatchRemoval, fillers
 from analyses.perturbation.removal_runs import one_by_one
-from lens_relevance import RelevanceError, Target, propagate
-from lens_relevance.attention_methods import METHODS, TokenSetsRelevance, token_relevance
-from lens_relevance.attention_methods.methods import ALIASES
+from lens_relevance import RelevanceError, Target
 from lens_relevance.inputs.prompt import read_inputs
 from lens_relevance.inputs.targets import as_target, top_prediction
-from lens_relevance.ruleset_tables import needs_reference, ruleset, rulesets
 
 ImageAttribution = Callable[[Any, Mapping[str, Tensor], Target], Tensor]
 
@@ -26,7 +25,7 @@ def image_curves(
     model: Any,
     inputs: Tensor | Mapping[str, Tensor],
     target: Target | Callable[[Tensor], Tensor] | None = None,
-    methods: Sequence[str] | Mapping[str, str | ImageAttribution] = ("attnlrp",),
+    methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | ImageAttribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_patch",),
     image: str = "pixel_values",
     patch: int = 16,
@@ -45,7 +44,7 @@ def image_curves(
     Returns the DataFrame that `perturbation_curves` gives for prompts; `areas` and `summary` condense it.
     """
     given: Mapping[str, Tensor] = inputs if isinstance(inputs, Mapping) else {image: inputs}
-    named: dict[str, str | ImageAttribution] = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    named = named_methods(methods)
     prompt = read_inputs(model, given)
     if target is None:
         with torch.no_grad():
@@ -58,32 +57,14 @@ def image_curves(
     if not removals or not named:
         raise RelevanceError("give at least one method and one baseline")
     everything = torch.ones(len(prompt.tokens), removals[0].n_patches, dtype=torch.bool)
+    blank = {**given, image: fillers(given[image], "mean_patch", patch)}
     scores = {"random": torch.rand(everything.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
     for name, method in named.items():
-        if callable(method):
-            scores[name] = method(model, given, resolved)
-        elif method == "occlusion":
+        if method == "occlusion":
             scores[name] = one_by_one(removals[0], everything)
+        elif isinstance(method, str | Estimator):
+            found = token_scores(method)(model, given, resolved, reference=blank, stack=stack)
+            scores[name] = found[:, -everything.shape[1] :]  # a class token stands before the patches
         else:
-            # a class token stands before the patches
-            scores[name] = _scores(model, given, resolved, method, image, patch, stack)[:, -everything.shape[1] :]
+            scores[name] = method(model, given, resolved)
     return curves_of(scores, everything, removals, steps)
-
-
-def _scores(model: Any, given: Mapping[str, Tensor], target: Target, method: str, image: str, patch: int, stack: str | None) -> Tensor:
-    """Relevance of a stack's tokens by a method's name."""
-    if method in rulesets():
-        pair = needs_reference(ruleset(method))
-        reference = {**given, image: fillers(given[image], "mean_patch", patch)} if pair else None
-        return propagate(model, given, target, rules=method, reference=reference).tokens(stack)
-    if method in METHODS or method in ALIASES:
-        found = token_relevance(model, given, target, method=method)
-        if not isinstance(found, TokenSetsRelevance):
-            return found.scores
-        if stack not in found.scores:
-            raise RelevanceError(f"this model has the token sets {', '.join(found.scores)}: say which holds the patches (stack=...)")
-        return found.scores[stack]
-    raise RelevanceError(
-        f"unknown attribution {method!r}; choose one of {', '.join([*rulesets(), *METHODS, *ALIASES, 'occlusion'])}, or give a callable "
-        "(model, inputs, target) -> [batch, patch]"
-    )

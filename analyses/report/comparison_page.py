@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses.components import COMPONENTS, Node
 from analyses.evaluation.comparison import Comparison
 from analyses.views import Page, View, scatter_view
 from analyses.views.heads import head_heat_map
 from analyses.views.heatmap import heat_map_view, largest_limit
 
-_WORDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "heads": "heads"}
-_WORDS |= {"q": "queries", "k": "keys", "v": "values"}
-_UNITS = {name: "layer and position" if name in ("resid", "attn", "mlp") else "layer and head" for name in _WORDS}
+_WORDS = {component.name: component.label for component in COMPONENTS.values()}
 _YARDSTICKS = {"mean": "mean of denoising and noising", "denoising": "denoising", "noising": "noising"}
 _SHOWN_MAPS = 6
 
@@ -63,7 +62,10 @@ def comparison_page(found: Comparison, model: str, target: str, words: str, comm
     page.heading("Component by component")
     for component in dict.fromkeys(found.table["component"]):
         best = best_methods(found.table).set_index("component").loc[_WORDS[component], "method"]
-        page.view(_scatter(found, component, str(best)), f"One point per {_UNITS[component]}; on the dashed line both say the same.")
+        page.view(
+            _scatter(found, component, str(best)),
+            f"One point per layer and {COMPONENTS[component].index}; on the dashed line both say the same.",
+        )
     page.heading("All figures")
     page.details("Every measure, method and component", found.table)
     page.details("Every score", found.scores)
@@ -82,8 +84,9 @@ def heads_view(found: Comparison) -> View:
 
 def _scatter(found: Comparison, component: str, method: str) -> View:
     rows = found.scores[found.scores["component"] == component]
-    mark = "H" if _UNITS[component] == "layer and head" else " at "
-    named = rows.assign(name=[f"L{layer}{mark}{index}" for layer, index in zip(rows["layer"], rows["index"], strict=True)])
+    axis = COMPONENTS[component].index
+    names = [str(Node(component, layer, **{axis: index})) for layer, index in zip(rows["layer"], rows["index"], strict=True)]
+    named = rows.assign(name=names)
     title = f"{_WORDS[component][0].upper()}{_WORDS[component][1:]}: {method} against patching"
     return scatter_view(
         named[["name", "patching", method]],

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.components import Node
 from analyses.datasets.progress import watched
 from analyses.evaluation.ranking import rank_heads
 from analyses.graph import FlowGraph, flow_graph
@@ -125,7 +126,7 @@ def find(model: Any, question: Question, rules: str | None = None, with_graph: b
     with _timed(seconds, "ranking by relevance"):
         ranking = rank_heads(model, question.pairs, rules, top_k=top_k)
     with _timed(seconds, "activation patching"):
-        patched = activation_patching(model, question.pairs, "z", direction="mean", progress=watched())
+        patched = activation_patching(model, question.pairs, "heads", direction="mean", progress=watched())
     heads = _beside(ranking, patched.to_dataframe())
     pearson, spearman = correlations(heads["relevance"], heads["patching"])
     return Findings(
@@ -218,7 +219,7 @@ def _beside(ranking: pd.DataFrame, patched: pd.DataFrame) -> pd.DataFrame:
     effects = patched[["layer", "head", "effect", "effect_denoising", "effect_noising"]].astype({"layer": int, "head": int})
     both = ranking.rename(columns={"score": "relevance"}).merge(effects, on=["layer", "head"], validate="one_to_one")
     both = both.rename(columns={"effect": "patching", "effect_denoising": "denoising", "effect_noising": "noising", "head": "index"})
-    both.insert(0, "head", [f"L{layer}H{index}" for layer, index in zip(both["layer"], both["index"], strict=True)])
+    both.insert(0, "head", [str(Node("heads", layer, head=index)) for layer, index in zip(both["layer"], both["index"], strict=True)])
     return both
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from analyses.components import LOGITS, MLP_INPUT, SOURCES, find_node
 from analyses.views.flow_strength import path_strengths
 from lens_relevance.errors import RelevanceError
-
-_COMPONENT = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)(?:\.(?P<read>[qkv]))?|\.mlp(?:\.(?P<mlp_read>in))?)")
-INPUTS = ("embed", "pos_embed", "bias")
-TARGET = "logits"
 
 
 @dataclass(frozen=True)
@@ -91,18 +87,18 @@ class Flow:
 
 def parse_component(name: str) -> Component:
     """What `name` stands for; RelevanceError where it is not a name of the flow graph."""
-    if name == TARGET:
-        return Component(name, "logits", None, 0)
-    if name in INPUTS:
-        return Component(name, "embed", None, INPUTS.index(name))
-    match = _COMPONENT.fullmatch(name)
-    if match is None:
-        forms = "embed, pos_embed, bias, L3H5, L3H5.q (k, v), L3.mlp, L3.mlp.in, logits"
-        raise RelevanceError(f"{name!r} is no component of a flow graph; names are {forms}")
-    layer = int(match["layer"])
-    if match["head"] is None:
-        return Component(f"L{layer}.mlp", "mlp", layer, 0, match["mlp_read"] or "")
-    return Component(f"L{layer}H{match['head']}", "head", layer, int(match["head"]), match["read"] or "")
+    node = find_node(name)
+    if node is not None and node.position is None:
+        if node.component == LOGITS:
+            return Component(name, "logits", None, 0)
+        if node.component in SOURCES:
+            return Component(name, "embed", None, SOURCES.index(name))
+        if node.component in ("mlp", MLP_INPUT):
+            return Component(str(node.owner), "mlp", node.layer, 0, "in" if node.component == MLP_INPUT else "")
+        if node.component in ("heads", "q", "k", "v"):
+            return Component(str(node.owner), "head", node.layer, node.head or 0, "" if node.component == "heads" else node.component)
+    forms = "embed, pos_embed, bias, L3H5, L3H5.q (k, v), L3.mlp, L3.mlp.in, logits"
+    raise RelevanceError(f"{name!r} is no component of a flow graph; names are {forms}")
 
 
 def flow_of(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: Sequence[str], *, max_edges: int, paths: pd.DataFrame | None = None) -> Flow:

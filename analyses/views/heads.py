@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from analyses.components import Node
 from analyses.views.heatmap import HeatMap, heat_map_view
 from analyses.views.markup import as_array, check_tokens, format_number, round_significant, rounded, short, show_token
 from analyses.views.page import View
@@ -43,7 +44,7 @@ def head_flow_view(
     """
     values = as_array(flow, "flow")
     if values.ndim == 4:
-        names = names or [f"L{layer}H{head}" for layer in range(values.shape[0]) for head in range(values.shape[1])]
+        names = names or [str(Node("heads", layer, head=head)) for layer in range(values.shape[0]) for head in range(values.shape[1])]
         values = values.reshape(-1, *values.shape[2:])
     if values.ndim != 3 or values.shape[1] != values.shape[2]:
         raise ValueError(f"flow has the shape {values.shape}; give [layer, head, query, key] or [head, query, key] of one example")
@@ -83,7 +84,7 @@ def head_heat_map(scores: np.ndarray, title: str, limit: float | None = None) ->
     if scores.ndim != 2:
         raise ValueError(f"scores has the shape {scores.shape}; give [layer, head], summed over positions and averaged over examples")
     layers, heads = scores.shape
-    names = [[f"L{layer}H{head}" for head in range(heads)] for layer in range(layers)]
+    names = [[str(Node("heads", layer, head=head)) for head in range(heads)] for layer in range(layers)]
     rows, columns = [str(layer) for layer in range(layers)], [str(head) for head in range(heads)]
     return HeatMap(title, scores, rows, columns, "layer", "head", limit or limit_of(scores), names)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.components import Node
 from analyses.views.markup import as_array, check_tokens
 from analyses.views.page import View
 from analyses.views.tokens import token_multi_view
@@ -35,7 +36,7 @@ def neuron_view(
     for layer, array in arrays.items():
         check_tokens(tokens, len(array), f"relevance[{layer}]")
     pairs = zip(ranked["layer"], ranked["neuron"], strict=True)
-    columns = {f"L{layer}N{neuron}": arrays[int(layer)][:, int(neuron)] for layer, neuron in pairs}
+    columns = {str(Node("neurons", int(layer), neuron=int(neuron))): arrays[int(layer)][:, int(neuron)] for layer, neuron in pairs}
     return token_multi_view(tokens, columns, title)
 
 

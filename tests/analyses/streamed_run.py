@@ -16,7 +16,7 @@ import torch
 
 from analyses.evaluation.comparison import compare
 from analyses.evaluation.ranking import rank_heads, rank_neurons
-from analyses.methods import Component, Estimator, Scores, estimator
+from analyses.methods import Estimator, Scores, estimator
 from analyses.tasks import PromptPairs
 from tests import models
 from tests.analyses.test_ranking import random_pairs
@@ -29,7 +29,7 @@ def told(before_batch: Callable[[PromptPairs], None], name: str = "relp") -> Est
     """A method that tells of each batch before it is run."""
     plain = estimator(name)
 
-    def one_run(model: Any, pairs: PromptPairs, components: Sequence[Component]) -> Scores:
+    def one_run(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         before_batch(pairs)
         return plain.one_run(model, pairs, components)
 

@@ -27,6 +27,7 @@ from analyses.circuits import (
 from analyses.circuits.faithfulness import areas
 from analyses.circuits.faithfulness import faithfulness as recovered
 from analyses.circuits.recovery import area_under_roc
+from analyses.methods import eap_ig
 from analyses.tasks import pronoun
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance import CoverageError, RelevanceError, logit_diff
@@ -174,9 +175,9 @@ def test_gradient_fails_on_both_runs_where_a_relu_is_saturated_in_both() -> None
 
 def test_scores_of_edges_add_up_to_those_of_nodes() -> None:
     model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs()
-    for method in ("deeplift", "gradient", "eap_ig"):
-        nodes = score_items(Ablation(model, pairs, "node"), method, ig_steps=3)
-        edges = score_items(Ablation(model, pairs, "edge"), method, ig_steps=3)
+    for method in ("deeplift", "gradient", eap_ig(3)):
+        nodes = score_items(Ablation(model, pairs, "node"), method)
+        edges = score_items(Ablation(model, pairs, "edge"), method)
         total = edges.items.frame.assign(score=edges.signed).groupby("source")["score"].sum()
         assert np.allclose(total[nodes.items.frame["node"]], nodes.signed, atol=1e-10), method
 
@@ -185,7 +186,7 @@ def test_eap_ig_completes() -> None:
     """Integrated gradients of the embedding add up to the difference of the metric as steps grow."""
     model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs()
     ablation = Ablation(model, pairs, "node")
-    embed = [score_items(ablation, "eap_ig", ig_steps=n).signed[0] for n in (2, 24)]
+    embed = [score_items(ablation, eap_ig(n)).signed[0] for n in (2, 24)]
     gap = float((ablation.full - ablation.empty).mean())
     assert abs(embed[1] - gap) < 0.02 * abs(gap) and abs(embed[1] - gap) < abs(embed[0] - gap)
 
@@ -256,7 +257,7 @@ def test_patching_scores_are_single_node_interventions() -> None:
 
 def test_held_out_pairs_are_evaluated_on_and_not_scored_on() -> None:
     model, pairs = models.build_gpt2(), some_pairs(4)
-    table = faithfulness_table(model, pairs[:2], ("deeplift",), "node", held_out=pairs[2:])
+    table = faithfulness_table(model, pairs[:2], ("deeplift",), level="node", held_out=pairs[2:])
     found_on, held_out = (Ablation(model, pairs[rows], "node") for rows in (slice(0, 2), slice(2, 4)))
     for row in table.itertuples():
         scores = score_items(found_on, "deeplift")

@@ -46,7 +46,7 @@ def balance(graph: FlowGraph) -> tuple[float, float]:
         if row.component in READERS:
             inside = max(inside, abs(row.score - entering.get(key, 0.0)))
             outside = max(outside, abs(row.score + sink - leaving.get(key, 0.0)))
-        elif row.component in ("head", "mlp", "logits"):
+        elif row.component in ("heads", "mlp", "logits"):
             inside = max(inside, abs(row.score - sink - entering.get(key, 0.0)))
         if row.component not in (*READERS, "logits"):
             outside = max(outside, abs(row.score - leaving.get(key, 0.0)))

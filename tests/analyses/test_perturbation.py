@@ -115,7 +115,9 @@ def test_every_name_gives_one_score_per_token(gpt2, tokens):
     other = models.random_tokens(seed=5)
     runs = [propagate(gpt2, tokens, TARGET, reference=r).tokens() for r in (mean_embedding(), other)]
     torch.testing.assert_close(against(mean_embedding(), other)(gpt2, tokens, TARGET, mask), (runs[0] + runs[1]) / 2)
-    assert not torch.allclose(by_attention("weighted_accumulation", "norm")(gpt2, tokens, TARGET, mask), scores["chefer"], atol=1e-3)
+    assert not torch.allclose(
+        attribution(by_attention("weighted_accumulation", "norm"))(gpt2, tokens, TARGET, mask), scores["chefer"], atol=1e-3
+    )
 
 
 def test_tables_of_several_methods(gpt2, tokens):

@@ -88,11 +88,13 @@ def test_gradient_is_attribution_patching(gpt2: TransformerBridge) -> None:
 
 def test_runs(gpt2: TransformerBridge) -> None:
     pairs, relp, deeplift = random_pairs(), estimator("relp"), estimator("deeplift")
-    corrupt, clean, both = (relp(gpt2, pairs, ["heads"], run)["heads"] for run in ("corrupt", "clean", "both"))  # type: ignore[arg-type]
+    corrupt, clean, both = (relp(gpt2, pairs, ["heads"], run=run)["heads"] for run in ("corrupt", "clean", "both"))  # type: ignore[arg-type]
     assert (corrupt - clean).abs().max() > 1e-3
     torch.testing.assert_close(both, (corrupt + clean) / 2)
     # pair rules are symmetric in the two runs, so that it does not matter on which they are taken
-    torch.testing.assert_close(deeplift(gpt2, pairs, ["heads"], "corrupt"), deeplift(gpt2, pairs, ["heads"], "clean"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        deeplift(gpt2, pairs, ["heads"], run="corrupt"), deeplift(gpt2, pairs, ["heads"], run="clean"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_padding_does_not_matter(gpt2: TransformerBridge) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.patching import COMPONENTS, Node, ablation
+from analyses.components import COMPONENTS, Node
+from analyses.patching import ablation
 from tests.analyses.patching.helpers import last_logit_diff, make_pairs, padded, run_patched
 
 
@@ -23,11 +24,11 @@ def test_ablation_equals_whole_patched_runs(family: tuple[TransformerBridge, str
         _, clean = model.run_with_cache(pairs.clean)
         baseline = last_logit_diff(model(pairs.clean))
     for node, effect in list(zip(result.nodes, result.effect, strict=True))[::4]:
-        name = f"blocks.{node.layer}.{COMPONENTS[node.component].write}"
+        name = COMPONENTS[node.component].write_at(node.layer)
         new = clean[name].mean(0, keepdim=True) if value == "mean" else torch.zeros_like(clean[name][:1])
 
         def edit(old: Tensor, node: Node = node, new: Tensor = new) -> Tensor:
-            at: Any = {"z": (..., node.head, slice(None)), "pattern": (slice(None), node.head)}.get(
+            at: Any = {"heads": (..., node.head, slice(None)), "pattern": (slice(None), node.head)}.get(
                 node.component, (slice(None), node.position)
             )
             old[at] = new.expand_as(old)[at]

@@ -77,7 +77,7 @@ def test_tables(llama: TransformerBridge) -> None:
     frame = result.to_dataframe()
     assert list(frame.columns[:5]) == ["component", "layer", "position", "head", "neuron"]
     assert {"effect", "patched_denoising", "baseline_noising", "effect_noising"} <= set(frame.columns)
-    assert frame.groupby("component").size().to_dict() == {"resid_pre": 12, "z": 8, "k": 4}  # k counts key-value heads
+    assert frame.groupby("component").size().to_dict() == {"resid": 12, "heads": 8, "k": 4}  # k counts key-value heads
     assert len(result.to_dataframe(per_pair=True)) == 3 * len(frame)
     grid = result.grid("resid_pre")
     assert grid.shape == (2, 6) and grid.columns.name == "position"

@@ -21,9 +21,9 @@ from tests.analyses.patching.helpers import last_logit_diff, make_pairs
 def test_errors(gpt2: TransformerBridge, unchanged: Callable[..., Any]) -> None:
     unchanged(gpt2)
     pairs = make_pairs()
-    with pytest.raises(ValueError, match="unknown component 'residual'; there are resid_pre"):
+    with pytest.raises(ValueError, match="unknown component 'residual'; there are resid"):
         activation_patching(gpt2, pairs, "residual")
-    with pytest.raises(IndexError, match="no head 4, 'z' of block 1 has 4"):
+    with pytest.raises(IndexError, match="no head 4, 'heads' of block 1 has 4"):
         activation_patching(gpt2, pairs, Node("z", 1, head=4))
     with pytest.raises(IndexError, match="no layer 2, the model has 2"):
         activation_patching(gpt2, pairs, Node("z", 2, head=0))

@@ -106,7 +106,7 @@ def test_direct_path_to_logits_is_the_write_of_the_head() -> None:
 
 def test_path_errors(gpt2: TransformerBridge) -> None:
     pairs = make_pairs()
-    with pytest.raises(ValueError, match="not from 'mlp_out'"):
+    with pytest.raises(ValueError, match="not from 'mlp'"):
         path_patching(gpt2, pairs, "mlp_out", "q")
     with pytest.raises(ValueError, match="not to 'pattern'"):
         path_patching(gpt2, pairs, "z", "pattern")

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyses.methods.base import Component, Estimator, Scores, activations, collect, points
+from analyses.components import COMPONENTS
+from analyses.methods.base import Estimator, Scores, activations, collect, points
+from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, propagate
 from lens_relevance.rules import LNRule
@@ -21,8 +23,8 @@ def direct_logit_attribution() -> Estimator:
     constant. Components that act through later ones get next to nothing: that is the point of showing it beside the others.
     """
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[Component]) -> Scores:
-        final = f"blocks.{len(model.blocks) - 1}.hook_resid_post"
+    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+        final = COMPONENTS["resid_post"].read_at(n_layers(model) - 1)
         cache = propagate(
             model, pairs.corrupt, pairs.target, rules={"norm": LNRule()}, names_filter=final, attention_mask=pairs.corrupt_mask
         )

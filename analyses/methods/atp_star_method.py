@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyses.methods.base import Component, Estimator, Scores, collect, hidden, points
+from analyses.methods.base import Estimator, Scores, collect, hidden, points
 from analyses.tasks import PromptPairs
 from lens_relevance import propagate
 
@@ -28,7 +28,7 @@ def atp_star() -> Estimator:
     its group. v and all other components get plain attribution patching; the paper's GradDrop is not included.
     """
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[Component]) -> Scores:
+    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         corrected = [component for component in components if component in ("q", "k")]
         plain = [component for component in components if component not in corrected]
         heads = points(model, ["heads"]) if corrected else []

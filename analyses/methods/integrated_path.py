@@ -1,0 +1,46 @@
+"""Runs on the straight line between the embeddings of the corrupt and the clean prompts, for methods that integrate along it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_relevance import RelevanceError
+from lens_relevance.sites import anatomy
+
+DEFAULT_STEPS = 20
+
+
+def embeddings_of(model: Any) -> str:
+    """The HookPoint of the token embeddings."""
+    return anatomy(model).leaves[0]
+
+
+@contextmanager
+def embeddings_moved(model: Any, change: Float[Tensor, "batch pos d_model"], share: float) -> Iterator[None]:
+    """Inside, every run has its token embeddings moved by a share of `change`: from the corrupt ones on, all of it gives the clean ones."""
+    with model.hooks(fwd_hooks=[(embeddings_of(model), lambda embeddings, hook: embeddings + share * change)]):
+        yield
+
+
+def midpoints(steps: int) -> list[float]:
+    """Middles of `steps` equal parts of the line: the midpoint rule, whose error falls with the square of the steps.
+
+    End points of the parts, on either side, have an error that falls with the steps alone.
+    """
+    return [(step + 0.5) / steps for step in range(steps)]
+
+
+def check_steps(steps: int) -> None:
+    """Refuse fewer steps than one."""
+    if steps < 1:
+        raise RelevanceError(f"integrated gradients need at least one step, not {steps}")
+
+
+def named(method: str, steps: int) -> str:
+    """The method's name, with its steps where they are not the default."""
+    return method if steps == DEFAULT_STEPS else f"{method} ({steps} steps)"

@@ -1,0 +1,42 @@
+"""Token-to-token relevance from attention as an attribution method: heads of pairs, tokens of single prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from analyses.methods.base import Estimator, Scores
+from analyses.tasks import PromptPairs
+from lens_relevance import RelevanceError
+from lens_relevance.attention_methods import TokenSetsRelevance, token_relevance
+from lens_relevance.ruleset_tables import Table
+
+
+def by_attention(method: str, importance: str = "relevance", rules: str | Table = "gradient") -> Estimator:
+    """Token-to-token relevance (`lens_relevance.attention_methods`): the part of the explained token's scores that passes a head.
+
+    These methods see the clean prompt alone and mostly have no sign: they can find the heads that matter, but not which way they push.
+
+    Args:
+        method, importance, rules: as for `token_relevance`.
+    """
+
+    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+        found = token_relevance(
+            model, pairs.clean, pairs.target, method=method, importance=importance, rules=rules, attention_mask=pairs.clean_mask
+        )
+        return {"heads": found.heads} if components else {}
+
+    def tokens(
+        model: Any, inputs: Any, target: Any, *, attention_mask: Tensor | None = None, reference: Any = None, stack: str | None = None
+    ) -> Tensor:
+        found = token_relevance(model, inputs, target, method=method, importance=importance, rules=rules, attention_mask=attention_mask)
+        if not isinstance(found, TokenSetsRelevance):
+            return found.scores
+        if stack not in found.scores:
+            raise RelevanceError(f"this model has the token sets {', '.join(found.scores)}: say which is meant (stack=...)")
+        return found.scores[stack]
+
+    return Estimator(method, scores, forwards=1, backwards=1, components=("heads",), single_run=True, tokens=tokens)
