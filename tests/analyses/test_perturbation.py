@@ -151,7 +151,7 @@ def test_a_trained_model_beats_a_random_order(stories):
 def test_bad_input(gpt2, tokens):
     ones = torch.ones_like(tokens)
     for call, message in [
-        (lambda: perturbation_curves(gpt2, tokens, TARGET, ["shap"]), "unknown attribution 'shap'; choose one of"),
+        (lambda: perturbation_curves(gpt2, tokens, TARGET, ["shap"]), "unknown method 'shap'; choose one of"),
         (lambda: perturbation_curves(gpt2, tokens, TARGET, []), "at least one method"),
         (lambda: perturbation_curves(gpt2, tokens, TARGET, ["random"], ["blank"]), f"unknown baseline 'blank'.*{BASELINES[0]}"),
         (lambda: perturbation_curves(gpt2, tokens[:, :1], TARGET, ["random"]), r"nothing can be removed from example\(s\) \[0, 1\]"),
