@@ -109,8 +109,8 @@ def test_methods_by_name_on_two_token_sets(asked):
     curves = image_curves(model, inputs, TARGET, ["relp", "rollout"], ["zero", "blur"], IMAGE, 4, stack=IMAGE, steps=3)
     assert len(curves) == 3 * 2 * 2 * 2 * 4 and np.isfinite(curves["value"]).all()
     for call, message in [
-        (lambda: image_curves(model, inputs, TARGET, ["rollout"], image=IMAGE, patch=4), "image, question: say which holds the patches"),
-        (lambda: image_curves(model, inputs, TARGET, ["lime"], image=IMAGE, patch=4), "unknown attribution 'lime'"),
+        (lambda: image_curves(model, inputs, TARGET, ["rollout"], image=IMAGE, patch=4), "image, question: say which is meant"),
+        (lambda: image_curves(model, inputs, TARGET, ["lime"], image=IMAGE, patch=4), "unknown method 'lime'"),
         (lambda: image_curves(model, inputs, TARGET, [], image=IMAGE, patch=4), "at least one method"),
     ]:
         with pytest.raises(RelevanceError, match=message):
