@@ -18,6 +18,7 @@ from transformer_lens.utilities import get_act_name
 
 from lens_relevance.errors import NotKeptError, RelevanceError
 from lens_relevance.hooked_model import HookedModel
+from lens_relevance.named_tensors import NamedTensors
 from lens_relevance.rules.base import difference, share
 
 
@@ -54,6 +55,19 @@ class RelevanceCache(Mapping[str, Tensor]):
     absent: dict[str, str] = field(default_factory=dict)  # why a HookPoint that was asked for by a predicate is not here
     account: pd.DataFrame | None = None
     grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "coefficients", "reference_activations"):
+            setattr(self, name, NamedTensors(getattr(self, name), self.aliases))
+
+    def __repr__(self) -> str:
+        """One line: what was explained, and how much of it is here."""
+        values = ", ".join(f"{value:.4g}" for value in self.value[:3].tolist()) + (", ..." if len(self.value) > 3 else "")
+        against = "" if self.reference_value is None else f", against {self.info.get('reference', 'a reference')!r}"
+        return (
+            f"RelevanceCache({self.info.get('ruleset', '')}: {self.info.get('target', 'target')} = {values}{against}; "
+            f"{len(self.coefficients)} HookPoints, {len(self.value)} example(s) of {self.input_tokens.shape[1]} positions)"
+        )
 
     def canonical(self, name: str | tuple[Any, ...]) -> str:
         """The canonical name of something that was kept; raises NotKeptError and says what to ask for."""

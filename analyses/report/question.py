@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from lens_relevance.inputs.targets import Target, TokenTarget, describe, top_pre
 from lens_relevance.inputs.token_ids import token_ids
 
 N_REFERENCES = 8
+_LIKELY = 20  # next tokens that an answer is expected among
 
 _TASK_WORDS = {
     "ioi": "indirect object identification: two names, one of them again, and the model has to say the other one",
@@ -120,8 +122,42 @@ def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, a
             return logit_diff(int(best.answer[0]), int(best.wrong[0]))
         answers, wrongs = check_rows(model, [prompt], [prompt], [wrong], [wrong])
         return logit_diff(int(best.answer[0]), wrongs[0])
+    answer, wrong = (None if text is None else _reading(model, tokens, mask, text) for text in (answer, wrong))
     answers, wrongs = check_rows(model, [prompt], [prompt], [answer], [answer if wrong is None else wrong])
     return logit(answers[0]) if wrong is None else logit_diff(answers[0], wrongs[0])
+
+
+@torch.no_grad()
+def _reading(model: Any, tokens: torch.Tensor, mask: torch.Tensor, text: str) -> str:
+    """An answer typed without its leading space is another token than the one with it; warns which of the two is taken."""
+    if class_names(model) is not None or text.startswith((" ", "\n", "\t")) or getattr(model, "tokenizer", None) is None:
+        return text
+    typed, spaced = (model.to_tokens(reading, prepend_bos=False)[0].tolist() for reading in (text, f" {text}"))
+    if len(spaced) != 1 or typed == spaced:
+        return text
+    logits = model(tokens, return_type="logits")[0, int(mask[0].sum()) - 1]
+    likely = set(logits.topk(min(_LIKELY, len(logits))).indices.tolist())
+    taken, said = choose_reading(text, typed, spaced[0], likely)
+    if said:
+        warnings.warn(said, stacklevel=2)
+    return taken
+
+
+def choose_reading(text: str, typed: list[int], spaced: int, likely: set[int]) -> tuple[str, str]:
+    """The answer as typed or with a leading space, and what to say of it: the one that is among the likely tokens, where only one is.
+
+    Args:
+        text: As typed, without a space.
+        typed: Its tokens.
+        spaced: The token of the same with a leading space.
+        likely: The model's most likely next tokens.
+    """
+    single = len(typed) == 1
+    if spaced in likely and not (single and typed[0] in likely):
+        return f" {text}", f"{text!r} is read as {' ' + text!r}, with a leading space: that is the token which the model expects here"
+    if single:
+        return text, f"{text!r} is taken as typed, without a leading space; to ask about {' ' + text!r}, another token, write the space"
+    return text, ""
 
 
 def answer_text(model: Any, answer: int) -> str:

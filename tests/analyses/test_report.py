@@ -22,6 +22,7 @@ from analyses.patching import activation_patching
 from analyses.report import Findings, find, from_pairs, from_prompt, from_task, report_page
 from analyses.report.circuit import CircuitCheck, smallest_faithful
 from analyses.report.comparison_page import comparison_page
+from analyses.report.question import choose_reading
 from analyses.report.summary import moves_in_words, odds, path_in_words, word_shares
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit, logit_diff, propagate, random_tokens
@@ -327,3 +328,19 @@ def test_the_comparison_page(model: TransformerBridge, tmp_path: Path) -> None:
     assert f"<td>{best['deeplift', 'heads']:.3f}\u00a0[" in page and "mean of denoising and noising" in page
     assert "MLP output: " in page and "<dd>logit(a) - logit(b)</dd>" in page
     assert repr(float(compared.scores["relp"].iloc[5])) in page
+
+
+@pytest.mark.parametrize(
+    ("typed", "likely", "taken", "said"),
+    [
+        ([1], {2, 9}, " Paris", "is read as ' Paris'"),  # only the token with the space is likely
+        ([1], {1, 9}, "Paris", "is taken as typed"),
+        ([1], {1, 2}, "Paris", "is taken as typed"),
+        ([1], {9}, "Paris", "is taken as typed"),
+        ([1, 3], {2}, " Paris", "is read as ' Paris'"),  # as typed it is no single token
+        ([1, 3], {9}, "Paris", ""),  # the error about its pieces follows
+    ],
+)
+def test_an_answer_without_its_space_is_the_token_that_the_model_expects(typed: list[int], likely: set[int], taken: str, said: str) -> None:
+    text, words = choose_reading("Paris", typed, 2, likely)
+    assert text == taken and said in words and bool(words) == bool(said)

@@ -188,3 +188,17 @@ def test_two_hookpoints_with_one_tensor_have_a_coefficient_each() -> None:
         1e-12,
     )
     assert (cache.coefficients["blocks.1.hook_in"] - cache.coefficients["blocks.1.ln1.hook_in"]).abs().max() > 1e-3
+
+
+def test_coefficients_and_activations_are_read_by_any_name(cache: RelevanceCache) -> None:
+    z = cache.coefficients["blocks.1.attn.hook_z"]
+    assert z is cache.coefficients["blocks.1.attn.o.hook_in"] and z.abs().sum() > 0
+    assert cache.activations["blocks.1.attn.hook_z"] is cache.activations["blocks.1.attn.o.hook_in"]
+    with pytest.raises(NotKeptError, match="blocks.1.attn.hook_q was not kept"):
+        cache.coefficients["blocks.1.attn.hook_q"]
+
+
+def test_a_bare_cache_is_one_line(cache: RelevanceCache, pair: RelevanceCache) -> None:
+    assert len(repr(cache)) < 300 and "\n" not in repr(cache)
+    assert "attnlrp" in repr(cache) and f"{cache.value[0].item():.4g}" in repr(cache) and "9 HookPoints" in repr(cache)
+    assert "deeplift" in repr(pair) and "against" in repr(pair)
