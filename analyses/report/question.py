@@ -122,7 +122,8 @@ def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, a
             return logit_diff(int(best.answer[0]), int(best.wrong[0]))
         answers, wrongs = check_rows(model, [prompt], [prompt], [wrong], [wrong])
         return logit_diff(int(best.answer[0]), wrongs[0])
-    answer, wrong = (None if text is None else _reading(model, tokens, mask, text) for text in (answer, wrong))
+    answer = _reading(model, tokens, mask, answer)
+    wrong = None if wrong is None else _reading(model, tokens, mask, wrong)
     answers, wrongs = check_rows(model, [prompt], [prompt], [answer], [answer if wrong is None else wrong])
     return logit(answers[0]) if wrong is None else logit_diff(answers[0], wrongs[0])
 
