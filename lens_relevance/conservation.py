@@ -17,22 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens_relevance.rules import LNRule, NormWeight, Reference, Scale
-from lens_relevance.rules.base import Rule, per_example, share
+from lens_relevance.rules import Reference, Rule
+from lens_relevance.rules.base import per_example, share
 from lens_relevance.sites import Anatomy, Site
 
 COLUMNS = ("biases", "norm_biases", "norm", "activation", "gate", "scores", "softmax", "product", "positions", "router", "target")
-_COLUMN = {
-    "linear": "biases",
-    "norm": "norm",
-    "activation": "activation",
-    "gate": "gate",
-    "scores": "scores",
-    "pattern": "softmax",
-    "z": "product",
-    "soft_cap": "activation",
-    "experts": "router",
-}
 
 
 def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
@@ -51,15 +40,6 @@ def _row(site: Site, rows: Sequence[str]) -> str:
         if row in rows:
             return row
     return rows[-1]
-
-
-def _column(site: Site, rule: Rule, single: bool) -> str:
-    """The account's column for what a rule keeps at a site."""
-    if single and (isinstance(site.operation, NormWeight) or (site.kind == "norm" and isinstance(rule, LNRule))):
-        return "norm_biases"  # all that these keep
-    if site.kind == "pattern" and isinstance(rule, Scale) and rule.factor == 0:
-        return "product"  # a constant pattern takes back what the product of pattern and values gave it
-    return _COLUMN[site.kind]
 
 
 def _rows(summed: Tensor, batch: int) -> Tensor:
@@ -108,8 +88,7 @@ def account(
         *inputs, output = (activations[name] for name in names)
         reference = None if references is None else Reference(tuple(references[x] for x in names[:-1]), references[names[-1]])
         kept = rule.sink(site.operation, tuple(inputs), output, reference, coefficients[names[-1]])
-        column = _column(site, rule, references is None)
-        key = (_row(site, rows), column)
+        key = (_row(site, rows), rule.column(site.operation, references is not None))
         sinks[key] = sinks.get(key, zero) + _rows(kept, len(zero)).to(zero)
     above = dict(zip(rows, [*(cuts[row] for row in rows[1:]), value], strict=True))
     frames = []

@@ -25,9 +25,10 @@ from lens_relevance.hooks.session import Session, session
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
+from lens_relevance.rules import Rule
 from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.ruleset_tables import Table, needs_reference, rule_for, ruleset, ruleset_name
-from lens_relevance.sites import LOGITS, Anatomy, anatomy
+from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
 
 _version = cache(version)  # which looks through the folder of every installed package
 
@@ -84,7 +85,7 @@ def propagate(
     other = None if reference is None else _reference(model, reference, target, given, prompt)
     n = 1 if other is None else other.n
     with torch.enable_grad(), frozen(model), session(model) as opened:
-        _place(opened, body, table, strict)
+        placed = _place(opened, body, table, strict)
         taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
         if audit:
             taps.add(audited_points(body, [s for s in body.sites if s.enabled()]))
@@ -118,7 +119,7 @@ def propagate(
         if audit:
             if conditions or point is not None:
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
-            ledger = _ledger(body, table, run, before, everything, seed, value, reference_value, n)
+            ledger = _ledger(body, placed, run, before, everything, seed, value, reference_value, n)
     return RelevanceCache(
         **kept.groups(),
         value=average(value, n),
@@ -181,24 +182,25 @@ def _reference(model: HookedModel, reference: Any, target: Target | None, given:
     return reference_run(model, reference, prompt, tail=int(prompt.mask.sum() - given.mask.sum()) // len(given.mask))
 
 
-def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> None:
+def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> list[tuple[Site, Rule]]:
     """Put each site's rule on it; refuse what has no site."""
     if body.uncovered and strict:
         listed = "; ".join(list(body.uncovered.values())[:3])
         raise CoverageError(
             f"{len(body.uncovered)} component(s) of this model have no site: {listed}. strict=False leaves them their plain gradient"
         )
-    for site in body.sites:
-        rule = rule_for(table, site)
+    placed = [(site, rule_for(table, site)) for site in body.sites]
+    for site, rule in placed:
         if rule.is_plain:
             opened.listen(site)
         else:
             opened.place(site, rule)
+    return placed
 
 
 def _ledger(
     body: Anatomy,
-    table: Table,
+    placed: list[tuple[Site, Rule]],
     run: Run,
     before: Run | None,
     part: Part,
@@ -214,7 +216,7 @@ def _ledger(
     references = None if before is None else {**part.references, LOGITS: before.logits}
     return account(
         body,
-        [(site, rule_for(table, site)) for site in body.sites if site.enabled()],
+        [(site, rule) for site, rule in placed if site.enabled()],
         {**{name: tensor.detach() for name, tensor in part.tensors.items()}, LOGITS: run.logits.detach()},
         references=references,
         coefficients={**part.coefficients, LOGITS: seed},

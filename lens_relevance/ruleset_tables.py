@@ -22,32 +22,39 @@ from collections.abc import Mapping
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules import (
-    Constant,
-    Experts,
-    ExpertsRule,
-    Gated,
-    GatedActivation,
+    ConstantFirstFactor,
+    ConstantOutput,
+    ElementwiseRule,
     Half,
     Identity,
+    LinearRule,
     LNRule,
-    NormWeight,
+    NormRule,
     PairLN,
     PairNorm,
     PairProduct,
     PairSoftmax,
+    ProductRule,
     Rescale,
     Rule,
-    Scale,
-    Scores,
+    SoftmaxRule,
     SoftmaxTemperature,
-    UniformScores,
-    ZeroRule,
 )
 from lens_relevance.sites import Site
 
-OPERATIONS = ("norm", "activation", "gate", "soft_cap", "scores", "pattern", "z", "router", "linear")
+# What a ruleset has entries for, and the kind of rule that is made for each.
+PARTS: dict[str, type[Rule]] = {
+    "norm": NormRule,
+    "activation": ElementwiseRule,
+    "gate": ProductRule,
+    "soft_cap": ElementwiseRule,
+    "scores": ProductRule,
+    "pattern": SoftmaxRule,
+    "z": ProductRule,
+    "router": ProductRule,
+    "linear": LinearRule,
+}
 PLAIN = Rule()
-_ZERO = ZeroRule()
 _LRP = {"norm": LNRule(), "activation": Identity(), "gate": Half, "router": Half, "soft_cap": Identity()}
 _PAIR = {
     "activation": Rescale(),
@@ -64,9 +71,9 @@ Table = Mapping[str, Rule]
 _RULESETS: dict[str, Table] = {
     "gradient": {},
     "attnlrp": {**_LRP, "scores": Half, "z": Half},
-    "cp_lrp": {**_LRP, "gate": Constant, "router": Constant, "pattern": Constant},
+    "cp_lrp": {**_LRP, "gate": ConstantFirstFactor(), "router": ConstantFirstFactor(), "pattern": ConstantOutput},
     "relp": dict(_LRP),
-    "relp_ah": {**_LRP, "pattern": Constant},
+    "relp_ah": {**_LRP, "pattern": ConstantOutput},
     "gim": {"norm": LNRule(), "gate": Half, "router": Half, "scores": Half, "pattern": SoftmaxTemperature(2.0), "z": Half},
     "deeplift": {"norm": PairNorm(), **_PAIR},
     "deeplift_ln": {"norm": PairLN(), **_PAIR},
@@ -96,12 +103,12 @@ def register_ruleset(name: str, table: Table) -> None:
 def check_table(table: Table) -> Table:
     """The table itself, if each key is an operation (with or without a mount position) and each value a rule."""
     for key, rule in table.items():
-        if key.split("@")[0] not in OPERATIONS:
-            raise RelevanceError(
-                f"unknown operation {key!r} in a ruleset; operations are {', '.join(OPERATIONS)}, each also as operation@mount"
-            )
+        part = key.split("@")[0]
+        if part not in PARTS:
+            raise RelevanceError(f"unknown operation {key!r} in a ruleset; operations are {', '.join(PARTS)}, each also as operation@mount")
         if not isinstance(rule, Rule):
             raise RelevanceError(f"the ruleset's entry for {key!r} is {rule!r}, not a Rule (see lens_relevance.rules)")
+        _check_kind(rule, part, key)
     return table
 
 
@@ -129,61 +136,32 @@ def needs_reference(table: Table) -> bool:
 
 
 def rule_for(table: Table, site: Site) -> Rule:
-    """The rule a table has for a site; operations that a model fuses get their parts' rules in one."""
-    operation, rule = site.operation, _entry(table, site, site.kind)
-    if isinstance(operation, Experts):
-        return _experts(_entry(table, site, "activation"), _entry(table, site, "gate"), _entry(table, site, "router"))
-    if isinstance(operation, GatedActivation):
-        return _gated(_entry(table, site, "activation"), rule)
-    cap = _entry(table, site, "soft_cap")
-    if isinstance(operation, Scores) and operation.geometry.soft_cap is not None:
-        return _capped(rule, cap)
-    if isinstance(operation, NormWeight):  # a part of its norm, whatever rule the linear layers have
-        return _ZERO
-    return _ZERO if site.kind == "linear" and rule is PLAIN else rule
+    """The rule a table has for a site: that of its one part, or what the operation composes of its parts' rules.
+
+    Raises RelevanceError where a step that a model fuses with others gets a rule that cannot be called for that step alone.
+    """
+    rules = {}
+    for part in site.operation.parts:
+        key = next((k for k in (f"{part}@{site.mount}", part) if k in table), part)
+        rules[part] = table.get(key, PLAIN).at(site)
+        _check_kind(rules[part], part, key)
+        if len(site.operation.parts) > 1 and not (rules[part].is_plain or isinstance(rules[part], PARTS[part])):
+            raise RelevanceError(
+                f"the ruleset's entry {key!r} is {rules[part]!r}, which cannot pass one step of {site.name} alone: the model fuses "
+                f"{', '.join(site.operation.parts)} there. It takes {_in_words(PARTS[part])}"
+            )
+    return site.operation.compose(rules)
 
 
-def _entry(table: Table, site: Site, kind: str) -> Rule:
-    """A table's rule for an operation, the one for the site's mount position first."""
-    return table.get(f"{kind}@{site.mount}", table.get(kind, PLAIN))
+def _check_kind(rule: Rule, part: str, key: str) -> None:
+    """Refuse a rule that is made for another kind of operation; one that only scales the output fits any, and so may one of your own."""
+    if rule.is_plain or rule.on_output or isinstance(rule, PARTS[part]):
+        return
+    kinds = [kind for kind in dict.fromkeys(PARTS.values()) if isinstance(rule, kind)]
+    if kinds:
+        raise RelevanceError(f"the ruleset's entry {key!r} is {rule!r}, {_in_words(kinds[0])}; it takes {_in_words(PARTS[part])}")
 
 
-def _part(rule: Rule) -> float:
-    """What a rule of a product leaves of the gradient."""
-    return rule.factor if isinstance(rule, Scale) else 1.0
-
-
-def _gated(activation: Rule, product: Rule) -> Rule:
-    activations = {Rule: "gradient", Identity: "identity", Rescale: "rescale"}
-    kind = _product_kind(product)
-    if not kind:
-        return product  # a rule of the user's own, for the gated activation as a whole
-    if type(activation) not in activations:
-        raise RelevanceError(
-            f"a gated MLP cannot combine {activation!r} on its gate with {product!r}; give the 'gate' entry a rule for both"
-        )
-    return Gated(activations[type(activation)], kind)
-
-
-def _experts(activation: Rule, product: Rule, router: Rule) -> Rule:
-    """The rule of a mixture of experts, which is one operation."""
-    gated = _gated(activation, product)
-    if not isinstance(gated, Gated):
-        raise RelevanceError("a mixture of experts takes one of the known rules for its gates, not a rule of your own")
-    return ExpertsRule(gated, _product_kind(router))
-
-
-def _product_kind(rule: Rule) -> str:
-    """A rule of a product in one word, or nothing for a rule of the user's own."""
-    if isinstance(rule, PairProduct):
-        return "pair"
-    if isinstance(rule, Scale):
-        return {0.5: "half", 0.0: "constant"}.get(rule.factor, "")
-    return "gradient" if rule.is_plain else ""
-
-
-def _capped(product: Rule, cap: Rule) -> Rule:
-    """The rule of scores that pass a soft-cap."""
-    if isinstance(product, PairProduct) or not isinstance(cap, Identity):
-        return product
-    return UniformScores(_part(product), identity_cap=True)
+def _in_words(kind: type[Rule]) -> str:
+    says = {ElementwiseRule: " (a rule with `slope`)", ProductRule: " (a rule with `factors`)"}
+    return f"{'an' if kind.__name__[0] in 'AEIO' else 'a'} {kind.__name__}{says.get(kind, '')}"

@@ -20,7 +20,7 @@ from analyses.edges.transport import pull
 from analyses.edges.wiring import Layer, Wiring
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError
-from lens_relevance.rules import PairProduct, Reference, Rule, Scale, Scores, UniformScores
+from lens_relevance.rules import ElementwiseRule, ProductRule, Rule, Scores, by_head, cap_slope
 from lens_relevance.rules.base import difference, working
 from lens_relevance.ruleset_tables import Table, rule_for
 from lens_relevance.sites import Site
@@ -85,47 +85,48 @@ class _Attention:
         self.layer, self.cache, self.table = layer, cache, table
         self.to_z = working(_coefficient(cache, layer.z.output_name))
         self.to_pattern = working(_coefficient(cache, layer.pattern.output_name))
-        scores = layer.scores
-        first = [self._raw(str(p.name), False) for p in scores.inputs[: scores.operation.factors]]
-        self.constants = tuple(constants[str(p.name)] for p in scores.inputs[scores.operation.factors :])
-        component = layer.component
-        self.turn = tuple(constants[n] for n in (_name(component, "hook_cos"), _name(component, "hook_sin")) if n in constants)
-        inputs = (*first, *self.constants)
-        reference = None
-        if cache.reference_activations:
-            other = tuple(self._raw(str(p.name), True) for p in scores.inputs[: scores.operation.factors])
-            reference = Reference((*other, *self.constants), self._pattern(True))
-        rule = rule_for(table, scores)
-        assert isinstance(scores.operation, Scores)
-        operation, to_scores = scores.operation, working(_coefficient(cache, scores.output_name))
-        self.at_scores = cache[scores.output_name]
-        self.products, self.queries, self.keys = _products(operation, rule, inputs, reference, to_scores, scores)
-        self.changes = self._changes(operation, inputs, reference)
-        self.pattern = _mixing(rule_for(table, layer.z), self._pattern(False), self._pattern(True) if reference else None, layer.z)
-        self.at_pattern = cache[layer.pattern.output_name]
-        held = rule_for(table, layer.pattern)
-        if isinstance(held, Scale) and held.factor == 0:  # a constant pattern receives nothing
+        site, operation = layer.scores, layer.scores.operation
+        assert isinstance(operation, Scores)
+        n, component = operation.n_relevant, layer.component
+        self.constants = tuple(constants[str(p.name)] for p in site.inputs[n:])
+        self.turn = tuple(constants[x] for x in (_name(component, "hook_cos"), _name(component, "hook_sin")) if x in constants)
+        paired = bool(cache.reference_activations)
+        inputs = (*(self._raw(str(p.name), False) for p in site.inputs[:n]), *self.constants)
+        other = (*(self._raw(str(p.name), True) for p in site.inputs[:n]), *self.constants) if paired else None
+        product, cap = _by_head(rule_for(table, site), site)
+        operands, others = operation.operands(inputs), None if other is None else operation.operands(other)
+        keys, self.queries = product.factors_at(*operands, others)  # what stands for each factor in the other's coefficient
+        self.keys = operation.geometry.expand(keys)
+        self.products = working(_coefficient(cache, site.output_name)) * operation.geometry.scale
+        if operation.geometry.soft_cap is not None:
+            self.products = self.products * cap_slope(operation, cap, inputs, other)
+        q, k = operands if others is None else (a - b for a, b in zip(operands, others, strict=True))
+        self.changes = q, operation.geometry.expand(k)
+        self.pattern = self._mixing()
+        self.at_pattern, self.at_scores = cache[layer.pattern.output_name], cache[site.output_name]
+        if rule_for(table, layer.pattern).holds_output:  # a constant pattern receives nothing
             self.at_pattern, self.at_scores = torch.zeros_like(self.at_pattern), torch.zeros_like(self.at_scores)
 
     def change(self, name: str) -> Tensor:
         """Activation, less that of the reference run."""
         return difference(self.cache.activations[name], self.cache.reference_activations.get(name))
 
-    def _pattern(self, reference: bool) -> Tensor:
-        name = self.layer.pattern.output_name
-        return working((self.cache.reference_activations if reference else self.cache.activations)[name])
+    def _mixing(self) -> Grid:
+        """What stands for the pattern by which values are mixed."""
+        layer, cache = self.layer, self.cache
+        names = layer.pattern.output_name, layer.v.output_name
+
+        def operands(activations: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            pattern, v = (working(activations[name]) for name in names)
+            return pattern, v.transpose(1, 2)
+
+        other = operands(cache.reference_activations) if cache.reference_activations else None
+        return _by_head(rule_for(self.table, layer.z), layer.z)[0].factors_at(*operands(cache.activations), other)[1]
 
     def _raw(self, name: str, reference: bool) -> Tensor:
         """A q or k in the layout of the operation: [batch, head, pos, d_head] where that is what the HookPoint holds, else heads merged."""
         x = (self.cache.reference_activations if reference else self.cache.activations)[name]
         return x.transpose(1, 2) if self.layer.geometry.queries_are_split else x.flatten(2)
-
-    def _changes(self, operation: Scores, inputs: tuple[Tensor, ...], reference: Reference | None) -> tuple[Tensor, Tensor]:
-        q, k = operation.geometry.queries_keys(inputs)
-        if reference is not None:
-            q2, k2 = operation.geometry.queries_keys(reference.inputs)
-            q, k = q - q2, k - k2
-        return q, operation.geometry.expand(k)
 
     def before_rotation(self, to_k: Tensor) -> Heads:
         """Coefficients at k.hook_out per query head from those at the rotated keys [batch, head, pos, d_head]."""
@@ -146,35 +147,12 @@ class _Attention:
         return to_k.transpose(1, 2)
 
 
-def _products(
-    operation: Scores, rule: Rule, inputs: tuple[Tensor, ...], reference: Reference | None, to_scores: Tensor, site: Site
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, q, k): coefficients of the products q[t] k[s], and the values of each factor that the other one is multiplied with."""
-    if isinstance(rule, PairProduct):
-        part, kept = 1.0, rule.keep(operation, inputs, to_scores, reference)
-    elif isinstance(rule, UniformScores | Scale) or rule.is_plain:
-        uniform = rule if isinstance(rule, UniformScores) else UniformScores(rule.factor if isinstance(rule, Scale) else 1.0)
-        part, kept = uniform.part, uniform.keep(operation, inputs, to_scores, None)
-    else:
-        raise _unknown(rule, site)
-    slope = kept[2] if operation.geometry.soft_cap is not None else 1.0
-    return to_scores * (part * operation.geometry.scale) * slope, kept[0], operation.geometry.expand(kept[1])
-
-
-def _mixing(rule: Rule, pattern: Tensor, reference: Tensor | None, site: Site) -> Tensor:
-    """The pattern by which values are mixed, as the rule of the product sees it."""
-    if isinstance(rule, PairProduct):
-        assert reference is not None
-        return (pattern + reference) / 2
-    if isinstance(rule, Scale):
-        return pattern * rule.factor
-    if rule.is_plain:
-        return pattern
-    raise _unknown(rule, site)
-
-
-def _unknown(rule: Rule, site: Site) -> CoverageError:
-    return CoverageError(f"edges do not know how {rule!r} at {site.name} treats single heads; use Scale, PairProduct or no rule there")
+def _by_head(rule: Rule, site: Site) -> tuple[ProductRule, ElementwiseRule]:
+    """A rule of scores or z as the rules of its product and of a soft-cap."""
+    steps = by_head(rule)
+    if steps is None:
+        raise CoverageError(f"edges look inside heads, for which {site.name} needs a ProductRule (a rule with `factors`); it has {rule!r}")
+    return steps
 
 
 def _check_group(layer: Layer, name: str, wide: Heads, narrow: Float[Tensor, "batch pos kv_head d_head"]) -> None:

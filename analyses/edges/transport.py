@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules import PairNorm, Reference, Rule, Scale
+from lens_relevance.rules import PairNorm, Reference, Rule
 from lens_relevance.rules.base import working
 from lens_relevance.sites import Site
 
@@ -25,8 +25,10 @@ def pull(
     if site is None:
         return upstream
     x = working(x)
-    if isinstance(rule, Scale):
-        return pull(site, Rule(), x, None, upstream * rule.factor)
+    if rule.on_output:
+        (scaled,) = rule.backward(site.operation, (), upstream)
+        assert scaled is not None
+        return pull(site, Rule(), x, None, scaled)
     if rule.is_plain:  # the pair form of two equal runs is the gradient
         rule, reference = PairNorm(), x
     coefficient = rule.backward(site.operation, _keep(site, rule, x, reference), upstream)[0]
@@ -41,8 +43,6 @@ def push(site: Site | None, rule: Rule, x: Tensor, reference: Tensor | None, par
     """
     if site is None:
         return parts
-    if isinstance(rule, Scale):
-        return push(site, Rule(), x, None, parts) * rule.factor
     with torch.enable_grad():
         if rule.is_plain:  # the transpose of the gradient is the directional derivative
             tangents = torch.func.jvp(site.operation, (working(x).expand_as(parts).contiguous(),), (parts,))

@@ -239,4 +239,4 @@ def points(found: Wiring, flows: bool) -> list[str]:
 
 def _inputs(site: Site | None) -> Sequence[str]:
     """HookPoints of a site's inputs that carry relevance (cos and sin do not)."""
-    return [] if site is None else [str(p.name) for p in site.inputs[: site.operation.factors]]
+    return [] if site is None else [str(p.name) for p in site.inputs[: site.operation.n_relevant]]

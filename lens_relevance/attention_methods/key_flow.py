@@ -11,16 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
-from lens_relevance.rules import (
-    AttentionGeometry,
-    PairProduct,
-    Reference,
-    Rule,
-    Scale,
-    Scores,
-    UniformScores,
-)
+from lens_relevance.rules import AttentionGeometry, Scores, by_head, cap_slope
 from lens_relevance.rules.base import share, working
 from lens_relevance.ruleset_tables import Table, rule_for, ruleset
 from lens_relevance.sites import Anatomy, Site
@@ -56,12 +49,14 @@ def key_flow(
 ) -> Float[Tensor, "batch head query key"]:
     """(k[s] - k'[s]) . scale * q[t] * (coefficient at the raw score of t and s); k' = 0 where there is no reference.
 
-    Under pair rules q is the mean of both runs; the part that a rule leaves to the keys (1/2 under the uniform rule) is applied.
+    q is what the rule of the product has in its place: the mean of both runs under pair rules, half of it under the uniform rule.
     """
     site = scores_site(body, layer)
-    scores = site.operation
+    scores, rule = site.operation, rule_for(ruleset(rules), site)
     assert isinstance(scores, Scores)
-    geometry, rule = scores.geometry, rule_for(ruleset(rules), site)
+    geometry, steps = scores.geometry, by_head(rule)
+    if steps is None:
+        raise RelevanceError(f"the key path needs a ProductRule (a rule with `factors`) for the scores, and {site.name} has {rule!r}")
 
     def inputs(activations: dict[str, Tensor]) -> tuple[Tensor, ...]:
         raw = (_raw(body, geometry, str(point.name), activations) for point in site.inputs[:2])
@@ -71,17 +66,15 @@ def key_flow(
     other = inputs(cache.reference_activations) if cache.reference_activations else None
     name = str(site.output.name) if site.output is not None else ""
     upstream = cache.coefficients[name]
-    reference = None if other is None else Reference(other, torch.empty(0))
-    uniform = _uniform(rule)
-    kept = (rule if isinstance(rule, PairProduct) else uniform).keep(scores, own, torch.empty(0), reference)
     if geometry.soft_cap is not None:
-        upstream = working(upstream) * kept[2]
-    keys = geometry.queries_keys(own)[1]
+        upstream = working(upstream) * cap_slope(scores, steps[1], own, other)
+    queries = steps[0].factors_at(*scores.operands(own), None if other is None else scores.operands(other))[1]
+    keys = scores.operands(own)[1]
     if other is not None:
-        keys = keys - geometry.queries_keys(other)[1]
+        keys = keys - scores.operands(other)[1]
     real = cache.mask.bool()
     keys = torch.where(real[:, None, :, None], keys, torch.zeros_like(keys))
-    products = kept[0] @ geometry.expand(keys).mT * (geometry.scale * uniform.part)
+    products = queries @ geometry.expand(keys).mT * geometry.scale
     return share(torch.where(real[:, None, :, None], products, torch.zeros_like(products)), upstream)
 
 
@@ -91,10 +84,3 @@ def _raw(body: Anatomy, geometry: AttentionGeometry, name: str, activations: dic
     if not geometry.queries_are_split:
         return x.flatten(-2)
     return x if body.conversion(name) is None else x.transpose(1, 2)
-
-
-def _uniform(rule: Rule) -> UniformScores:
-    """A rule of the product as the part it leaves to each factor, its soft-cap passed by the rule's own choice."""
-    if isinstance(rule, UniformScores):
-        return rule
-    return UniformScores(rule.factor if isinstance(rule, Scale) else 1.0)

@@ -1,42 +1,50 @@
-"""Rules and operations: pure torch, no model. One file per kind of operation."""
+"""Rules and operations: pure torch, no model. One file per kind of operation, with the rules that are made for it."""
 
-from lens_relevance.rules.activation import Activation, Gated, GatedActivation, Identity, Rescale, SoftCap
-from lens_relevance.rules.attention import (
-    Constant,
-    Half,
-    PairProduct,
-    PairSoftmax,
-    Scale,
-    SoftmaxTemperature,
-    UniformScores,
-)
-from lens_relevance.rules.attention_steps import AttentionGeometry, Mix, Scores, Softmax
+from lens_relevance.rules.activation import Activation, ElementwiseRule, Identity, KnownFunction, Rescale, SoftCap
+from lens_relevance.rules.attention import AttentionGeometry, CappedScoresRule, Mix, Scores, by_head, cap_slope
 from lens_relevance.rules.base import Operation, Reference, Rule
-from lens_relevance.rules.clamped_gate import ClampedGate
-from lens_relevance.rules.experts import Expert, Experts, Router
-from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, ZeroRule
-from lens_relevance.rules.normalization import LNRule, Norm, NormDivide, NormScale, NormWeight, PairLN, PairNorm
-from lens_relevance.rules.routing import ExpertsRule
+from lens_relevance.rules.expert_weights import Expert, Router
+from lens_relevance.rules.experts import Experts, ExpertsRule
+from lens_relevance.rules.gated import ClampedGate, GatedActivation, GatedRule
+from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, LinearRule, ZeroRule
+from lens_relevance.rules.normalization import (
+    LNRule,
+    Norm,
+    NormDivide,
+    NormRule,
+    NormScale,
+    NormWeight,
+    PairLN,
+    PairNorm,
+)
+from lens_relevance.rules.product import ConstantFirstFactor, ConstantOutput, Half, PairProduct, Product, ProductRule, Scale
+from lens_relevance.rules.softmax import PairSoftmax, Softmax, SoftmaxRule, SoftmaxTemperature
 
 __all__ = [
     "Activation",
     "AttentionGeometry",
+    "CappedScoresRule",
     "ClampedGate",
-    "Constant",
+    "ConstantFirstFactor",
+    "ConstantOutput",
+    "ElementwiseRule",
     "EpsilonRule",
     "Expert",
     "Experts",
     "ExpertsRule",
     "GammaRule",
-    "Gated",
     "GatedActivation",
+    "GatedRule",
     "Half",
     "Identity",
+    "KnownFunction",
     "LNRule",
     "Linear",
+    "LinearRule",
     "Mix",
     "Norm",
     "NormDivide",
+    "NormRule",
     "NormScale",
     "NormWeight",
     "Operation",
@@ -44,15 +52,28 @@ __all__ = [
     "PairNorm",
     "PairProduct",
     "PairSoftmax",
+    "Product",
+    "ProductRule",
     "Reference",
     "Rescale",
     "Router",
     "Rule",
     "Scale",
     "Scores",
-    "Softmax",
     "SoftCap",
+    "Softmax",
+    "SoftmaxRule",
     "SoftmaxTemperature",
-    "UniformScores",
     "ZeroRule",
+    "by_head",
+    "cap_slope",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Constant":
+        raise ImportError(
+            "`Constant` meant two rules, which have their own names now: `ConstantFirstFactor()` for `gate` and `router` (the first factor "
+            "of the product is a constant), `ConstantOutput` for `pattern`, `z` and any other operation (nothing passes it)"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,64 +1,34 @@
-"""Element-wise activations, alone or as the gate of a gated MLP.
+"""Element-wise functions y = f(x): activations, soft-caps, and the rules that pass them.
 
-Every rule here multiplies the upstream coefficient by one factor per input, element by element:
+A rule for them says one thing, its `slope`: the factor from the coefficient at y to that at x. It works on a function that stands alone and
+on one that a model fuses with other steps (the gate of a gated MLP, an expert, the soft-cap of scores), because whoever fuses asks for it.
 
-| part | choice | factor | source |
-|---|---|---|---|
-| activation | gradient | f'(x) | |
-| activation | identity | f(x) / x, and f'(0) at x = 0 | AttnLRP (2402.05602) eq. 9; Jafari et al. 2024 |
-| activation | rescale | (f(x) - f(x')) / (x - x'), f' at the midpoint where x - x' is tiny | DeepLIFT, Shrikumar et al. 2017 |
-| product act(gate) * up | half | half of the gradient to each factor | AttnLRP eq. 7; Arras et al. 2019 |
-| product | constant | act(gate) is a constant | CP-LRP as LXT applies it |
-| product | pair | mean of the two runs' values of the other factor | derived here |
+| rule | slope | source |
+|---|---|---|
+| gradient | f'(x) | |
+| `Identity` | f(x) / x, and f'(0) at x = 0 | AttnLRP (2402.05602) eq. 9; Jafari et al. 2024 |
+| `Rescale` | (f(x) - f(x')) / (x - x'), f' at the midpoint where x - x' is tiny | DeepLIFT, Shrikumar et al. 2017 |
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, working
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
 
 Function = Callable[[Tensor], Tensor]
-
-
-def derivative(function: Function, x: Tensor) -> Tensor:
-    """f'(x), element by element."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(function(x).sum(), x)[0]
-
-
-def identity_factor(function: Function, x: Tensor, y: Tensor) -> Tensor:
-    """f(x) / x with y = f(x), and f'(0) at x = 0. No stabiliser is needed: even at small x the quotient is accurate."""
-    zero = x == 0
-    slope = derivative(function, torch.zeros((), dtype=x.dtype, device=x.device))
-    return torch.where(zero, slope, y / torch.where(zero, torch.ones_like(x), x))
-
-
-def rescale_factor(function: Function, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
-    """(y1 - y2) / (x1 - x2), and f' at the midpoint where x1 - x2 is so small that the quotient would be rounding noise.
-
-    The noise is about eps * scale / |d| and the midpoint's error about d^2; a threshold of eps^0.4 * scale keeps both small. The scale is
-    that of x and y themselves: at a kink in 0 (ReLU) both are no larger than |d|, the quotient is exact there and is used. So it is where
-    the midpoint's slope times d misses y1 - y2 by more than rounding: between the two values lies a kink away from 0 (a clamp).
-    """
-    d, change, eps = x1 - x2, y1 - y2, torch.finfo(x1.dtype).eps
-    scale = torch.maximum(torch.maximum(x1.abs(), x2.abs()), torch.maximum(y1.abs(), y2.abs()))
-    tiny = d.abs() <= eps**0.4 * scale
-    quotient = change / torch.where(d == 0, torch.ones_like(d), d)
-    slope = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)
-    smooth = (slope * d[tiny] - change[tiny]).abs() <= 16 * eps * scale[tiny]
-    quotient[tiny] = torch.where(smooth | (d[tiny] == 0), slope, quotient[tiny])
-    return quotient
 
 
 class Activation(Operation):
     """y = f(x), element by element."""
 
     kind = "activation"
+    column = "activation"
 
     def __init__(self, function: Function, name: str = "") -> None:
         self.function, self.name = function, name
@@ -76,101 +46,112 @@ class SoftCap(Activation):
         super().__init__(lambda x: cap * torch.tanh(x / cap), f"soft-cap {cap:g}")
 
 
-class GatedActivation(Operation):
-    """y = f(gate) * up, element by element (SwiGLU, GeGLU, ReGLU)."""
+class KnownFunction:
+    """An element-wise function that knows what the model computed: called with that same tensor, it computes nothing.
 
-    kind = "gate"
+    function: f. values: pairs of a tensor x and the model's own f(x), which a bf16 model has rounded.
+    """
 
-    def __init__(self, function: Function, name: str = "") -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: Function, *values: tuple[Tensor, Tensor]) -> None:
+        self.function, self._values = function, values
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return self.function(inputs[0]) * inputs[1]
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x), where it is known the model's own value."""
+        known = self._known(x)
+        return self.function(x) if known is None else working(known)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """f(x) in the precision of x, computed again where the model's own value is rounded: for differences of values."""
+        known = self._known(x)
+        return known if known is not None and known.dtype == x.dtype else self.function(x)
+
+    def _known(self, x: Tensor) -> Tensor | None:
+        return next((y for at, y in self._values if at is x), None)
 
 
-class ElementwiseRule(Rule):
-    """Multiplies by one kept factor per input."""
+class ElementwiseRule(Rule, ABC):
+    """A rule for element-wise functions. Yours has a `slope`; `keep`, `backward` and the account follow from it.
+
+    Attributes:
+        slope_conserves: x * slope is f(x), so that all relevance of the output goes to the input.
+        slope_exact: Between two runs (x - x') * slope is f(x) - f(x').
+    """
+
+    slope_conserves: ClassVar[bool] = False
+    slope_exact: ClassVar[bool] = False
+
+    @abstractmethod
+    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+        """What the coefficient at f(x) is multiplied with, element by element.
+
+        Args:
+            f: The function. f(x) and f(other) cost nothing.
+            x: Its input, in fp32 at least; of any shape.
+            other: The reference run's input, where the rule `needs_reference`.
+        """
+
+    def slope_at(self, function: Function, x: Tensor, y: Tensor, reference: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The slope for an input with the function's value there, and the same of the reference run."""
+        if reference is None or not self.needs_reference:
+            return self.slope(KnownFunction(function, (x, y)), x, None)
+        return self.slope(KnownFunction(function, (x, y), reference), x, reference[0])
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert isinstance(op, Activation)
+        other = None if reference is None else (working(reference.inputs[0]), reference.output)
+        return (self.slope_at(op.function, working(inputs[0]), output, other),)
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        upstream = working(upstream)
-        return tuple(upstream * factor for factor in kept)
+        return (working(upstream) * kept[0],)
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
-
-
-def _nothing(upstream: Tensor) -> Tensor:
-    return torch.zeros_like(per_example(working(upstream)))
+        if self.slope_exact if reference is not None else self.slope_conserves:
+            return nothing_kept(upstream)
+        return super().sink(op, inputs, output, reference, upstream)
 
 
 class Identity(ElementwiseRule):
     """f(x) / x (AttnLRP eq. 9): all relevance of the output goes to the input."""
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, Activation)
-        return (identity_factor(op.function, working(inputs[0]), working(output)),)
+    slope_conserves = True
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return _nothing(upstream) if reference is None else super().sink(op, inputs, output, reference, upstream)
+    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+        """No stabiliser is needed: even at small x the quotient is accurate, and at 0 the slope is f'(0)."""
+        zero = x == 0
+        at_zero = derivative(f, torch.zeros((), dtype=x.dtype, device=x.device))
+        return torch.where(zero, at_zero, f(x) / torch.where(zero, torch.ones_like(x), x))
 
 
 class Rescale(ElementwiseRule):
     """(f(x) - f(x')) / (x - x') (DeepLIFT's rescale rule): exact between two runs."""
 
     needs_reference = True
+    slope_exact = True
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, Activation) and reference is not None
-        x1, x2 = working(inputs[0]), working(reference.inputs[0])
-        if output.dtype != x1.dtype:  # the model's own outputs are rounded to bf16; their difference would be mostly rounding
-            return (rescale_factor(op.function, x1, op.function(x1), x2, op.function(x2)),)
-        return (rescale_factor(op.function, x1, output, x2, reference.output),)
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return _nothing(upstream)
+    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+        assert other is not None
+        return rescale_factor(f, x, f.unrounded(x), other, f.unrounded(other))
 
 
-class Gated(ElementwiseRule):
-    """A gated MLP: how relevance passes the product, and how it passes the activation on the gate.
+def derivative(function: Function, x: Tensor) -> Tensor:
+    """f'(x), element by element."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad(function(x).sum(), x)[0]
 
-    activation: "gradient", "identity" or "rescale". product: "gradient", "half", "constant" or "pair" (see the module's table).
+
+def rescale_factor(function: Function, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
+    """(y1 - y2) / (x1 - x2), and f' at the midpoint where x1 - x2 is so small that the quotient would be rounding noise.
+
+    The noise is about eps * scale / |d| and the midpoint's error about d^2; a threshold of eps^0.4 * scale keeps both small. The scale is
+    that of x and y themselves: at a kink in 0 (ReLU) both are no larger than |d|, the quotient is exact there and is used. So it is where
+    the midpoint's slope times d misses y1 - y2 by more than rounding: between the two values lies a kink away from 0 (a clamp).
     """
-
-    def __init__(self, activation: str, product: str) -> None:
-        self.activation, self.product = activation, product
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        return "rescale" in self.activation or self.product == "pair"
-
-    @property
-    def is_plain(self) -> bool:
-        return self.activation == "gradient" and self.product == "gradient"
-
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, GatedActivation)
-        gate, up = (working(x) for x in inputs)
-        act = op.function(gate)
-        if self.product == "constant":
-            return torch.zeros_like(gate), act
-        if self.product == "pair" or self.activation == "rescale":
-            assert reference is not None
-            gate2, up2 = (working(x) for x in reference.inputs)
-            act2 = op.function(gate2)
-        if self.activation == "identity":
-            slope = identity_factor(op.function, gate, act)
-        elif self.activation == "rescale":
-            slope = rescale_factor(op.function, gate, act, gate2, act2)
-        else:
-            slope = derivative(op.function, gate)
-        if self.product == "pair":
-            return slope * ((up + up2) / 2), (act + act2) / 2
-        part = 0.5 if self.product == "half" else 1.0
-        return part * slope * up, part * act
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        conserves = (self.activation == "identity" and self.product == "half") or self.product == "constant"
-        exact = self.activation == "rescale" and self.product == "pair"
-        if exact or (conserves and reference is None):
-            return _nothing(upstream)
-        return super().sink(op, inputs, output, reference, upstream)
+    d, change, eps = x1 - x2, y1 - y2, torch.finfo(x1.dtype).eps
+    scale = torch.maximum(torch.maximum(x1.abs(), x2.abs()), torch.maximum(y1.abs(), y2.abs()))
+    tiny = d.abs() <= eps**0.4 * scale
+    quotient = change / torch.where(d == 0, torch.ones_like(d), d)
+    slope = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)
+    smooth = (slope * d[tiny] - change[tiny]).abs() <= 16 * eps * scale[tiny]
+    quotient[tiny] = torch.where(smooth | (d[tiny] == 0), slope, quotient[tiny])
+    return quotient

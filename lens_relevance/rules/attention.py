@@ -1,144 +1,204 @@
-"""Attention in three steps: scores = scale * q k^T (soft-capped, masked), pattern = softmax(scores), z = pattern v.
+"""The products of attention: scores = scale * q k^T (soft-capped, masked) and z = pattern v. Between them lies the softmax.
 
-| step | rule | backward | source |
-|---|---|---|---|
-| scores, z | `Scale(1/2)` | half of the gradient to each factor | AttnLRP (2402.05602) eq. 7 |
-| pattern | gradient | relevance x_i (R'_i - s_i sum_j R'_j), the plain softmax gradient | AttnLRP eq. 8 |
-| pattern | `Scale(0)` | the pattern is a constant (AH-rule) | Ali et al. 2022 |
-| pattern | `SoftmaxTemperature(T)` | gradient of softmax(x / T) without the factor 1/T | GIM, arXiv 2505.17630 |
-| scores, z | `PairProduct` | dz = mean(v) du + mean(u) dv | derived here |
-| pattern | `PairSoftmax` | dp_i = l_i (ds_i - sum_j l_j ds_j / sum_k l_k), l the logarithmic mean of the two patterns | derived here |
-
-A half rule scales the gradient at the product's *output*: that equals the q/4, k/4, v/2 form and leaves every reader in between right.
-Upstream tensors may carry leading dimensions before [batch, head, query, key].
+Both are products of two operands by head, so that every rule for products passes them. Scores that pass a soft-cap (Gemma 2) are a product
+and an element-wise function in one operation, and their rule calls one of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules.activation import derivative, identity_factor, rescale_factor
-from lens_relevance.rules.attention_steps import Mix, Scores, Softmax
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, working
-from lens_relevance.rules.softmax import is_masked, logarithmic_mean, masked_softmax, pull_back
+from lens_relevance.rules.activation import ElementwiseRule
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.product import GRADIENT, Product, ProductRule, elementwise, product
 
 
-class Scale(Rule):
-    """The gradient times a constant, at the operation's output: 1/2 for products (uniform rule), 0 to hold the output constant."""
+class AttentionGeometry:
+    """How raw tensors become heads: [.., pos, head * d_head] or already [.., head, pos, d_head].
 
-    on_output = True
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        return (upstream * self.factor,)
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        product = isinstance(op, Mix) or (isinstance(op, Scores) and op.geometry.soft_cap is None and not op.geometry.adds_bias)
-        if product and self.factor == 0.5 and reference is None:  # each factor carries half of the product's relevance
-            return torch.zeros_like(per_example(working(upstream)))
-        downstream = tuple(None if g is None else g * self.factor for g in op.gradient(inputs, working(upstream)))
-        return balance(inputs, output, reference, upstream, downstream)
-
-
-Half = Scale(0.5)
-Constant = Scale(0.0)
-
-
-class SoftmaxTemperature(Rule):
-    """The gradient of softmax(x / T) without the factor 1/T; the forward stays at T = 1 (GIM, arXiv 2505.17630, as described there)."""
-
-    def __init__(self, temperature: float = 2.0) -> None:
-        self.temperature = temperature
-
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, Softmax)
-        scores = op.with_sink(inputs[0])
-        return (op.real(masked_softmax(torch.where(is_masked(scores), float("-inf"), scores / self.temperature))),)
-
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        flat, g = kept[0], working(upstream)
-        return (flat * (g - (flat * g).sum(-1, keepdim=True)),)
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
-
-
-class UniformScores(Rule):
-    """`part` of the gradient of q k^T to each factor, and a soft-cap passed by its gradient or by the identity rule on the tanh."""
-
-    def __init__(self, part: float = 1.0, identity_cap: bool = False) -> None:
-        self.part, self.identity_cap = part, identity_cap
-
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert isinstance(op, Scores)
-        factors, cap = op.geometry.queries_keys(inputs), op.geometry.soft_cap
-        if cap is None:
-            return (*factors, *inputs[2:])
-        raw = op.raw(inputs) / cap
-        slope = identity_factor(torch.tanh, raw, torch.tanh(raw)) if self.identity_cap else derivative(torch.tanh, raw)
-        return (*factors, slope, *inputs[2:])
-
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        assert isinstance(op, Scores)
-        upstream, rest = working(upstream) * self.part, tuple(kept[2:])
-        if op.geometry.soft_cap is not None:
-            upstream, rest = upstream * rest[0], rest[1:]
-        return op.back(upstream, kept[0], kept[1], rest)
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
-
-
-class PairRule(Rule):
-    """Base of the exact pair forms: nothing stays behind."""
-
-    needs_reference = True
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return torch.zeros_like(per_example(working(upstream)))
-
-
-class PairProduct(PairRule):
-    """A product of two factors between two runs: each factor gets the gradient at the mean of the other's two values (derived here).
-
-    A soft-cap on the scores (Gemma2) is passed by the rescale rule at the raw scores.
+    rotate(x, sign, constants) turns queries and keys by their positions (sign -1 pulls coefficients back), where the model does it between
+    the HookPoints; `soft_cap` is Gemma2's c in c tanh(r / c); `bias(scores)` gives what is added to rebuilt scores, -inf where they are
+    masked; adds_bias: a position bias (ALiBi, T5) is added to the scores, which keeps a share of a single run's relevance;
+    queries_are_split, values_are_split: queries and keys, or values, come with their heads already apart. Values may be of another size
+    than queries and keys (d_value, DeepSeek-V3).
     """
 
+    def __init__(
+        self,
+        n_heads: int,
+        n_key_value_heads: int,
+        d_head: int,
+        scale: float,
+        soft_cap: float | None = None,
+        rotate: Callable[[Tensor, int, Tensors], Tensor] | None = None,
+        bias: Callable[[Tensor], Tensor | None] | None = None,
+        queries_are_split: bool = False,
+        adds_bias: bool = False,
+        values_are_split: bool = False,
+        d_value: int | None = None,
+    ) -> None:
+        self.n_heads, self.n_key_value_heads, self.d_head = n_heads, n_key_value_heads, d_head
+        self.scale, self.soft_cap, self.rotate, self.bias = scale, soft_cap, rotate, bias
+        self.queries_are_split, self.adds_bias = queries_are_split, adds_bias
+        self.values_are_split, self.d_value = values_are_split, d_head if d_value is None else d_value
+
+    @property
+    def group(self) -> int:
+        return self.n_heads // self.n_key_value_heads
+
+    def split(self, x: Tensor) -> Float[Tensor, "... head pos d_head"]:
+        return working(x).unflatten(-1, (-1, self.d_head)).transpose(-2, -3)
+
+    def merge(self, x: Tensor) -> Float[Tensor, "... pos head_x_d_head"]:
+        return x.transpose(-2, -3).flatten(-2)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Key-value heads repeated for their group of query heads (GQA)."""
+        return x if self.group == 1 else x.repeat_interleave(self.group, dim=-3)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Coefficients of a group of query heads summed at their key-value head."""
+        return x if self.group == 1 else x.unflatten(-3, (self.n_key_value_heads, self.group)).sum(-3)
+
+    def values(self, v: Tensor) -> Float[Tensor, "... head pos d_value"]:
+        return working(v) if self.values_are_split else self.split(v)
+
+    def split_z(self, z: Tensor) -> Float[Tensor, "... head pos d_value"]:
+        return working(z).unflatten(-1, (-1, self.d_value)).transpose(-2, -3)
+
+    def queries_keys(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+        """q and k as they meet in the product: [.., head, pos, d_head] and [.., kv head, pos, d_head]."""
+        q, k = (working(x) if self.queries_are_split else self.split(x) for x in inputs[:2])
+        if self.rotate is not None:
+            q, k = self.rotate(q, 1, inputs[2:]), self.rotate(k, 1, inputs[2:])
+        return q, k
+
+
+class Scores(Product):
+    """(q, k[, rotary constants]) -> attention scores before the softmax.
+
+    Recomputed without the mask, but where the geometry says what is added to rebuilt scores.
+    """
+
+    kind = "scores"
+    column = "scores"
+    n_relevant = 2
+
+    def __init__(self, geometry: AttentionGeometry) -> None:
+        self.geometry = geometry
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("scores",) if self.geometry.soft_cap is None else ("scores", "soft_cap")
+
+    @property
+    def is_bare(self) -> bool:
+        return self.geometry.soft_cap is None and not self.geometry.adds_bias
+
+    def compose(self, rules: Mapping[str, Rule]) -> Rule:
+        rule, cap = rules["scores"], rules.get("soft_cap", GRADIENT)
+        if len(rules) == 1 or (cap.is_plain and (rule.is_plain or rule.on_output)):
+            return rule  # the model's own graph passes the soft-cap
+        return CappedScoresRule(product(rule), elementwise(cap))
+
+    def operands(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+        return self.geometry.queries_keys(inputs)
+
+    def raw(self, inputs: Tensors) -> Tensor:
+        """Before the soft-cap."""
+        q, k = self.operands(inputs)
+        return q @ self.geometry.expand(k).transpose(-1, -2) * self.geometry.scale
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        cap, scores = self.geometry.soft_cap, self.raw(inputs)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        added = None if self.geometry.bias is None else self.geometry.bias(scores)
+        return scores if added is None else scores + added
+
+    def back(self, upstream: Tensor, for_second: Tensor, for_first: Tensor, constants: Tensors) -> Coefficients:
+        """Coefficients at the raw q and k of coefficients at the scores before the soft-cap."""
+        geometry = self.geometry
+        coefficients: Tensors = (
+            upstream @ geometry.expand(for_second) * geometry.scale,
+            geometry.reduce(upstream.transpose(-1, -2) @ for_first * geometry.scale),
+        )
+        if geometry.rotate is not None:
+            coefficients = tuple(geometry.rotate(c, -1, constants) for c in coefficients)
+        if not geometry.queries_are_split:
+            coefficients = tuple(geometry.merge(c) for c in coefficients)
+        return (*coefficients, *(None for _ in constants))
+
+
+class Mix(Product):
+    """(pattern, v) -> z."""
+
+    kind = "z"
+    column = "product"
+
+    def __init__(self, geometry: AttentionGeometry) -> None:
+        self.geometry = geometry
+
+    def operands(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+        return working(inputs[0]), self.geometry.values(inputs[1])
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        pattern, v = self.operands(inputs)
+        return self.geometry.merge(pattern @ self.geometry.expand(v))
+
+    def back(self, upstream: Tensor, for_second: Tensor, for_first: Tensor, constants: Tensors) -> Coefficients:
+        """Coefficients at the pattern and the raw v."""
+        g = self.geometry.split_z(upstream)
+        to_v = self.geometry.reduce(for_first.transpose(-1, -2) @ g)
+        return g @ self.geometry.expand(for_second).transpose(-1, -2), to_v if self.geometry.values_are_split else self.geometry.merge(to_v)
+
+
+class CappedScoresRule(Rule):
+    """How relevance passes the product of queries and keys, and how it passes the soft-cap on it.
+
+    The soft-cap's rule sees scores in units of the cap: its function is tanh, at r / c.
+    """
+
+    def __init__(self, product: ProductRule, soft_cap: ElementwiseRule) -> None:
+        self.product, self.soft_cap = product, soft_cap
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.product.needs_reference or self.soft_cap.needs_reference
+
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert reference is not None
-        if isinstance(op, Mix):
-            pattern = (working(inputs[0]) + working(reference.inputs[0])) / 2
-            return pattern, op.geometry.values((working(inputs[1]) + working(reference.inputs[1])) / 2)
         assert isinstance(op, Scores)
-        q1, k1 = op.geometry.queries_keys(inputs)
-        q2, k2 = op.geometry.queries_keys(reference.inputs)
-        factors, cap = ((q1 + q2) / 2, (k1 + k2) / 2), op.geometry.soft_cap
-        if cap is None:
-            return (*factors, *inputs[2:])
-        r1, r2 = op.raw(inputs) / cap, op.raw(reference.inputs) / cap
-        return (*factors, rescale_factor(torch.tanh, r1, torch.tanh(r1), r2, torch.tanh(r2)), *inputs[2:])
+        others = None if reference is None else reference.inputs
+        slope = cap_slope(op, self.soft_cap, inputs, others)
+        factors = self.product.factors_at(*op.operands(inputs), None if others is None else op.operands(others))
+        return (*factors, slope, *op.constants(inputs))
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        if isinstance(op, Mix):
-            return op.back(upstream, kept[0], kept[1])
-        return UniformScores().backward(op, kept, upstream)
+        assert isinstance(op, Scores)
+        return op.back(working(upstream) * kept[2], kept[0], kept[1], tuple(kept[3:]))
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        if reference is not None and self.product.factors_exact and self.soft_cap.slope_exact:
+            return nothing_kept(upstream)
+        return super().sink(op, inputs, output, reference, upstream)
 
 
-class PairSoftmax(PairRule):
-    """The softmax between two runs, exact and shift-invariant; the softmax's own Jacobian where they are equal (derived here)."""
+def cap_slope(op: Scores, rule: ElementwiseRule, inputs: Tensors, reference: Tensors | None) -> Float[Tensor, "... head query key"]:
+    """The slope of the soft-cap at the scores of these queries and keys."""
+    cap, other = op.geometry.soft_cap, None
+    assert cap is not None
+    r = op.raw(inputs) / cap
+    if reference is not None and rule.needs_reference:
+        r2 = op.raw(reference) / cap
+        other = (r2, torch.tanh(r2))
+    return rule.slope_at(torch.tanh, r, torch.tanh(r), other)
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        assert reference is not None
-        assert isinstance(op, Softmax)
-        return (logarithmic_mean(op.with_sink(inputs[0]), op.with_sink(reference.inputs[0])),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        assert isinstance(op, Softmax)
-        if op.sinks is not None:  # nothing is read at the sink
-            upstream = torch.nn.functional.pad(upstream, (0, 1))
-        return (op.real(pull_back(kept[0], working(upstream))),)
+def by_head(rule: Rule) -> tuple[ProductRule, ElementwiseRule] | None:
+    """A rule of scores or z as the rules of its product and of a soft-cap, for what looks inside heads; None for a rule of another kind."""
+    if isinstance(rule, CappedScoresRule):
+        return rule.product, rule.soft_cap
+    return (product(rule), GRADIENT) if rule.is_plain or isinstance(rule, ProductRule) else None

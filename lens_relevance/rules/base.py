@@ -2,13 +2,15 @@
 
 An *operation* is one step of a model as a plain torch function of the raw tensors at its HookPoints. A *rule* says how relevance passes
 back through it: `keep` chooses what to save during the forward, `backward` is a linear function of the upstream coefficients that
-broadcasts over leading dimensions, and `sink` is the share of relevance that the rule does not hand on, from a closed form of its own.
+broadcasts over leading dimensions, and `sink` is the share of relevance that the rule does not hand on.
+
+An operation that fuses several steps names them (`parts`) and builds its rule from theirs (`compose`), by calling each one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +30,11 @@ def per_example(tensor: Tensor) -> Float[Tensor, " batch"]:
     return tensor.flatten(1).sum(1) if tensor.ndim > 1 else tensor
 
 
+def nothing_kept(upstream: Tensor) -> Float[Tensor, " batch"]:
+    """The sink of a rule that hands everything on."""
+    return torch.zeros_like(per_example(working(upstream)))
+
+
 def share(value: Tensor, coefficient: Tensor) -> Tensor:
     """Relevance value * coefficient, and exactly 0 where the coefficient is 0 (a masked score is -inf, and -inf * 0 would be NaN)."""
     value, coefficient = working(value), working(coefficient)
@@ -38,7 +45,18 @@ class Operation:
     """One step of a model, as a function of the raw tensors at its input HookPoints."""
 
     kind: ClassVar[str]
-    factors: ClassVar[int | None] = None  # how many of the inputs carry relevance; the rest (rotary cos and sin) are constants. None: all
+    column: ClassVar[str]  # of the conservation account, for what rules keep here
+    n_relevant: ClassVar[int | None] = None  # the first n inputs carry relevance, the rest (rotary cos and sin) are constants. None: all
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The entries of a ruleset that say how relevance passes this operation; several where it fuses steps."""
+        return (self.kind,)
+
+    def compose(self, rules: Mapping[str, Rule]) -> Rule:
+        """The rule of the operation from the rules of its parts."""
+        (rule,) = rules.values()
+        return rule
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} cannot be recomputed from its inputs alone")
@@ -46,25 +64,50 @@ class Operation:
     def gradient(self, inputs: Tensors, upstream: Tensor) -> Coefficients:
         """The plain gradient of the operation, recomputed from its inputs (used by the audit, never by the engine)."""
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(True) for x in inputs[: self.factors]]
+            leaves = [x.detach().requires_grad_(True) for x in inputs[: self.n_relevant]]
             gradients = torch.autograd.grad(self(*leaves, *inputs[len(leaves) :]), leaves, upstream)
             return (*gradients, *(None for _ in inputs[len(leaves) :]))
+
+
+@runtime_checkable
+class Place(Protocol):
+    """Where a rule sits: the name of its site ("blocks.3.mlp"), the component's place in its parent, its block, and how many there are."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def mount(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def n_layers(self) -> int | None: ...
 
 
 class Rule:
     """Base of all rules; also the plain gradient, which the engine leaves to autograd.
 
-    `on_output`: the rule only scales what arrives at the operation's output and leaves the rest to the model's own graph.
-    `needs_reference`: the rule compares with a reference run (`propagate(..., reference=...)`).
+    A rule of your own for an element-wise function or a product derives from `ElementwiseRule` or `ProductRule` and says one thing; it then
+    works wherever models have such a step, fused or not. Anything else derives from `Rule` and has `keep` and `backward`; it works where
+    the operation stands alone.
+
+    Attributes:
+        on_output: The rule only scales what arrives at the operation's output and leaves the rest to the model's own graph.
+        needs_reference: The rule compares with a reference run (`propagate(..., reference=...)`).
+        holds_output: The operation's output is a constant under the rule: nothing passes.
     """
 
     on_output: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    holds_output: ClassVar[bool] = False
 
     @property
     def is_plain(self) -> bool:
         """Whether autograd already does what this rule asks, so that nothing need be attached."""
         return type(self) is Rule
+
+    def at(self, place: Place) -> Rule:
+        """The rule for one site of a model; the rule itself unless it depends on where it sits (its layer, say)."""
+        return self
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         """Tensors to save for `backward`."""
@@ -72,18 +115,34 @@ class Rule:
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         """Downstream coefficients, one per input (for `on_output` rules: a single one, at the output)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `backward`: a rule says what it passes on to the operation's inputs")
 
     def sink(
         self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor
     ) -> Float[Tensor, " batch"]:
-        """Relevance at the output less relevance at the inputs, per example; here for the plain gradient."""
-        downstream = op.gradient(inputs, upstream)
+        """Relevance at the output less relevance at the inputs, per example.
+
+        Here by subtraction. Rules with a closed form of what they keep override this, so that the account checks their backward.
+        """
+        upstream = working(upstream)
+        if type(self).backward is Rule.backward:
+            downstream = op.gradient(inputs, upstream)
+        elif self.on_output:
+            (scaled,) = self.backward(op, (), upstream)
+            assert scaled is not None
+            downstream = op.gradient(inputs, scaled)
+        else:
+            kept = self.keep(op, inputs, output, reference if self.needs_reference else None)
+            downstream = self.backward(op, kept, upstream)
         return balance(inputs, output, reference, upstream, downstream)
+
+    def column(self, op: Operation, pair: bool) -> str:
+        """The column of the conservation account for what the rule keeps of an operation; pair: between two runs."""
+        return op.column
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
-        return f"{type(self).__name__ if not self.is_plain else 'gradient'}({arguments})".removesuffix("()")
+        return "gradient" if self.is_plain else f"{type(self).__name__}({arguments})".removesuffix("()")
 
 
 class Reference:

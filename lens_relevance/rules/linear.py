@@ -19,28 +19,37 @@ The projection of the patches, which they give a gamma of its own, lies below th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, share, working
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
 
 
 class Linear(Operation):
     """y = x W^T + b, for the weight as [d_out, d_in]."""
 
     kind = "linear"
+    column = "biases"
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+
+    def compose(self, rules: Mapping[str, Rule]) -> Rule:
+        rule = super().compose(rules)
+        return ZeroRule() if rule.is_plain else rule
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x = working(inputs[0])
         return torch.nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class ZeroRule(Rule):
+class LinearRule(Rule):
+    """Base of the rules for linear layers."""
+
+
+class ZeroRule(LinearRule):
     """The plain gradient; the bias keeps its share (LRP-0, Montavon et al. 2019). Between two runs the bias has no share."""
 
     @property
@@ -50,11 +59,11 @@ class ZeroRule(Rule):
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
         bias: Tensor | None = getattr(op, "bias", None)
         if bias is None or reference is not None:
-            return torch.zeros_like(per_example(working(upstream)))
+            return nothing_kept(upstream)
         return per_example(share(bias.expand_as(upstream), upstream))
 
 
-class EpsilonRule(Rule):
+class EpsilonRule(LinearRule):
     """Relevance of an output shrinks by y / (y + eps sign y) before it is passed on; eps has the units of y."""
 
     def __init__(self, epsilon: float = 1e-6) -> None:
@@ -68,9 +77,6 @@ class EpsilonRule(Rule):
         assert isinstance(op, Linear)
         upstream = working(upstream) * kept[0]
         return (upstream @ op.weight.to(upstream.dtype),)
-
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
 
 
 class GammaRule(EpsilonRule):

@@ -10,13 +10,14 @@ The two-step form is used while something watches `hook_scale` or `hook_normaliz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, balance, per_example, share, working
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
+from lens_relevance.rules.linear import ZeroRule
 
 
 class Norm(Operation):
@@ -26,6 +27,7 @@ class Norm(Operation):
     """
 
     kind = "norm"
+    column = "norm"
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool, offset: float = 0.0) -> None:
         self.weight, self.bias, self.eps, self.centred, self.offset = weight, bias, eps, centred, offset
@@ -54,6 +56,7 @@ class NormScale(Operation):
     """The first step of a norm: x -> its standard deviation."""
 
     kind = "norm"
+    column = "norm"
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
@@ -66,6 +69,7 @@ class NormDivide(Operation):
     """The second step of a norm: (x, scale) -> (x - mean(x)) / scale."""
 
     kind = "norm"
+    column = "norm"
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
@@ -75,12 +79,20 @@ class NormDivide(Operation):
 
 
 class NormWeight(Operation):
-    """The last step of a norm: weight and bias. Linear, so that no rule is needed there; the audit asks for its bias."""
+    """The last step of a norm: weight and bias. Linear, and a part of its norm: no entry of a ruleset is for it."""
 
     kind = "linear"
+    column = "norm_biases"
 
     def __init__(self, norm: Norm) -> None:
         self.norm, self.bias = norm, norm.bias
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ()
+
+    def compose(self, rules: Mapping[str, Rule]) -> Rule:
+        return ZeroRule()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         y = self.norm.weighted(inputs[0])
@@ -91,7 +103,11 @@ def _norm_of(op: Operation) -> Norm:
     return op if isinstance(op, Norm) else op.norm  # type: ignore[attr-defined]
 
 
-class LNRule(Rule):
+class NormRule(Rule):
+    """Base of the rules for norms."""
+
+
+class LNRule(NormRule):
     """The standard deviation is a constant; centring and weight stay (Ali et al. 2022)."""
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
@@ -108,12 +124,15 @@ class LNRule(Rule):
         """Only the bias (beta) keeps relevance; between two runs the change of the scale does."""
         if reference is None:
             if not isinstance(op, Norm) or op.bias is None:
-                return torch.zeros_like(per_example(working(upstream)))
+                return nothing_kept(upstream)
             return per_example(share(op.bias.expand_as(upstream), upstream))
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, None), upstream))
+        return super().sink(op, inputs, output, reference, upstream)
+
+    def column(self, op: Operation, pair: bool) -> str:
+        return op.column if pair else "norm_biases"
 
 
-class PairNorm(Rule):
+class PairNorm(NormRule):
     """Exact between two runs, and the plain gradient where they are equal (derived here)."""
 
     needs_reference = True
@@ -155,9 +174,7 @@ class PairNorm(Rule):
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
         """Nothing stays: the form is exact. With a constant scale, what the change of the scale did."""
-        if not self.constant_scale:
-            return torch.zeros_like(per_example(working(upstream)))
-        return balance(inputs, output, reference, upstream, self.backward(op, self.keep(op, inputs, output, reference), upstream))
+        return super().sink(op, inputs, output, reference, upstream) if self.constant_scale else nothing_kept(upstream)
 
 
 class PairLN(PairNorm):

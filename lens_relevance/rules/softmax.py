@@ -1,9 +1,91 @@
-"""The softmax itself: with masked rows, and between two runs (see docs/derivation.md)."""
+"""The softmax from attention scores to the pattern, with masked rows and sinks, and the rules that pass it.
+
+| rule | backward | source |
+|---|---|---|
+| gradient | relevance x_i (R'_i - s_i sum_j R'_j) | AttnLRP (2402.05602) eq. 8 |
+| `ConstantOutput` | the pattern is a constant (AH-rule) | Ali et al. 2022 |
+| `SoftmaxTemperature(T)` | gradient of softmax(x / T) without the factor 1/T | GIM, arXiv 2505.17630 |
+| `PairSoftmax` | dp_i = l_i (ds_i - sum_j l_j ds_j / sum_k l_k), l the logarithmic mean of the two patterns | derived here |
+
+Upstream tensors may carry leading dimensions before [batch, head, query, key]. See docs/derivation.md for the pair form.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+
+
+class Softmax(Operation):
+    """scores -> pattern.
+
+    sinks: a score per head of one more column, to which attention can go without a value being read there (GPT-OSS).
+    """
+
+    kind = "pattern"
+    column = "softmax"
+
+    def __init__(self, sinks: Float[Tensor, " head"] | None = None) -> None:
+        self.sinks = sinks
+
+    def with_sink(self, scores: Tensor) -> Float[Tensor, "... head query keys"]:
+        """The scores and, last, that of the sink, where there is one."""
+        scores = working(scores)
+        if self.sinks is None:
+            return scores
+        return torch.cat([scores, self.sinks.to(scores).reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+
+    def real(self, columns: Float[Tensor, "... head query keys"]) -> Float[Tensor, "... head query key"]:
+        """Without the sink's column."""
+        return columns if self.sinks is None else columns[..., :-1]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.real(masked_softmax(self.with_sink(inputs[0])))
+
+
+class SoftmaxRule(Rule):
+    """Base of the rules for the softmax of attention."""
+
+
+class SoftmaxTemperature(SoftmaxRule):
+    """The gradient of softmax(x / T) without the factor 1/T; the forward stays at T = 1 (GIM, arXiv 2505.17630, as described there)."""
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        self.temperature = temperature
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert isinstance(op, Softmax)
+        scores = op.with_sink(inputs[0])
+        return (op.real(masked_softmax(torch.where(is_masked(scores), float("-inf"), scores / self.temperature))),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        flat, g = kept[0], working(upstream)
+        return (flat * (g - (flat * g).sum(-1, keepdim=True)),)
+
+
+class PairSoftmax(SoftmaxRule):
+    """The softmax between two runs, exact and shift-invariant; the softmax's own Jacobian where they are equal (derived here)."""
+
+    needs_reference = True
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        assert reference is not None
+        assert isinstance(op, Softmax)
+        return (logarithmic_mean(op.with_sink(inputs[0]), op.with_sink(reference.inputs[0])),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        assert isinstance(op, Softmax)
+        if op.sinks is not None:  # nothing is read at the sink
+            upstream = torch.nn.functional.pad(upstream, (0, 1))
+        return (op.real(pull_back(kept[0], working(upstream))),)
+
+    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+        return nothing_kept(upstream)
 
 
 def masked_softmax(scores: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.sites.attention import SplitHeads
-from lens_relevance.sites.base import Site
+from lens_relevance.sites.base import Site, block_of
 from lens_relevance.sites.stacks import CROSS, Roles, Stacks
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS, TokenAttention
 
@@ -65,6 +65,16 @@ class Anatomy:
                 return ENCODER
             return DECODER if name.startswith(("decoder_", "unembed")) else ENCODER
         return next((stack for stack, roles in self.stacks.roles.items() if any(name in names for names in roles.values())), "")
+
+    def count_layers(self) -> None:
+        """Tell each site in a block how many blocks its stack has, so that a ruleset can count them from the end."""
+        last: dict[str, int] = {}
+        for name in (*self.points, *(site.name for site in self.sites)):
+            stack, layer = block_of(name)
+            if layer is not None:
+                last[stack] = max(last.get(stack, 0), layer)
+        for site in self.sites:
+            site.n_layers = None if site.layer is None else last[site.stack] + 1
 
     def canonical(self, name: str) -> str:
         """The canonical name of a HookPoint given by any of its names."""

@@ -12,7 +12,13 @@ from transformer_lens.hook_points import HookPoint
 from lens_relevance.rules.base import Operation
 
 LOGITS = "logits"
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|encoder_blocks|decoder_blocks)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(blocks|encoder_blocks|decoder_blocks)\.(\d+)\.")
+
+
+def block_of(name: str) -> tuple[str, int | None]:
+    """The stack of blocks that holds a component or HookPoint, and the block's index; ("", None) for what is in no block."""
+    found = _BLOCK.search(name + ".")
+    return (found.group(1), int(found.group(2))) if found else ("", None)
 
 
 @dataclass(eq=False)
@@ -26,6 +32,7 @@ class Site:
     component: the module whose output has to depend on the site, where there is one: the proof that its HookPoints are no decoration.
     rebuilt: where a model computes the operation behind closed doors, the HookPoint at which it is recomputed: the first one from the
         site's output on that the model goes on with (see hooks/recomputation.py).
+    n_layers: how many blocks the stack has that holds the site.
     enabled: says whether the site stands in for its operation right now (a norm has two forms, see rules/normalization.py).
     """
 
@@ -39,6 +46,7 @@ class Site:
     enabled: Callable[[], bool] = field(default=lambda: True)
     component: nn.Module | None = None
     rebuilt: HookPoint | None = None
+    n_layers: int | None = None
 
     @property
     def kind(self) -> str:
@@ -47,8 +55,12 @@ class Site:
     @property
     def layer(self) -> int | None:
         """Index of the block that holds the site; None for embeddings, the final norm and the unembedding."""
-        found = _BLOCK.search(self.name + ".")
-        return int(found.group(1)) if found else None
+        return block_of(self.name)[1]
+
+    @property
+    def stack(self) -> str:
+        """Name of the stack of blocks that holds the site ("blocks", "encoder_blocks", "decoder_blocks"); "" outside blocks."""
+        return block_of(self.name)[0]
 
     @property
     def points(self) -> str:

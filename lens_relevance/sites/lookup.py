@@ -34,6 +34,7 @@ def anatomy(model: HookedModel) -> Anatomy:
 
 def remember(model: HookedModel, declared: Anatomy) -> None:
     """Use this anatomy for a model of the user's own from now on."""
+    declared.count_layers()
     _DECLARED[model] = declared
 
 
@@ -53,4 +54,5 @@ def remember_more(model: HookedModel, sites: Sequence[DeclaredSite]) -> None:
 def _with(found: Anatomy, sites: Sequence[DeclaredSite]) -> Anatomy:
     for site in sites:
         found.add(site.at({name: found.points[canonical] for name, canonical in found.aliases.items()}))
+    found.count_layers()
     return found

@@ -1,4 +1,4 @@
-"""Identity, Rescale and Gated against their factors written out, with kinks, zeros and near-equal runs."""
+"""Identity, Rescale and gated activations against their factors written out, with kinks, zeros and near-equal runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lens_relevance.rules import Activation, Gated, GatedActivation, Identity, Reference, Rescale, Rule, SoftCap
+from lens_relevance.rules import (
+    Activation,
+    ConstantFirstFactor,
+    ElementwiseRule,
+    GatedActivation,
+    GatedRule,
+    Half,
+    Identity,
+    PairProduct,
+    ProductRule,
+    Reference,
+    Rescale,
+    Rule,
+    Scale,
+    SoftCap,
+)
 from tests.rules.dense import DTYPES, FP64, SEEDS, back, near, normal, remainder, sink
 
 Function = Callable[[Tensor], Tensor]
@@ -192,6 +207,14 @@ def test_identity_conserves_whatever_it_meets(seed: int, dtype: torch.dtype, nam
 
 # Gated MLPs: y = f(gate) * up.
 
+ACTIVATIONS: dict[str, ElementwiseRule] = {"gradient": Scale(1.0), "identity": Identity(), "rescale": Rescale()}
+PRODUCTS: dict[str, ProductRule] = {"gradient": Scale(1.0), "half": Half, "constant": ConstantFirstFactor(), "pair": PairProduct()}
+
+
+def gated(activation: str, product: str) -> GatedRule:
+    return GatedRule(ACTIVATIONS[activation], PRODUCTS[product])
+
+
 GATE1, UP1, GATE2, UP2, G = (normal(3, 5, seed=i) for i in range(5))
 
 
@@ -208,7 +231,7 @@ def slope(activation: str, f: str, g1: Tensor, g2: Tensor) -> Tensor:
     "activation, product", list(itertools.product(["gradient", "identity", "rescale"], ["gradient", "half", "constant", "pair"]))
 )
 def test_gated_in_every_combination(activation: str, product: str, f: str) -> None:
-    rule, operation = Gated(activation, product), GatedActivation(FUNCTIONS[f])
+    rule, operation = gated(activation, product), GatedActivation(FUNCTIONS[f])
     to_gate, to_up = back(rule, operation, (GATE1, UP1), G, (GATE2, UP2))
     act1, act2, passed = FUNCTIONS[f](GATE1), FUNCTIONS[f](GATE2), slope(activation, f, GATE1, GATE2)
     gate, up = {
@@ -235,7 +258,7 @@ def test_gated_in_every_combination(activation: str, product: str, f: str) -> No
 def test_the_plain_gradient_of_a_gate_counts_twice() -> None:
     """With a function that is linear on each side, both factors claim the whole product: -R is left over."""
     operation = GatedActivation(F.relu)
-    kept = sink(Gated("gradient", "gradient"), operation, (GATE1, UP1), G)
+    kept = sink(gated("gradient", "gradient"), operation, (GATE1, UP1), G)
     near(kept, -(operation(GATE1, UP1) * G).sum(-1))
 
 
@@ -243,13 +266,13 @@ def test_gated_equal_runs_give_the_gradient() -> None:
     operation = GatedActivation(F.silu)
     leaves = [GATE1.clone().requires_grad_(True), UP1.clone().requires_grad_(True)]
     expected = torch.autograd.grad(operation(*leaves), leaves, G)
-    for got, want in zip(back(Gated("rescale", "pair"), operation, (GATE1, UP1), G, (GATE1, UP1)), expected, strict=True):
+    for got, want in zip(back(gated("rescale", "pair"), operation, (GATE1, UP1), G, (GATE1, UP1)), expected, strict=True):
         assert got is not None
         near(got, want, 1e-9)
 
 
 def test_gated_is_symmetric_in_the_runs() -> None:
-    operation, rule = GatedActivation(F.gelu), Gated("rescale", "pair")
+    operation, rule = GatedActivation(F.gelu), gated("rescale", "pair")
     one = back(rule, operation, (GATE1, UP1), G, (GATE2, UP2))
     two = back(rule, operation, (GATE2, UP2), G, (GATE1, UP1))
     for a, b in zip(one, two, strict=True):
@@ -272,7 +295,7 @@ def test_gated_stays_finite_and_pairs_stay_exact(
     g1, u1, g2, u2, upstream = (normal(2, 4, 5, seed=seed + i, dtype=dtype, scale=scale) for i in range(5))
     if zeros:
         g1[..., 0], g2[..., :2], u1[..., 3] = 0, 0, 0
-    operation, rule = GatedActivation(F.silu), Gated(activation, product)
+    operation, rule = GatedActivation(F.silu), gated(activation, product)
     coefficients = back(rule, operation, (g1, u1), upstream, (g2, u2))
     assert all(c is not None and bool(torch.isfinite(c).all()) for c in coefficients)
     if activation == "rescale" and product == "pair":
@@ -286,7 +309,7 @@ def test_gated_stays_finite_and_pairs_stay_exact(
 def test_backward_broadcasts_over_leading_dimensions() -> None:
     many = normal(4, 3, 5, seed=9)
     operation, reference = GatedActivation(F.silu), Reference((GATE2, UP2), torch.zeros_like(GATE2))
-    for rule in (Gated("identity", "half"), Gated("rescale", "pair")):
+    for rule in (gated("identity", "half"), gated("rescale", "pair")):
         kept = rule.keep(operation, (GATE1, UP1), operation(GATE1, UP1), reference)
         for index in (0, 1):
             each = torch.stack([rule.backward(operation, kept, g)[index] for g in many])  # type: ignore[misc]

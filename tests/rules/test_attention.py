@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lens_relevance.rules import (
     AttentionGeometry,
-    Constant,
+    CappedScoresRule,
+    ConstantFirstFactor,
+    ConstantOutput,
     Half,
     Identity,
     Mix,
@@ -25,7 +27,6 @@ from lens_relevance.rules import (
     Scores,
     Softmax,
     SoftmaxTemperature,
-    UniformScores,
 )
 from lens_relevance.rules.softmax import logarithmic_mean
 from tests.rules.dense import DTYPES, FP64, SEEDS, back, near, normal, remainder, sink
@@ -90,6 +91,11 @@ def scores_like(seed: int) -> Tensor:
     return normal(BATCH, HEADS, POS, POS, seed=seed)
 
 
+def rule_of(operation: Scores, product: Rule, cap: Rule) -> Rule:
+    """The rule of scores as a ruleset makes it: of the product, and of the soft-cap where there is one."""
+    return operation.compose({"scores": product, "soft_cap": cap} if operation.geometry.soft_cap else {"scores": product})
+
+
 CASES = pytest.mark.parametrize("kv, cap, rotated", [(4, None, False), (2, None, False), (2, None, True), (2, 0.8, False), (1, 0.8, True)])
 
 
@@ -110,7 +116,11 @@ def test_uniform_scores(kv: int, cap: float | None, rotated: bool, part: float, 
     if cap is not None:
         r = raw / cap
         slope = torch.tanh(r) / r if identity else 1 / torch.cosh(r) ** 2
-    rule, operation = UniformScores(part, identity_cap=identity), Scores(geometry(kv, cap, rotated))
+    operation = Scores(geometry(kv, cap, rotated))
+    rule = rule_of(operation, Scale(part), Identity() if identity else Rule())
+    assert rule.is_plain == (part == 1.0 and (cap is None or not identity))
+    if rule.is_plain:
+        rule = CappedScoresRule(Scale(1.0), Scale(1.0)) if cap else Scale(1.0)
     for got, want in zip(back(rule, operation, (q, k), g), dense_back(part * slope * g, q, k, kv, rotated), strict=True):
         assert got is not None
         near(got, want)
@@ -126,7 +136,8 @@ def test_uniform_scores(kv: int, cap: float | None, rotated: bool, part: float, 
 def test_pair_product_of_queries_and_keys(kv: int, cap: float | None, rotated: bool) -> None:
     run1, run2, g = queries_keys(kv, 1), queries_keys(kv, 2), scores_like(3)
     operation = Scores(geometry(kv, cap, rotated))
-    got = back(PairProduct(), operation, run1, g, run2)
+    rule = rule_of(operation, PairProduct(), Rescale())
+    got = back(rule, operation, run1, g, run2)
     slope: Tensor | float = 1.0
     if cap is not None:
         r1, r2 = (dense_scores(*run, kv, rotated) / cap for run in (run1, run2))
@@ -137,10 +148,10 @@ def test_pair_product_of_queries_and_keys(kv: int, cap: float | None, rotated: b
         near(a, b)
     effect = ((operation(*run1) - operation(*run2)) * g).sum((1, 2, 3))
     near(sum(((a - b) * c).sum((1, 2)) for a, b, c in zip(run1, run2, got, strict=True)), effect, 1e-11)  # type: ignore[operator, arg-type]
-    assert sink(PairProduct(), operation, run1, g, run2).tolist() == [0, 0]
-    for a, b in zip(got, back(PairProduct(), operation, run2, g, run1), strict=True):
+    assert sink(rule, operation, run1, g, run2).tolist() == [0, 0]
+    for a, b in zip(got, back(rule, operation, run2, g, run1), strict=True):
         near(a, b)  # type: ignore[arg-type]
-    for a, b in zip(back(PairProduct(), operation, run1, g, run1), back(UniformScores(), operation, run1, g), strict=True):
+    for a, b in zip(back(rule, operation, run1, g, run1), back(Scale(1.0), operation, run1, g), strict=True):
         near(a, b, 1e-9)  # type: ignore[arg-type]
 
 
@@ -174,9 +185,9 @@ def test_half_on_z(kv: int) -> None:
 
 
 def test_constant_lets_nothing_through() -> None:
-    assert Constant.backward(Softmax(), (), scores_like(1))[0].abs().max() == 0  # type: ignore[union-attr]
+    assert ConstantOutput.backward(Softmax(), (), scores_like(1))[0].abs().max() == 0  # type: ignore[union-attr]
     x, g = scores_like(1), scores_like(2)
-    near(sink(Constant, Softmax(), (x,), g), (x.softmax(-1) * g).sum((1, 2, 3)))
+    near(sink(ConstantOutput, Softmax(), (x,), g), (x.softmax(-1) * g).sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("kv", [4, 2, 1])
@@ -340,8 +351,8 @@ def test_scores_add_the_mask_that_the_geometry_says(kv: int, cap: float | None, 
     shape.bias = lambda scores: torch.zeros_like(scores).masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
     assert torch.equal(Scores(shape)(*inputs), mask(Scores(plain)(*inputs), float("-inf")))
     for a, b in zip(
-        back(UniformScores(0.5), Scores(shape), inputs, scores_like(3)),
-        back(UniformScores(0.5), Scores(plain), inputs, scores_like(3)),
+        back(rule_of(Scores(shape), Half, Identity()), Scores(shape), inputs, scores_like(3)),
+        back(rule_of(Scores(plain), Half, Identity()), Scores(plain), inputs, scores_like(3)),
         strict=True,
     ):
         assert (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
@@ -361,13 +372,13 @@ def test_half_scales_the_output_and_equals_quarters_at_the_factors() -> None:
         near(got, want / part)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rule", [PairProduct(), UniformScores(0.5), Scale(0.5)], ids=repr)
+@pytest.mark.parametrize("rule", [PairProduct(), CappedScoresRule(Half, Identity()), Scale(0.5)], ids=repr)
 def test_scores_broadcast_over_leading_dimensions(rule: Rule) -> None:
     if rule.on_output:
         near(rule.backward(Scores(geometry()), (), scores_like(1))[0], scores_like(1) / 2)  # type: ignore[arg-type]
         return
     run1, run2, many = queries_keys(2, 1), queries_keys(2, 2), normal(3, BATCH, HEADS, POS, POS, seed=7)
-    operation = Scores(geometry())
+    operation = Scores(geometry(cap=0.8 if isinstance(rule, CappedScoresRule) else None))
     kept = rule.keep(operation, run1, operation(*run1), Reference(run2, operation(*run2)))
     for i in (0, 1):
         each = torch.stack([rule.backward(operation, kept, g)[i] for g in many])  # type: ignore[misc]
@@ -397,4 +408,4 @@ def test_bf16_scores_are_treated_in_fp32() -> None:
 
 def test_rules_that_need_a_reference_say_so() -> None:
     assert all(r.needs_reference for r in (PairProduct(), PairSoftmax(), Rescale()))
-    assert not any(r.needs_reference for r in (Half, Constant, Identity(), SoftmaxTemperature(), UniformScores(), Rule()))
+    assert not any(r.needs_reference for r in (Half, ConstantOutput, ConstantFirstFactor(), Identity(), SoftmaxTemperature(), Rule()))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lens_relevance.inputs.metrics import LogProbs
-from lens_relevance.rules import AttentionGeometry, Mix, PairProduct, Reference, Scores
+from lens_relevance.rules import AttentionGeometry, CappedScoresRule, Mix, PairProduct, Reference, Rescale, Rule, Scores
 from tests.rules.dense import normal
 
 CLOSENESS = st.sampled_from([0.0, 1e-9, 1e-3, 1.0, 30.0])
@@ -33,7 +33,7 @@ def test_products_are_exact_whatever_they_meet(
         others = tuple(x + closeness * normal(*x.shape, seed=seed + 4 + i) for i, x in enumerate(inputs))
         y, y2 = op(*inputs), op(*others)
         g = normal(*y.shape, seed=seed + 8)
-        rule = PairProduct()
+        rule: Rule = PairProduct() if len(op.parts) == 1 else CappedScoresRule(PairProduct(), Rescale())
         coefficients = rule.backward(op, rule.keep(op, inputs, y, Reference(others, y2)), g)
         total = sum(((x - other) * c).sum() for x, other, c in zip(inputs, others, coefficients, strict=True) if c is not None)
         expected = ((y - y2) * g).sum()

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lens_relevance import LivenessError
-from lens_relevance.rules import ClampedGate, Expert, Experts, ExpertsRule, Gated, GatedActivation, Reference, Router
+from lens_relevance.rules import ClampedGate, Expert, Experts, ExpertsRule, GatedActivation, Reference, Router
+from lens_relevance.rules.experts import _Routed
+from tests.rules.test_activation import PRODUCTS, gated
 
 E, D, M, TOP = 5, 6, 4, 2
 # As Mixtral, Qwen3-MoE, DeepSeek-V3 and GPT-OSS route and gate.
@@ -15,6 +17,10 @@ KINDS = ("softmax", "over_all", "sigmoid_shared", "biased_clamped")
 ALPHA, LIMIT, SCALE = 1.7, 0.6, 2.5
 
 silu = torch.nn.functional.silu
+
+
+def experts_rule(activation: str, product: str, router: str) -> ExpertsRule:
+    return ExpertsRule(gated(activation, product), PRODUCTS[router])
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -105,16 +111,16 @@ def test_all_plain_is_the_gradient(kind: str) -> None:
     op, g = _operation(kind), _inputs(1)
     x = _inputs().requires_grad_(True)
     (expected,) = torch.autograd.grad(_dense(kind, op, x), x, g)
-    _close(_back(op, ExpertsRule(Gated("gradient", "gradient"), "gradient"), x.detach(), g), expected)
+    _close(_back(op, experts_rule("gradient", "gradient", "gradient"), x.detach(), g), expected)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "over_all", "sigmoid_shared"])
 def test_a_constant_router_and_gate_conserve(kind: str) -> None:
     op, x, g = _operation(kind), _inputs(), _inputs(1)
-    rule = ExpertsRule(Gated("identity", "constant"), "constant")
+    rule = experts_rule("identity", "constant", "constant")
     _close((x * _back(op, rule, x, g)).sum(-1), (op(x) * g).sum(-1))
     assert float(rule.sink(op, (x,), op(x), None, g).abs().max()) == 0
-    loose = _back(op, ExpertsRule(Gated("identity", "constant"), "gradient"), x, g)
+    loose = _back(op, experts_rule("identity", "constant", "gradient"), x, g)
     assert not torch.allclose((x * loose).sum(-1), (op(x) * g).sum(-1))  # the router takes a share of its own
 
 
@@ -122,16 +128,16 @@ def test_a_constant_router_and_gate_conserve(kind: str) -> None:
 def test_biases_are_all_that_a_clamped_gate_keeps(product: str) -> None:
     """y g = x c + what g finds at the biases of down, and at those of gate and up by way of the neurons' coefficients."""
     op, x, g = _operation("biased_clamped"), _inputs(), _inputs(1)
-    rule = ExpertsRule(Gated("identity", product), "constant")
+    rule = experts_rule("identity", product, "constant")
     kept = rule.keep(op, (x,), op(x), None)
     biases = torch.zeros(2 * 3, dtype=x.dtype)
     for e in range(E):
-        expert, (tokens, weight, _, to_gate, to_up) = op.expert(e), kept[2 + 5 * e : 7 + 5 * e]
+        expert, of = op.expert(e), _Routed(*kept[2 + 6 * e : 8 + 6 * e])
         assert expert.gate_bias is not None and expert.up_bias is not None and expert.down_bias is not None
-        here = g.flatten(0, 1)[tokens] * weight
+        here = g.flatten(0, 1)[of.tokens] * of.weight
         neurons = here @ expert.down
-        at_biases = here @ expert.down_bias + (neurons * to_gate) @ expert.gate_bias + (neurons * to_up) @ expert.up_bias
-        biases.index_add_(0, tokens, at_biases)
+        at_biases = here @ expert.down_bias + (neurons * of.to_gate) @ expert.gate_bias + (neurons * of.to_up) @ expert.up_bias
+        biases.index_add_(0, of.tokens, at_biases)
     (c,) = rule.backward(op, kept, g)
     assert c is not None
     _close((x * c).sum(-1) + biases.reshape(2, 3), (op(x) * g).sum(-1))
@@ -142,12 +148,12 @@ def test_biases_are_all_that_a_clamped_gate_keeps(product: str) -> None:
 def test_half_is_half_of_each_factor(kind: str) -> None:
     """Relevance of y splits evenly: one half to the experts, one half to the router weights; shared experts have no router."""
     op, x, g = _operation(kind), _inputs(), _inputs(1)
-    parts = {router: _back(op, ExpertsRule(Gated("identity", "half"), router), x, g) for router in ("half", "constant")}
+    parts = {router: _back(op, experts_rule("identity", "half", router), x, g) for router in ("half", "constant")}
     only_shared = torch.zeros_like(x)
     if op.shared is not None:
         alone = Experts(op.router, lambda e: Expert(*(0 * w for w in (op.expert(e).gate, op.expert(e).up, op.expert(e).down))), E, op.gated)
         alone.shared = op.shared
-        only_shared = _back(alone, ExpertsRule(Gated("identity", "half"), "constant"), x, g)
+        only_shared = _back(alone, experts_rule("identity", "half", "constant"), x, g)
     router_only = parts["half"] - only_shared - (parts["constant"] - only_shared) / 2
     leaf = x.clone().requires_grad_(True)
     tokens = leaf.flatten(0, 1)
@@ -160,7 +166,7 @@ def test_half_is_half_of_each_factor(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pair_form_is_exact_and_names_a_changed_choice(kind: str) -> None:
     op, x, g = _operation(kind), _inputs(), _inputs(1)
-    rule = ExpertsRule(Gated("rescale", "pair"), "pair")
+    rule = experts_rule("rescale", "pair", "pair")
     for other, alike in ((x + 1e-3 * _inputs(2), True), (_inputs(2), False)):
         sink = rule.sink(op, (x,), op(x), Reference((other,), op(other)), g)
         difference = ((_dense(kind, op, x) - _dense(kind, op, other)) * g).sum((1, 2))
@@ -171,13 +177,13 @@ def test_the_pair_form_is_exact_and_names_a_changed_choice(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pair_form_of_a_run_with_itself_is_the_gradient(kind: str) -> None:
     op, x, g = _operation(kind), _inputs(), _inputs(1)
-    plain = _back(op, ExpertsRule(Gated("gradient", "gradient"), "gradient"), x, g)
-    torch.testing.assert_close(_back(op, ExpertsRule(Gated("rescale", "pair"), "pair"), x, g, x.clone()), plain, rtol=1e-9, atol=1e-12)
+    plain = _back(op, experts_rule("gradient", "gradient", "gradient"), x, g)
+    torch.testing.assert_close(_back(op, experts_rule("rescale", "pair", "pair"), x, g, x.clone()), plain, rtol=1e-9, atol=1e-12)
 
 
 def test_upstream_may_carry_leading_dimensions() -> None:
     op, x = _operation("sigmoid_shared"), _inputs()
-    rule = ExpertsRule(Gated("identity", "half"), "half")
+    rule = experts_rule("identity", "half", "half")
     kept = rule.keep(op, (x,), op(x), None)
     many = torch.stack([_inputs(1), _inputs(2)])
     (together,) = rule.backward(op, kept, many)
@@ -190,7 +196,7 @@ def test_upstream_may_carry_leading_dimensions() -> None:
 
 def test_a_mixture_that_computes_something_else_is_refused() -> None:
     op, x = _operation("softmax"), _inputs()
-    rule = ExpertsRule(Gated("identity", "half"), "half")
+    rule = experts_rule("identity", "half", "half")
     rule.keep(op, (x,), op(x) * (1 + 1e-7), None)
     wrong = op(x)
     wrong[1, 2] += 1e-2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_relevance.rules import Constant, PairSoftmax, Reference, Rule, Softmax, SoftmaxTemperature
+from lens_relevance.rules import ConstantOutput, PairSoftmax, Reference, Rule, Softmax, SoftmaxTemperature
 from tests.rules.dense import near
 
 SINKS = torch.tensor([0.7, -1.3], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_the_account_names_what_the_sink_keeps() -> None:
     leaf = x.clone().requires_grad_(True)
     (expected,) = torch.autograd.grad(_by_hand(leaf), leaf, g)
     near(Rule().sink(op, (x,), op(x), None, g), (_by_hand(x) * g - x * expected).sum((1, 2, 3)))
-    near(Constant.sink(op, (x,), op(x), None, g), (_by_hand(x) * g).sum((1, 2, 3)))
+    near(ConstantOutput.sink(op, (x,), op(x), None, g), (_by_hand(x) * g).sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
