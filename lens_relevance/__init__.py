@@ -9,7 +9,7 @@ from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, Re
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.inputs.similarity import sentence_embeddings, similarity
 from lens_relevance.inputs.targets import Target, continuation, latent, log_prob, logit, logit_diff
-from lens_relevance.rules import Rule
+from lens_relevance.rules import ElementwiseRule, ProductRule, Rule, Scale
 from lens_relevance.ruleset_tables import register_ruleset, rulesets
 from lens_relevance.sites import AttentionFamily, ExpertsFamily, declare_sites, register_attention, register_experts
 
@@ -17,12 +17,15 @@ __all__ = [
     "AttentionFamily",
     "Coverage",
     "CoverageError",
+    "ElementwiseRule",
     "ExpertsFamily",
     "LivenessError",
     "NotKeptError",
+    "ProductRule",
     "RelevanceCache",
     "RelevanceError",
     "Rule",
+    "Scale",
     "Target",
     "TokenRelevance",
     "TokenSetsRelevance",

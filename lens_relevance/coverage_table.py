@@ -26,7 +26,7 @@ from lens_relevance.inputs.targets import logit, logit_diff
 from lens_relevance.rules import Scores
 from lens_relevance.rules.base import working
 from lens_relevance.rules.softmax import is_masked
-from lens_relevance.ruleset_tables import needs_reference, rule_for, ruleset, rulesets
+from lens_relevance.ruleset_tables import PLAIN, needs_reference, rule_for, ruleset, rulesets
 from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
 
 
@@ -78,7 +78,7 @@ def coverage(
         live |= set(cache.coefficients)
         worst = float((account["unexplained"].abs() / account["value"].abs().clip(lower=1e-6)).max())
         rows.append((name, worst < 1e-2, worst, "" if worst < 1e-2 else "the conservation account does not close"))
-    enabled = [site for site in body.sites if site.enabled()]
+    enabled = [site for site in body.sites if site.enabled(PLAIN)]
     off = _recomputed(model, body, enabled, inputs)
     sites = pd.DataFrame(
         {

@@ -88,7 +88,7 @@ def propagate(
         placed = _place(opened, body, table, strict)
         taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
         if audit:
-            taps.add(audited_points(body, [s for s in body.sites if s.enabled()]))
+            taps.add(audited_points(body, [site for site, rule in placed if site.enabled(rule)]))
         opened.start_at([body.points[name] for name in body.leaves], len(prompt.tokens) * n)
         blockwise = Blockwise(model, opened, body, taps, point=point, other=other) if recompute else None
         before = None
@@ -216,7 +216,7 @@ def _ledger(
     references = None if before is None else {**part.references, LOGITS: before.logits}
     return account(
         body,
-        [(site, rule) for site, rule in placed if site.enabled()],
+        [(site, rule) for site, rule in placed if site.enabled(rule)],
         {**{name: tensor.detach() for name, tensor in part.tensors.items()}, LOGITS: run.logits.detach()},
         references=references,
         coefficients={**part.coefficients, LOGITS: seed},

@@ -31,7 +31,7 @@ class PlacedRule:
     @property
     def active(self) -> bool:
         """A reference run is recorded for every form of a site: which one the run itself will use is not known yet."""
-        return self.session.recording or self.site.enabled()
+        return self.session.recording or self.site.enabled(self.rule)
 
     def reset(self) -> None:
         self.visit, self.captured, self.fired, self.node = None, {}, 0, None

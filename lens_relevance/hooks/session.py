@@ -146,7 +146,7 @@ class Session:
 
 def refuse_silent(placed: Sequence[PlacedRule]) -> None:
     """Raise LivenessError where a rule was placed on a site that did not fire."""
-    silent = [p.site for p in placed if p.fired == 0 and p.site.enabled()]
+    silent = [p.site for p in placed if p.fired == 0 and p.site.enabled(p.rule)]
     if silent:
         raise LivenessError(
             f"{len(silent)} site(s) never fired in this forward, so their rules did nothing: "

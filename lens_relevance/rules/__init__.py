@@ -16,6 +16,7 @@ from lens_relevance.rules.normalization import (
     NormWeight,
     PairLN,
     PairNorm,
+    passes_steps,
 )
 from lens_relevance.rules.product import ConstantFirstFactor, ConstantOutput, Half, PairProduct, Product, ProductRule, Scale
 from lens_relevance.rules.softmax import PairSoftmax, Softmax, SoftmaxRule, SoftmaxTemperature
@@ -67,6 +68,7 @@ __all__ = [
     "ZeroRule",
     "by_head",
     "cap_slope",
+    "passes_steps",
 ]
 
 

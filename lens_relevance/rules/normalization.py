@@ -5,7 +5,9 @@
 dy = w [mean(r1, r2) dc + mean(c1, c2) dr],  dr = -dv / (sqrt(v1 v2) (sqrt(v1) + sqrt(v2))),  dv = mean_features (c1 + c2) dc.
 `PairLN`: the same without the dr term, the LN-rule between two runs.
 
-The two-step form is used while something watches `hook_scale` or `hook_normalized`, so that it finds the right coefficient there.
+The two-step form is used while something watches `hook_scale` or `hook_normalized`, so that it finds the right coefficient there. A
+`NormRule` of your own is asked for all three steps (`NormScale`, `NormDivide`, and `Norm` for the whole); any other rule with `keep` and
+`backward` is asked for the whole alone.
 """
 
 from __future__ import annotations
@@ -53,13 +55,17 @@ class Norm(Operation):
 
 
 class NormScale(Operation):
-    """The first step of a norm: x -> its standard deviation."""
+    """The first step of a norm: x -> its standard deviation. What scales the gradient of a whole norm does so at the second step."""
 
     kind = "norm"
     column = "norm"
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
+
+    def compose(self, rules: Mapping[str, Rule]) -> Rule:
+        rule = super().compose(rules)
+        return Rule() if rule.on_output else rule
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.norm.scale(working(inputs[0]))
@@ -104,7 +110,12 @@ def _norm_of(op: Operation) -> Norm:
 
 
 class NormRule(Rule):
-    """Base of the rules for norms."""
+    """Base of the rules for norms that know them whole (`Norm`) and in steps (`NormScale`, `NormDivide`)."""
+
+
+def passes_steps(rule: Rule) -> bool:
+    """Whether a rule holds for a norm that is seen in steps; one that knows norms whole alone leaves no gradient inside them."""
+    return rule.is_plain or rule.on_output or isinstance(rule, NormRule)
 
 
 class LNRule(NormRule):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
-from lens_relevance.rules.base import Operation
+from lens_relevance.rules.base import Operation, Rule
 
 LOGITS = "logits"
 _BLOCK = re.compile(r"(?:^|\.)(blocks|encoder_blocks|decoder_blocks)\.(\d+)\.")
@@ -33,7 +33,7 @@ class Site:
     rebuilt: where a model computes the operation behind closed doors, the HookPoint at which it is recomputed: the first one from the
         site's output on that the model goes on with (see hooks/recomputation.py).
     n_layers: how many blocks the stack has that holds the site.
-    enabled: says whether the site stands in for its operation right now (a norm has two forms, see rules/normalization.py).
+    enabled: says whether the site stands in for its operation right now, under a rule (a norm has two forms, see rules/normalization.py).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Site:
     output: HookPoint | None
     caller: nn.Module | None = None
     on_call: Callable[[tuple[object, ...], dict[str, object]], None] | None = None
-    enabled: Callable[[], bool] = field(default=lambda: True)
+    enabled: Callable[[Rule], bool] = field(default=lambda rule: True)
     component: nn.Module | None = None
     rebuilt: HookPoint | None = None
     n_layers: int | None = None

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 
 from lens_relevance.errors import CoverageError
-from lens_relevance.rules import Norm, NormDivide, NormScale, NormWeight
+from lens_relevance.rules import Norm, NormDivide, NormScale, NormWeight, Rule, passes_steps
 from lens_relevance.sites.base import Site
 
 
@@ -30,11 +30,13 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
     if decorative_statistics(component):
         return [Site(name, mount, norm, (component.hook_in,), component.hook_out)]
 
-    def watched() -> bool:
-        """Whether hook_scale / hook_normalized are read, which is where the whole-norm rule would leave no gradient.
+    def in_steps(rule: Rule) -> bool:
+        """Whether hook_scale / hook_normalized are read, where the whole-norm rule would leave no gradient, and the rule knows the steps.
 
         Where the bridge runs HF's own norm, these points are a side branch; they join the graph only for backward hooks.
         """
+        if not passes_steps(rule):
+            return False
         inner = (component.hook_scale, component.hook_normalized)
         if any(p.bwd_hooks for p in inner):
             return True
@@ -42,10 +44,10 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
 
     x = component.hook_in
     return [
-        Site(name, mount, norm, (x,), component.hook_out, enabled=lambda: not watched()),
-        Site(f"{name}:scale", mount, NormScale(norm), (x,), component.hook_scale, enabled=watched),
-        Site(f"{name}:divide", mount, NormDivide(norm), (x, component.hook_scale), component.hook_normalized, enabled=watched),
-        Site(f"{name}:weight", mount, NormWeight(norm), (component.hook_normalized,), component.hook_out, enabled=watched),
+        Site(name, mount, norm, (x,), component.hook_out, enabled=lambda rule: not in_steps(rule)),
+        Site(f"{name}:scale", mount, NormScale(norm), (x,), component.hook_scale, enabled=in_steps),
+        Site(f"{name}:divide", mount, NormDivide(norm), (x, component.hook_scale), component.hook_normalized, enabled=in_steps),
+        Site(f"{name}:weight", mount, NormWeight(norm), (component.hook_normalized,), component.hook_out, enabled=in_steps),
     ]
 
 

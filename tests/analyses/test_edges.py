@@ -12,9 +12,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, Node, attribution_patch
 
 from analyses.edges import EdgeAttribution, attribute_edges
-from lens_relevance import CoverageError, RelevanceError, log_prob, logit_diff, propagate, random_tokens, rulesets
+from lens_relevance import CoverageError, RelevanceError, Rule, Scale, head_flow, log_prob, logit_diff, propagate, random_tokens, rulesets
+from lens_relevance.rules import ConstantFirstFactor, PairProduct
 from tests import models
 from tests.precision import no_upcasts
+from tests.rules.test_composition import Damped, Lopsided, LopsidedBetween, LopsidedLinear, OnlyFirst, Wave, WaveBetween
 from tests.wider_models import WIDER, build_wider
 
 FAMILIES: dict[str, Callable[..., TransformerBridge]] = {
@@ -49,6 +51,44 @@ def test_conserved_at_every_writer_and_reader(family: str) -> None:
             assert worst(attribute_edges(model, tokens, TARGET, rules, other)) < 1e-9, rules
         for rules in ("gradient", "attnlrp", "cp_lrp") if family in EVERY_RULESET else ("gradient",):
             assert worst(attribute_edges(model, tokens, TARGET, rules)) < 1e-9, rules
+
+
+OWN: dict[str, dict[str, Rule]] = {
+    "products": {"scores": Lopsided(), "z": LopsidedLinear(), "soft_cap": Wave()},
+    "products between two runs": {"scores": LopsidedBetween(), "z": PairProduct(), "soft_cap": WaveBetween()},
+    "one factor": {"scores": ConstantFirstFactor(), "z": OnlyFirst()},
+    "scales": {"norm": Scale(0.3), "scores": Scale(1e-6), "z": Scale(0.7), "pattern": Scale(0.2), "soft_cap": Scale(0.4)},
+}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "olmo2", "qwen3"])
+@pytest.mark.parametrize("name", OWN)
+def test_rules_of_ones_own_hold_inside_heads(family: str, name: str) -> None:
+    """What looks inside heads asks the rules of products for their factors, whoever wrote them."""
+    model, tokens, other = FAMILIES[family](dtype=torch.float64), models.random_tokens(), models.random_tokens(seed=1)
+    table = {**rulesets()["attnlrp"], **OWN[name]}
+    with no_upcasts():
+        assert worst(attribute_edges(model, tokens, TARGET, table, other)) < 1e-9
+        if "between" not in name:
+            assert worst(attribute_edges(model, tokens, TARGET, table)) < 1e-9
+        key = {"gpt2": "k.hook_out"}.get(family, "hook_rot_k")
+        cache = propagate(model, tokens, TARGET, rules=table, names_filter=f"blocks.1.attn.{key}", reference=other)
+        flow = head_flow(model, tokens, TARGET, rules=table, path="key", layers=[1], reference=other)
+    expected = cache[f"blocks.1.attn.{key}"].sum(-1)  # [batch, pos, kv_head]
+    found = flow[:, 0].sum(-2).unflatten(1, (expected.shape[-1], -1)).sum(2).mT
+    assert expected.abs().max() > 1e-9
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10 * float(expected.abs().max()))
+
+
+def test_a_rule_that_does_not_say_its_factors_is_refused_inside_heads() -> None:
+    """Where query heads share keys and values; where none do, no factor is asked for, and such a rule holds as it is."""
+    model, tokens = models.build_llama(dtype=torch.float64), models.random_tokens()
+    for key in ("scores", "z"):
+        with pytest.raises(CoverageError, match=f"blocks.0.attn:{key} needs a ProductRule .*Damped"):
+            attribute_edges(model, tokens, TARGET, {key: Damped()})
+        assert worst(attribute_edges(models.build_gpt2(dtype=torch.float64), tokens, TARGET, {key: Damped()})) < 1e-9
+    with pytest.raises(RelevanceError, match="blocks.1.attn:scores has Damped"):
+        head_flow(model, tokens, TARGET, rules={"scores": Damped()}, path="key", layers=[1])
 
 
 @pytest.mark.parametrize("family", WIDER)

@@ -8,15 +8,18 @@ a * (what stands for b) + b * (what stands for a) and a function written as x * 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, silu
 
-from lens_relevance import RelevanceCache, RelevanceError, propagate
+from lens_relevance import RelevanceCache, RelevanceError, logit_diff, propagate, rulesets
 from lens_relevance.rules import (
     ConstantFirstFactor,
     ElementwiseRule,
@@ -44,10 +47,12 @@ from lens_relevance.rules.base import Coefficients, Place, Tensors
 from lens_relevance.rules.softmax import logarithmic_mean
 from lens_relevance.sites import anatomy
 from tests.engine.families import TARGET, build, inputs_and_reference, unexplained
+from tests.precision import no_upcasts
 from tests.rules.dense import near, normal
 from tests.wider_models import build_wider
 
 TOKENS, OTHER = inputs_and_reference()
+MIXTURES = ("mixtral", "gpt_oss", "deepseek_v3")
 SCALES = (0.0, 1e-6, 0.3, 0.5, 1.0)
 
 
@@ -172,9 +177,10 @@ class Case:
     """One operation of a model under a table: what came out of the run, in both runs, and the surrogate's gradient to hold against it."""
 
     def __init__(self, model: Any, table: dict[str, Rule], output: str) -> None:
-        self.cache = propagate(model, TOKENS, TARGET, table, names_filter=lambda _: True, reference=OTHER, audit=True)
-        assert torch.equal(self.cache.logits, model(TOKENS))
-        assert unexplained(self.cache) < 1e-4
+        with no_upcasts():
+            self.cache = propagate(model, TOKENS, TARGET, rules=table, names_filter=lambda _: True, reference=OTHER, audit=True)
+            assert torch.equal(self.cache.logits, model(TOKENS))
+        assert unexplained(self.cache) < 1e-9
         self.upstream = self.cache.coefficients[output]
         self.leaves: dict[str, Tensor] = {}
 
@@ -194,8 +200,10 @@ class Case:
                 near(got, want.nan_to_num(0.0), tolerance)
 
 
-def gpt2() -> Any:
-    return build("gpt2")
+@cache
+def model_of(family: str) -> Any:
+    """A tiny random model in float64, built once: a run leaves it as it was."""
+    return build_wider(family) if family in MIXTURES else build(family)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -204,13 +212,13 @@ def gelu(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rule", ELEMENTWISE, ids=repr)
 def test_on_the_activation_of_a_plain_mlp(rule: Rule) -> None:
-    case = Case(gpt2(), {"activation": rule}, "blocks.1.mlp.out.hook_in")
+    case = Case(model_of("gpt2"), {"activation": rule}, "blocks.1.mlp.out.hook_in")
     case.check(passed(rule, gelu, case.at("blocks.1.mlp.in.hook_out")))
 
 
 @pytest.mark.parametrize("activation, gate", [*product(ELEMENTWISE, [Rule(), Lopsided()]), *product([Rule(), Wave()], PRODUCTS)], ids=repr)
 def test_on_a_gated_mlp(activation: Rule, gate: Rule) -> None:
-    case = Case(build("llama"), {"activation": activation, "gate": gate}, "blocks.1.mlp.out.hook_in")
+    case = Case(model_of("llama"), {"activation": activation, "gate": gate}, "blocks.1.mlp.out.hook_in")
     act = passed(activation, silu, case.at("blocks.1.mlp.gate.hook_out"))
     case.check(multiplied(gate, act, case.at("blocks.1.mlp.in.hook_out")))
 
@@ -276,15 +284,14 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize("table", MIXED, ids=lambda t: "-".join(repr(rule) for rule in t.values()))
 def test_on_experts_clamped_gates_and_routers(family: str, table: dict[str, Rule]) -> None:
-    model = build_wider(family)
+    model = model_of(family)
     case = Case(model, table, "blocks.1.mlp.hook_out")
     operation = next(s.operation for s in anatomy(model).sites if s.name == "blocks.1.mlp")
     assert isinstance(operation, Experts)
-    models_own = all(rule.is_plain for rule in table.values())  # which computes its router's softmax in float32
-    case.check(mixture(operation, case.at("blocks.1.mlp.hook_in"), table), 1e-6 if models_own else 1e-9)
+    case.check(mixture(operation, case.at("blocks.1.mlp.hook_in"), table))
 
 
 def dot(one: Tensor, two: Tensor) -> Tensor:
@@ -301,7 +308,7 @@ def test_on_scores_and_z(rule: Rule) -> None:
         ("scores", ("q.hook_out", "k.hook_out"), "hook_attn_scores", dot),
         ("z", ("hook_pattern", "v.hook_out"), "hook_z", weighted),
     ):
-        case = Case(gpt2(), {key: rule}, f"blocks.0.attn.{output}" if key == "scores" else "blocks.0.attn.o.hook_in")
+        case = Case(model_of("gpt2"), {key: rule}, f"blocks.0.attn.{output}" if key == "scores" else "blocks.0.attn.o.hook_in")
         a, b = (case.at(f"blocks.0.attn.{point}") for point in points)
         by_head = [tuple(x.transpose(1, 2) for x in pair) for pair in ((a, b) if key == "scores" else (b,))]
         first, second = (by_head[0], by_head[1]) if key == "scores" else (a, by_head[0])
@@ -312,13 +319,13 @@ def test_on_scores_and_z(rule: Rule) -> None:
 @pytest.mark.parametrize("scores, cap", [*product([Rule(), Lopsided(), Half], ELEMENTWISE), *product(PRODUCTS, [Rule(), Wave()])], ids=repr)
 def test_on_scores_with_a_soft_cap(scores: Rule, cap: Rule) -> None:
     """The soft-cap's rule sees scores in units of the cap."""
-    model = build("gemma2")
+    model = model_of("gemma2")
     case = Case(model, {"scores": scores, "soft_cap": cap}, "blocks.1.attn.hook_attn_scores")
     operation = next(s.operation for s in anatomy(model).sites if s.name == "blocks.1.attn:scores")
     assert isinstance(operation, Scores) and operation.geometry.soft_cap == 2.0
-    q, k = (case.at(f"blocks.1.attn.hook_rot_{x}") for x in "qk")
+    q, k = ([x.transpose(1, 2) for x in case.at(f"blocks.1.attn.hook_rot_{name}")] for name in "qk")
     wide = k[0].repeat_interleave(2, 1), k[1].repeat_interleave(2, 1)
-    raw = multiplied(scores, q, wide, dot)
+    raw = multiplied(scores, (q[0], q[1]), wide, dot)
     scaled = raw[0] * (operation.geometry.scale / 2), raw[1] * (operation.geometry.scale / 2)
     value = passed(cap, torch.tanh, scaled)
     case.check((value[0] * 2, value[1]))
@@ -326,8 +333,8 @@ def test_on_scores_with_a_soft_cap(scores: Rule, cap: Rule) -> None:
 
 @pytest.mark.parametrize("rule", ELEMENTWISE, ids=repr)
 def test_on_the_soft_cap_of_logits(rule: Rule) -> None:
-    model = build("gemma2")
-    cache = propagate(model, TOKENS, TARGET, {"soft_cap": rule}, names_filter="unembed.hook_out", reference=OTHER, audit=True)
+    model = model_of("gemma2")
+    cache = propagate(model, TOKENS, TARGET, rules={"soft_cap": rule}, names_filter="unembed.hook_out", reference=OTHER, audit=True)
     assert unexplained(cache) < 1e-4
     x, other = cache.activations["unembed.hook_out"], cache.reference_activations["unembed.hook_out"]
     seed = torch.zeros_like(x)
@@ -339,10 +346,10 @@ def test_on_the_soft_cap_of_logits(rule: Rule) -> None:
 
 
 SINGLE = [
-    ("norm", "gpt2", "blocks.1.ln1.hook_in", "blocks.1.ln1.hook_out", "blocks.1.ln1"),
-    ("norm", "llama", "blocks.1.ln2.hook_in", "blocks.1.ln2.hook_out", "blocks.1.ln2"),
+    ("norm@ln1", "gpt2", "blocks.1.ln1.hook_in", "blocks.1.ln1.hook_out", "blocks.1.ln1"),
+    ("norm@ln2", "llama", "blocks.1.ln2.hook_in", "blocks.1.ln2.hook_out", "blocks.1.ln2"),
     ("pattern", "gpt2", "blocks.1.attn.hook_attn_scores", "blocks.1.attn.hook_pattern", "blocks.1.attn:pattern"),
-    ("linear", "gpt2", "blocks.1.mlp.in.hook_in", "blocks.1.mlp.in.hook_out", "blocks.1.mlp.in"),
+    ("linear@in", "gpt2", "blocks.1.mlp.in.hook_in", "blocks.1.mlp.in.hook_out", "blocks.1.mlp.in"),
     ("activation", "gpt2", "blocks.1.mlp.in.hook_out", "blocks.1.mlp.out.hook_in", "blocks.1.mlp"),
 ]
 
@@ -351,14 +358,14 @@ SINGLE = [
 @pytest.mark.parametrize("key, family, hook_in, hook_out, name", SINGLE, ids=[f"{c[0]}-{c[1]}" for c in SINGLE])
 def test_on_an_operation_that_stands_alone(rule: Rule, key: str, family: str, hook_in: str, hook_out: str, name: str) -> None:
     """The gradient of the operation, from its own HookPoints, times what the rule says."""
-    model = build(family)
+    model = model_of(family)
     case = Case(model, {key: rule}, hook_out)
     operation = next(s.operation for s in anatomy(model).sites if s.name == name)
     x = case.at(hook_in)
     by = rule.factor if isinstance(rule, Scale) else float(x[0].detach().nan_to_num(0, 0, 0).mean().tanh())
     y = operation(x[0])
     (gradient,) = torch.autograd.grad(y, x[0], case.upstream, retain_graph=True)
-    case.check((y * by, x[1]), 1e-6 if family == "llama" else 1e-9)
+    case.check((y * by, x[1]))
     assert float(gradient.abs().max()) > 0
 
 
@@ -375,10 +382,10 @@ class Counted(Identity):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_a_rule_sees_where_it_sits(family: str) -> None:
-    model = build_wider(family) if family == "mixtral" else build(family)
+    model = model_of(family)
     kept = {}
     for name, rule in {"both": Identity(), "neither": Rule(), "second": Counted(1)}.items():
-        cache = propagate(model, TOKENS, TARGET, {"activation": rule, "gate": Half}, names_filter=lambda _: True, audit=True)
+        cache = propagate(model, TOKENS, TARGET, rules={"activation": rule, "gate": Half}, names_filter=lambda _: True, audit=True)
         assert unexplained(cache) < 1e-4
         kept[name] = cache.coefficients
     assert torch.equal(kept["second"]["blocks.1.mlp.hook_in"], kept["both"]["blocks.1.mlp.hook_in"])
@@ -389,7 +396,7 @@ def test_a_rule_sees_where_it_sits(family: str) -> None:
 # Rules that a step cannot take.
 
 REFUSED: dict[str, tuple[str, dict[str, Rule], list[str]]] = {
-    "keep and backward alone, as the activation of a gate": ("llama", {"activation": Damped()}, ["'activation'", "blocks.0.mlp", "`slope`"]),
+    "keep and backward alone, for the activation of a gate": ("llama", {"activation": Damped()}, ["'activation'", "blocks.0.mlp", "slope"]),
     "the same for the product": ("llama", {"gate": Damped()}, ["'gate'", "blocks.0.mlp", "`factors`"]),
     "the same at one place": ("llama", {"gate@mlp": Damped()}, ["'gate@mlp'", "blocks.0.mlp", "`factors`"]),
     "the same for a router": ("mixtral", {"router": Damped()}, ["'router'", "blocks.0.mlp", "`factors`"]),
@@ -410,9 +417,9 @@ REFUSED: dict[str, tuple[str, dict[str, Rule], list[str]]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_step_cannot_take_is_refused(what: str) -> None:
     family, table, words = REFUSED[what]
-    model = build_wider(family) if family == "mixtral" else build(family)
+    model = model_of(family)
     with pytest.raises(RelevanceError) as raised:
-        propagate(model, TOKENS, TARGET, table, reference=OTHER)
+        propagate(model, TOKENS, TARGET, rules=table, reference=OTHER)
     for word in words:
         assert word in str(raised.value), str(raised.value)
 
@@ -483,6 +490,23 @@ def test_what_a_cache_says_is_the_rules_doing() -> None:
     """The tables of this file change the result: no two rules of one's own give the same relevance."""
     seen: list[RelevanceCache] = []
     for rule in (Rule(), Wave(), Identity(), Scale(0.3), Scale(1e-6)):
-        cache = propagate(build("llama"), TOKENS, TARGET, {"activation": rule, "gate": Half})
+        cache = propagate(model_of("llama"), TOKENS, TARGET, rules={"activation": rule, "gate": Half})
         assert not any(torch.allclose(cache.tokens(), other.tokens()) for other in seen)
         seen.append(cache)
+
+
+def test_the_rule_of_the_notebook_holds_on_gates(stories: Any) -> None:
+    """OnlyFiring, as notebook 5 writes it down, on a trained gated model."""
+    notebook = nbformat.read(Path(__file__).parents[2] / "notebooks" / "5_your_own.ipynb", as_version=4)
+    source = next(cell.source for cell in notebook.cells if "class OnlyFiring" in cell.source).split("\n\n\nfiring")[0]
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    table = {**rulesets()["attnlrp"], "activation": namespace["OnlyFiring"]()}
+    prompt = "Once upon a time, there was a little girl named Lily. Lily was very happy because"
+    cache = propagate(stories, prompt, logit_diff("she", "he"), rules=table, names_filter=lambda _: True, audit=True)
+    assert unexplained(cache) < 1e-4
+    for layer in range(5):
+        gate, up = (cache.activations[f"blocks.{layer}.mlp.{name}.hook_out"] for name in ("gate", "in"))
+        upstream = cache.coefficients[f"blocks.{layer}.mlp.out.hook_in"]
+        assert 0.1 < float((gate > 0).float().mean()) < 0.9
+        near(cache.coefficients[f"blocks.{layer}.mlp.gate.hook_out"], torch.where(gate > 0, upstream * up / 2 * gate.sigmoid(), 0.0), 1e-5)
