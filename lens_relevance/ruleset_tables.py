@@ -143,7 +143,7 @@ def rule_for(table: Table, site: Site) -> Rule:
     rules = {}
     for part in site.operation.parts:
         key = next((k for k in (f"{part}@{site.mount}", part) if k in table), part)
-        rules[part] = table.get(key, PLAIN).at(site)
+        rules[part] = _at(table.get(key, PLAIN), site)
         _check_kind(rules[part], part, key)
         if len(site.operation.parts) > 1 and not (rules[part].is_plain or isinstance(rules[part], PARTS[part])):
             raise RelevanceError(
@@ -151,6 +151,14 @@ def rule_for(table: Table, site: Site) -> Rule:
                 f"{', '.join(site.operation.parts)} there. It takes {_in_words(PARTS[part])}"
             )
     return site.operation.compose(rules)
+
+
+def _at(rule: Rule, site: Site) -> Rule:
+    """The rule for a site, which may not be the first to ask for a reference run."""
+    here = rule.at(site)
+    if here.needs_reference and not rule.needs_reference:
+        raise RelevanceError(f"{rule!r} gives {site.name} {here!r}, which compares two runs; it has to say needs_reference itself")
+    return here
 
 
 def _check_kind(rule: Rule, part: str, key: str) -> None:

@@ -393,6 +393,15 @@ def test_a_rule_sees_where_it_sits(family: str) -> None:
     assert not torch.equal(kept["second"]["blocks.0.mlp.hook_in"], kept["both"]["blocks.0.mlp.hook_in"])
 
 
+def test_a_rule_for_some_layers_says_that_it_compares_two_runs() -> None:
+    class Late(Rule):
+        def at(self, place: Place) -> Rule:
+            return Rescale() if place.layer == 1 else Rule()
+
+    with pytest.raises(RelevanceError, match="gives blocks.1.mlp Rescale.*needs_reference"):
+        propagate(model_of("gpt2"), TOKENS, TARGET, rules={"activation": Late()})
+
+
 # Rules that a step cannot take.
 
 REFUSED: dict[str, tuple[str, dict[str, Rule], list[str]]] = {
