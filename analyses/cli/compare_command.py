@@ -45,23 +45,22 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Hold every method against activation patching, and write the table as a page."""
+    from analyses.components import resolve_direction
     from analyses.datasets.processes import processes
     from analyses.evaluation.comparison import METHODS
     from analyses.evaluation.comparison import compare as compare_methods
     from analyses.models.loading import load_model
-    from analyses.report.comparison_page import best_methods, comparison_page, correlation_table
+    from analyses.report.comparison_page import UNDEFINED, best_methods, comparison_page, correlation_table
     from analyses.report.terminal import frame_table
-    from lens_relevance import RelevanceError
     from lens_relevance.inputs.targets import describe
 
-    if direction not in ("denoising", "noising", "mean"):
-        raise RelevanceError(f"direction is denoising, noising or mean, not {direction!r}")
+    yardstick = resolve_direction(direction)
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
     here = processes()
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
     wanted = [name.strip() for name in components.split(",")]
-    found = compare_methods(loaded, question.pairs, chosen, wanted, direction, checkpoint=checkpoint)  # type: ignore[arg-type]
+    found = compare_methods(loaded, question.pairs, chosen, wanted, yardstick, checkpoint=checkpoint)
     if here.index:
         return  # every process has the result; the first one speaks
     if out.suffix == ".csv":
@@ -73,4 +72,6 @@ def compare(
         frame_table(correlation_table(found.table, brief=True), f"Pearson with activation patching ({direction}), {question.words}")
     )
     console.print(frame_table(best_methods(found.table), "Best"))
+    if found.table["pearson"].isna().any():
+        console.print(UNDEFINED, markup=False, highlight=False)
     console.print(f"patching itself: {found.patching_seconds:.1f} s; all figures: {out}", markup=False, highlight=False)

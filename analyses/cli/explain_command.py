@@ -57,9 +57,11 @@ def explain(
     if method is None:
         show(find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules), Console())
         return
+    from analyses.models.structure import check_answers_text
     from analyses.report.token_explanation import explain_tokens, reads_two_sets, target_of
     from lens_relevance import RelevanceError
 
+    check_answers_text(loaded)
     if against is not None:
         raise RelevanceError("--method explains one run; leave out --against, or leave out --method to compare two")
     asked: Any = prompt

@@ -75,10 +75,13 @@ def asked_question(
     seed: int,
 ) -> Question:
     """What the options ask."""
+    from analyses.models.structure import check_answers_text, n_layers
     from analyses.report import from_pairs, from_prompt, from_task
     from analyses.tasks import PromptPairs
     from lens_relevance import RelevanceError
 
+    check_answers_text(model)
+    n_layers(model)
     if sum(given is not None for given in (prompt, task, pairs)) > 1:
         raise RelevanceError("give one of --prompt, --task and --pairs")
     if prompt is None:

@@ -47,10 +47,12 @@ def report(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML page: words, layers and heads by relevance, beside activation patching, with the account. It opens offline."""
+    from analyses.evaluation.agreement import correlation_in_words
     from analyses.models.loading import load_model
     from analyses.report import find, report_page
 
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     found = find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules, with_graph=True)
     report_page(found, typed_command()).save(out)
-    typer.echo(f"{out}: {found.target}, {found.n_pairs} pair(s), heads agree with activation patching to Pearson {found.pearson:.3f}")
+    pearson = correlation_in_words(found.pearson)
+    typer.echo(f"{out}: {found.target}, {found.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")

@@ -115,6 +115,8 @@ def passes(
     flows: bool = False,
 ) -> Iterator[tuple[RelevanceCache, Constants]]:
     """One backward pass per reference run, with everything kept that edges need; `flows`: also what flows inside heads and MLPs need."""
+    if flows and all(site.name != "unembed" for site in found.body.sites):
+        raise CoverageError("flows end at the logits of tokens (unembed), and this model has none: it gives classes or a hidden state")
     wanted = set(points(found, flows))
     tokens, mask = tokenize(model, inputs, attention_mask)
     references = [reference]

@@ -155,7 +155,7 @@ def wiring(model: Any) -> Wiring:
     if body.uncovered:
         raise CoverageError(f"edges need every component to have a site: {next(iter(body.uncovered.values()))}")
     if body.n_layers == 0:
-        raise CoverageError("edges need a model with one stack of blocks (model.blocks)")
+        raise CoverageError("edges need a model with one stack of blocks (model.blocks); encoder-decoder models have two")
     sites = {site.name: site for site in body.sites}
     positions = next((leaf for leaf in body.leaves[1:] if leaf.startswith("pos")), None)
     layers = [_layer(i, block, sites) for i, block in enumerate(model.blocks)]

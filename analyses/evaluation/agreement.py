@@ -61,6 +61,11 @@ def intervals(estimates: Array, effects: Array, resamples: int, seed: int = 0) -
     }
 
 
+def correlation_in_words(value: float) -> str:
+    """A correlation for tables and text: three decimals, or that it is undefined."""
+    return "undefined" if np.isnan(value) else f"{value:.3f}"
+
+
 def mean_over_pairs(scores: Array) -> Array:
     """[component, pair] -> [component], over the pairs that have the component; NaN where none has."""
     return _weighted(scores, np.ones((1, scores.shape[1])))[0]

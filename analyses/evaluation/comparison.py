@@ -17,6 +17,7 @@ from analyses.datasets.batches import rows_together
 from analyses.datasets.streaming import Stream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
 from analyses.methods import Estimator, estimator
+from analyses.models.structure import n_layers
 from analyses.patching import activation_patching
 from analyses.patching.checks import check_gap
 from analyses.tasks import PromptPairs
@@ -164,7 +165,7 @@ def compare(
     )
     table["method"] = pd.Categorical(table["method"], categories=list(best), ordered=True)
     table = table.sort_values("method", kind="stable").astype({"method": str}).reset_index(drop=True)
-    return Comparison(table, _scores(effects, columns, components, chosen, len(model.blocks)), patching_seconds, len(pairs), direction)
+    return Comparison(table, _scores(effects, columns, components, chosen, n_layers(model)), patching_seconds, len(pairs), direction)
 
 
 def _estimate(model: Any, method: Estimator, components: Sequence[str], run: Run) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from analyses.components import Run, resolve_component, resolve_run
 from analyses.datasets.streaming import Stream
 from analyses.evaluation.ranking_check import Replacement, ablate_top
 from analyses.methods import Estimator, estimator
+from analyses.models.structure import d_mlp, n_heads, n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 
@@ -53,8 +54,7 @@ def rank_heads(
     """
     if resolve_component(component).index != "head":
         raise RelevanceError(f"rank_heads ranks heads, q, k or v, not {component!r}")
-    n_heads = int(model.cfg.n_heads)
-    top_k = top_k if top_k is not None else max(3, len(model.blocks) * n_heads // 10)
+    top_k = top_k if top_k is not None else max(3, n_layers(model) * n_heads(model) // 10)
     size = batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1])
     return _rank(model, pairs, estimator(method), run, component, top_k, size, ablate, checkpoint)
 
@@ -73,7 +73,7 @@ def rank_neurons(
 
     Batches are made small enough that the activations of all layers, [batch, pos, d_mlp] each, fit; `top_k` is 10 by default.
     """
-    width = pairs.clean.shape[1] * int(model.cfg.d_mlp) * len(model.blocks)
+    width = pairs.clean.shape[1] * d_mlp(model) * n_layers(model)
     fitting = max(1, min(_TOKENS_PER_PASS // pairs.clean.shape[1], _FLOATS_PER_PASS // width))
     size = batch_size if batch_size is not None else fitting
     return _rank(model, pairs, estimator(method), run, "neurons", 10 if top_k is None else top_k, size, ablate, checkpoint)

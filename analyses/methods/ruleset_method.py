@@ -76,10 +76,10 @@ def _warn_if_incomplete(cache: RelevanceCache, first: str) -> None:
     """
     assert cache.reference_value is not None
     gaps, relevance = (cache.value - cache.reference_value).double(), cache[first].double().flatten(1)
-    if len(gaps) > 1 and bool((gaps == gaps[0]).all()):  # one number for all rows
-        gaps, relevance = gaps[:1], relevance.reshape(1, -1)
-    error, gap = float((relevance.sum(1).to(gaps) - gaps).abs().mean()), float(gaps.abs().mean())
-    precision = torch.finfo(cache.activations[cache.canonical(first)].dtype).eps
+    errors, gap = [float((relevance.sum(1).to(gaps) - gaps).abs().mean())], float(gaps.abs().mean())
+    if bool((gaps == gaps[0]).all()):  # of one number for all rows, the rows together give it
+        errors.append(float((relevance.sum().to(gaps) - gaps[0]).abs()))
+    error, precision = min(errors), torch.finfo(cache.activations[cache.canonical(first)].dtype).eps
     if error > max(_COMPLETENESS, 16 * precision) * gap and error > 100 * precision * float(relevance.abs().sum(1).mean()):
         warnings.warn(
             f"deeplift's relevance misses the difference of the target between the two runs ({gap:.3g} on average) by {error:.3g}, which "

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.batches import rows_together
 from analyses.datasets.progress import progress_bar
 from analyses.patching.plan import TOKENS_PER_PASS
+from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.targets import as_target
 
@@ -42,7 +43,7 @@ def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, batch_size: int
     n, n_pos = pairs.clean.shape
     target = as_target(pairs.target if metric is None else metric).made_for(n)
     if target.point is not None:
-        raise ValueError(f"the target is a latent at {target.point}; patching reads the logits: give a target of logits as `metric`")
+        raise RelevanceError(f"the target is a latent at {target.point}; patching reads the logits: give a target of logits as `metric`")
     masks = [torch.ones_like(pairs.clean) if mask is None else mask for mask in (pairs.clean_mask, pairs.corrupt_mask)]
     size = rows_together(model, target, pairs.clean, masks[0], batch_size or max(1, TOKENS_PER_PASS // n_pos))
     for start in range(0, n, size):

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lens_relevance.errors import RelevanceError
+
 Metric = Callable[[Tensor], Tensor]
 
 FEW = 8
@@ -47,12 +49,14 @@ class Readout:
 def evaluate(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n_or_1"]:
     """The metric of one run: one value per row, or one in all if the metric returns a scalar.
 
-    Raises ValueError if it returns anything else.
+    Raises RelevanceError if it returns anything else.
     """
     value = metric(logits)
     if not isinstance(value, Tensor) or value.shape not in ((), (1,), (len(logits),)):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"a metric maps logits [batch, pos, d_vocab] to [batch] or a scalar; for batch {len(logits)} it returned {got}")
+        raise RelevanceError(
+            f"a metric maps logits [batch, pos, d_vocab] to [batch] or a scalar; for batch {len(logits)} it returned {got}"
+        )
     value = value.detach().reshape(-1)
     return value if value.is_floating_point() else value.to(torch.float32)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS, Component, Node, find_node, resolve_component
+from analyses.models.structure import n_layers
 from lens_relevance.errors import OutOfRangeError, RelevanceError
 
 Selection = str | Component | Node | Sequence[str | Component | Node]
@@ -33,20 +34,18 @@ def layers_of(model: TransformerBridge, selection: Selection) -> list[tuple[str,
         RelevanceError: a component that does not exist or that this model lacks, or nothing at all.
         OutOfRangeError: a layer that the model lacks.
     """
-    if not hasattr(model, "blocks"):
-        raise RelevanceError("patching needs a model with one stack of blocks (model.blocks); encoder-decoder models have two")
-    n_layers = len(model.blocks)
+    count = n_layers(model)
     wanted: dict[tuple[str, int], None] = {}
     for item in as_list(selection):
         if isinstance(item, Component):
             if item.name == "neurons":
                 raise RelevanceError("single neurons are patched as a chosen set: pass 'L0N5' or Node('neurons', 0, neuron=5) for each")
-            wanted |= {(item.name, layer): None for layer in range(n_layers)}
+            wanted |= {(item.name, layer): None for layer in range(count)}
             continue
         if item.component not in COMPONENTS:
             raise RelevanceError(f"{item} cannot be patched; nodes of {', '.join(COMPONENTS)} can")
-        if not 0 <= item.layer < n_layers:
-            raise OutOfRangeError(f"{item}: there is no layer {item.layer}, the model has {n_layers} layers (0 to {n_layers - 1})")
+        if not 0 <= item.layer < count:
+            raise OutOfRangeError(f"{item}: there is no layer {item.layer}, the model has {count} layers (0 to {count - 1})")
         wanted[item.component, item.layer] = None
     if not wanted:
         raise RelevanceError(f"nothing to patch: name components among {', '.join(COMPONENTS)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses.components import COMPONENTS, Node
+from analyses.evaluation.agreement import correlation_in_words
 from analyses.evaluation.comparison import Comparison
 from analyses.views import Page, View, scatter_view
 from analyses.views.heads import head_heat_map
@@ -13,11 +14,12 @@ from analyses.views.heatmap import heat_map_view, largest_limit
 _WORDS = {component.name: component.label for component in COMPONENTS.values()}
 _YARDSTICKS = {"mean": "mean of denoising and noising", "denoising": "denoising", "noising": "noising"}
 _SHOWN_MAPS = 6
+UNDEFINED = "A correlation is undefined where there is a single component, or where one side gives all of them the same number."
 
 
 def correlation_table(table: pd.DataFrame, brief: bool = False) -> pd.DataFrame:
     """Pearson and cost per method: what people want to know first. `brief`: no intervals and short names, for a terminal."""
-    cells = table.assign(cell=[f"{r:.3f}" for r in table["pearson"]])
+    cells = table.assign(cell=[correlation_in_words(r) for r in table["pearson"]])
     if not brief:
         cells["cell"] += "\u00a0" + _intervals(table)
     wide = cells.pivot(index="method", columns="component", values="cell").reindex(list(dict.fromkeys(table["method"]))).fillna("–")
@@ -29,7 +31,8 @@ def correlation_table(table: pd.DataFrame, brief: bool = False) -> pd.DataFrame:
 
 def best_methods(table: pd.DataFrame) -> pd.DataFrame:
     """The best method of each component, by Pearson."""
-    best = table.loc[table.groupby("component", sort=False)["pearson"].idxmax()]
+    best = table[table["pearson"].notna()]
+    best = best.loc[best.groupby("component", sort=False)["pearson"].idxmax()]
     named = best[["component", "method", "pearson"]].assign(component=best["component"].map(_WORDS))
     return named.assign(**{"95 % interval": _intervals(best)}).reset_index(drop=True)
 
@@ -60,8 +63,13 @@ def comparison_page(found: Comparison, model: str, target: str, words: str, comm
         page.prose("All on one scale: a method that is right about the ranking but wrong about the size looks paler or darker.")
         page.view(heads_view(found))
     page.heading("Component by component")
+    best_by_component = best_methods(found.table).set_index("component")["method"]
+    if found.table["pearson"].isna().any():
+        page.prose(UNDEFINED)
     for component in dict.fromkeys(found.table["component"]):
-        best = best_methods(found.table).set_index("component").loc[_WORDS[component], "method"]
+        if _WORDS[component] not in best_by_component:
+            continue
+        best = best_by_component[_WORDS[component]]
         page.view(
             _scatter(found, component, str(best)),
             f"One point per layer and {COMPONENTS[component].index}; on the dashed line both say the same.",

@@ -17,6 +17,7 @@ from analyses.components import Node
 from analyses.datasets.progress import watched
 from analyses.evaluation.ranking import rank_heads
 from analyses.graph import FlowGraph, flow_graph
+from analyses.models.structure import n_heads, n_layers
 from analyses.patching import activation_patching
 from analyses.report.circuit import CircuitCheck, check_circuits
 from analyses.report.question import N_REFERENCES, Question, answer_text, token_text
@@ -122,7 +123,7 @@ def find(model: Any, question: Question, rules: str | None = None, with_graph: b
             graph = _or_reason(missing, "graph", lambda: _graph(model, question, rules, pair_rules))
         with _timed(seconds, "circuits"):
             circuit = _or_reason(missing, "circuit", lambda: check_circuits(model, question.pairs, rules))
-    top_k = max(3, len(model.blocks) * int(model.cfg.n_heads) // 10)
+    top_k = max(3, n_layers(model) * n_heads(model) // 10)
     with _timed(seconds, "ranking by relevance"):
         ranking = rank_heads(model, question.pairs, rules, top_k=top_k)
     with _timed(seconds, "activation patching"):

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 
+from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.circuit_section import circuit_section
 from analyses.report.findings import Findings
 from analyses.report.summary import (
@@ -105,14 +106,20 @@ def _heads(page: Page, found: Findings) -> None:
     page.prose(
         f"Relevance gives all {len(found.heads)} heads a number after one backward pass. **Activation patching** measures them the slow "
         f"way: swap one head's output between {swapped}, run the model again, and see how far the number moves, in both directions. "
-        f"Over {pairs_in_words(found, found.n_pairs)} the two agree with a Pearson correlation of **{found.pearson:.3f}** (Spearman "
-        f"{found.spearman:.3f}; 1 would be perfect)."
+        + (
+            f"Over {pairs_in_words(found, found.n_pairs)} the two agree with a Pearson correlation of "
+            f"**{correlation_in_words(found.pearson)}** (Spearman {correlation_in_words(found.spearman)}; 1 would be perfect)."
+            if len(found.heads) > 1
+            else "This model has one head, so there is nothing to correlate."
+        )
     )
     page.table(head_table(found), _heads_caption(found), bars=["relevance", "patching"])
     page.view(
         head_comparison_view(_grid(found, "relevance"), _grid(found, "patching"), title="All heads, layer by layer"),
         "Where the third map is pale, the two agree.",
     )
+    if len(found.heads) < 2:
+        return
     page.view(
         scatter_view(
             found.heads[["head", "patching", "relevance"]], "patching", "relevance", "head", "Each head: relevance against patching"
@@ -161,7 +168,12 @@ def _flows(page: Page, found: Findings) -> None:
     flow = np.stack(
         [found.flow[layer, index].double().cpu().numpy() for layer, index in zip(ranked["layer"], ranked["index"], strict=True)]
     )
-    page.view(head_flow_view(found.tokens, flow, names=list(ranked["head"]), top=8, title="Relevance flow of the heads that count most"))
+    causal = not bool(found.flow.triu(1).any())  # heads of encoders look ahead
+    page.view(
+        head_flow_view(
+            found.tokens, flow, names=list(ranked["head"]), top=8, causal=causal, title="Relevance flow of the heads that count most"
+        )
+    )
 
 
 def _graph(page: Page, found: Findings) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from analyses.models.structure import check_answers_text, check_answers_words
 from analyses.tasks import TASKS, PromptPairs
 from analyses.tasks.prompts import check_rows
 from lens_relevance import RelevanceError, logit, logit_diff, random_tokens
@@ -65,6 +66,7 @@ def from_task(model: Any, task: str | None = None, n: int = 32, seed: int = 0) -
 
     Raises RelevanceError for an unknown task, and for one that does not fit the model.
     """
+    check_answers_words(model)
     if task is not None:
         if task not in TASKS:
             raise RelevanceError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
@@ -94,6 +96,7 @@ def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str |
 
     Raises RelevanceError for a prompt and a counterpart of different length, and for answers that are not one token.
     """
+    check_answers_text(model)
     tokens, mask = tokenize(model, prompt)
     target = _target(model, prompt, tokens, mask, answer, wrong)
     if against is not None:

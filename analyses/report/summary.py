@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.findings import Findings
 from analyses.views import Page
 
@@ -42,6 +43,11 @@ def pairs_in_words(found: Findings, n: int) -> str:
     if found.question.baseline:
         return f"{n} rows of random words"
     return f"{n} pairs" if n > 1 else "this pair"
+
+
+def heads_in_words(found: Findings) -> str:
+    """How many heads there are."""
+    return f"{len(found.heads)} heads" if len(found.heads) > 1 else "one head, which has nothing to correlate with"
 
 
 def model_name(found: Findings) -> str:
@@ -142,8 +148,8 @@ def in_short(page: Page, found: Findings) -> None:
         "The heads that count most": _heads(found),
     }
     tiles["Does the slow test agree?"] = (
-        f"r = {found.pearson:.3f}".replace("-", "−"),
-        f"correlation with activation patching over {len(found.heads)} heads; 1 would be perfect",
+        f"r = {correlation_in_words(found.pearson)}".replace("-", "−"),
+        f"correlation with activation patching over {heads_in_words(found)}; 1 would be perfect",
     )
     if found.circuit is not None:
         enough, method = found.circuit.enough, found.rules

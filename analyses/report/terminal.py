@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.findings import Findings
 from analyses.report.page import account_sinks, head_table
 from analyses.report.summary import number, predictions_in_words, unexplained
@@ -61,7 +62,8 @@ def _style(share: float) -> str:
 
 
 def _heads(found: Findings) -> Group:
-    title = f"Heads: relevance ({found.rules}) beside activation patching, Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}"
+    pearson, spearman = correlation_in_words(found.pearson), correlation_in_words(found.spearman)
+    title = f"Heads: relevance ({found.rules}) beside activation patching, Pearson {pearson}, Spearman {spearman}"
     return frame_table(head_table(found), title)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import prompts, storage
-from lens_relevance.errors import RelevanceError
+from lens_relevance.errors import OutOfRangeError, RelevanceError
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.targets import Target, TokenTarget, as_target, logit_diff
 from lens_relevance.inputs.token_ids import token_ids
@@ -63,7 +63,7 @@ class PromptPairs:
         ids = torch.arange(len(self))
         if isinstance(rows, int):
             if not -len(self) <= rows < len(self):
-                raise IndexError(f"row {rows} of {len(self)} pairs")
+                raise OutOfRangeError(f"there is no row {rows}, these are {len(self)} pairs")
             ids = ids[rows].reshape(1)
         else:
             chosen = rows if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")

@@ -16,6 +16,7 @@ from analyses.views.page import View
 from analyses.views.palette import NEGATIVE, POSITIVE, SIGNED, add_scale, limit_of, new_figure
 from analyses.views.scripts import CIRCUITSVIS
 from analyses.views.tokens import inert
+from lens_relevance.errors import RelevanceError
 
 # Thumbnails in the static picture; the interactive one holds all that were asked for.
 _STATIC_HEADS = 8
@@ -40,19 +41,19 @@ def head_flow_view(
         causal: whether a query cannot see later keys; flow from there is then an error.
 
     Raises:
-        ValueError: shapes that do not fit together, or a value that is not finite.
+        RelevanceError: shapes that do not fit together, or a value that is not finite.
     """
     values = as_array(flow, "flow")
     if values.ndim == 4:
         names = names or [str(Node("heads", layer, head=head)) for layer in range(values.shape[0]) for head in range(values.shape[1])]
         values = values.reshape(-1, *values.shape[2:])
     if values.ndim != 3 or values.shape[1] != values.shape[2]:
-        raise ValueError(f"flow has the shape {values.shape}; give [layer, head, query, key] or [head, query, key] of one example")
+        raise RelevanceError(f"flow has the shape {values.shape}; give [layer, head, query, key] or [head, query, key] of one example")
     tokens = check_tokens(tokens, values.shape[-1], "flow")
     if names is None or len(names) != len(values):
-        raise ValueError(f"flow holds {len(values)} heads: give one name for each (names)")
+        raise RelevanceError(f"flow holds {len(values)} heads: give one name for each (names)")
     if causal and np.abs(np.triu(values, k=1)).max(initial=0.0) > 0:
-        raise ValueError("flow has relevance from later keys to earlier queries, which a causal model cannot have: pass causal=False")
+        raise RelevanceError("flow has relevance from later keys to earlier queries, which a causal model cannot have: pass causal=False")
     scores = values.sum(axis=(1, 2))
     order = np.argsort(-np.abs(scores), kind="stable")[:top]
     labels = [f"{names[i]} {format_number(scores[i], digits=2)}" for i in order]
@@ -82,7 +83,7 @@ def head_heatmap_view(scores: Float[Tensor | np.ndarray, "layer head"], title: s
 def head_heat_map(scores: np.ndarray, title: str, limit: float | None = None) -> HeatMap:
     """`scores [layer, head]` with the heads' names in TransformerLens's notation."""
     if scores.ndim != 2:
-        raise ValueError(f"scores has the shape {scores.shape}; give [layer, head], summed over positions and averaged over examples")
+        raise RelevanceError(f"scores has the shape {scores.shape}; give [layer, head], summed over positions and averaged over examples")
     layers, heads = scores.shape
     names = [[str(Node("heads", layer, head=head)) for head in range(heads)] for layer in range(layers)]
     rows, columns = [str(layer) for layer in range(layers)], [str(head) for head in range(heads)]

@@ -12,6 +12,7 @@ from analyses.views.heatmap import HeatMap, heat_map_view
 from analyses.views.markup import as_array, check_tokens, show_token
 from analyses.views.page import View
 from analyses.views.palette import limit_of
+from lens_relevance.errors import RelevanceError
 
 
 def layer_view(
@@ -29,15 +30,15 @@ def layer_view(
         labels: names of the rows, bottom first; by default `embed`, `0` to `n_layers - 1` (after that layer).
 
     Raises:
-        ValueError: shapes that do not fit together, or a value that is not finite.
+        RelevanceError: shapes that do not fit together, or a value that is not finite.
     """
     values = as_array(residual, "residual")
     if values.ndim != 2:
-        raise ValueError(f"residual has the shape {values.shape}; give [pos, layer + 1] of one example")
+        raise RelevanceError(f"residual has the shape {values.shape}; give [pos, layer + 1] of one example")
     tokens = check_tokens(tokens, len(values), "residual")
     rows = list(labels) if labels is not None else ["embed", *map(str, range(values.shape[1] - 1))]
     if len(rows) != values.shape[1]:
-        raise ValueError(f"residual has {values.shape[1]} layers but there are {len(rows)} labels")
+        raise RelevanceError(f"residual has {values.shape[1]} layers but there are {len(rows)} labels")
     where = ["embeddings" if row == "embed" else f"after layer {row}" if labels is None else row for row in rows]
     names = [[f"“{token}” ({position}), {place}" for position, token in enumerate(tokens)] for place in reversed(where)]
     columns = [show_token(token) for token in tokens]

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from lens_relevance.errors import RelevanceError
+
 # In a script these could end it, open a comment, or break a line inside a string literal (JSON allows U+2028, older JavaScript does not).
 _SCRIPT_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _WHITESPACE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
@@ -27,7 +29,7 @@ def escape(text: object) -> str:
 def script_json(value: Any) -> str:
     """JSON that is safe inside a `<script>`: no character of it can end the script or be read as markup.
 
-    Raises ValueError where a number is not finite, since JSON has no such numbers.
+    Raises RelevanceError where a number is not finite, since JSON has no such numbers.
     """
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True, default=_plain)
     return re.sub("[<>&\u2028\u2029]", lambda match: _SCRIPT_ESCAPES[match.group()], text)
@@ -38,7 +40,7 @@ def _plain(value: Any) -> Any:
         return value.detach().cpu().tolist()
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be shown on a page: give text, numbers, lists, dicts, arrays or tensors")
+    raise RelevanceError(f"{type(value).__name__} cannot be shown on a page: give text, numbers, lists, dicts, arrays or tensors")
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
@@ -48,16 +50,16 @@ def as_array(values: Any, name: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
-        raise ValueError(f"{name} holds {bad} values that are not finite, which a picture would hide; look for the cause first")
+        raise RelevanceError(f"{name} holds {bad} values that are not finite, which a picture would hide; look for the cause first")
     return array
 
 
 def check_tokens(tokens: Sequence[str], count: int, name: str) -> list[str]:
     """The tokens as a list; ValueError where `name` does not have one position per token."""
     if isinstance(tokens, str):
-        raise ValueError("tokens is one string; give a list with one string per position, e.g. model.to_str_tokens(prompt)")
+        raise RelevanceError("tokens is one string; give a list with one string per position, e.g. model.to_str_tokens(prompt)")
     if len(tokens) != count:
-        raise ValueError(f"{name} has {count} positions but there are {len(tokens)} tokens; give one example's tokens, with the same BOS")
+        raise RelevanceError(f"{name} has {count} positions but there are {len(tokens)} tokens; give those of one example, BOS included")
     return [str(token) for token in tokens]
 
 
@@ -125,7 +127,7 @@ def table_html(frame: pd.DataFrame, caption: str = "", bars: Sequence[str] = ())
         bars: columns whose signed numbers also get a bar (blue right of zero, red left), all on one scale per column.
     """
     if missing := [name for name in bars if name not in frame.columns]:
-        raise ValueError(f"the table has no column {missing[0]!r} to draw bars in; it has {list(map(str, frame.columns))}")
+        raise RelevanceError(f"the table has no column {missing[0]!r} to draw bars in; it has {list(map(str, frame.columns))}")
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index()
     head = "".join(f'<th scope="col"{_align(frame.iloc[:, i])}>{escape(name)}</th>' for i, name in enumerate(frame.columns))

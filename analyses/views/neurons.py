@@ -13,6 +13,7 @@ from analyses.components import Node
 from analyses.views.markup import as_array, check_tokens
 from analyses.views.page import View
 from analyses.views.tokens import token_multi_view
+from lens_relevance.errors import RelevanceError
 
 
 def neuron_view(
@@ -29,7 +30,7 @@ def neuron_view(
         top: how many neurons are shown, those with the largest |relevance| summed over positions first.
 
     Raises:
-        ValueError: shapes that do not fit together, or a value that is not finite.
+        RelevanceError: shapes that do not fit together, or a value that is not finite.
     """
     ranked = top_neurons(relevance, top)
     arrays = {layer: as_array(values, f"relevance[{layer}]") for layer, values in relevance.items()}
@@ -43,12 +44,12 @@ def neuron_view(
 def top_neurons(relevance: Mapping[int, Float[Tensor | np.ndarray, "pos d_mlp"]], top: int = 10) -> pd.DataFrame:
     """The neurons with the largest |relevance| summed over positions: columns `layer`, `neuron`, `score` (that sum, signed), best first."""
     if not relevance:
-        raise ValueError("relevance is empty: give at least one layer's neurons")
+        raise RelevanceError("relevance is empty: give at least one layer's neurons")
     frames = []
     for layer, values in relevance.items():
         array = as_array(values, f"relevance[{layer}]")
         if array.ndim != 2:
-            raise ValueError(f"relevance[{layer}] has the shape {array.shape}; give [pos, d_mlp] of one example")
+            raise RelevanceError(f"relevance[{layer}] has the shape {array.shape}; give [pos, d_mlp] of one example")
         totals = array.sum(axis=0)
         frames.append(pd.DataFrame({"layer": layer, "neuron": np.arange(len(totals)), "score": totals}))
     together = pd.concat(frames, ignore_index=True)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from analyses.views import scripts
 from analyses.views.markup import escape, facts_html, inline_markup, script_json, table_html
 from analyses.views.palette import figure_bytes, small_png, styled
+from lens_relevance.errors import RelevanceError
 
 # The browser itself then refuses every request, whatever a token may hold.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -102,7 +103,7 @@ class View:
         path = Path(path)
         content = {".html": lambda: self.to_html().encode(), ".png": self.png, ".svg": self.svg}.get(path.suffix.lower())
         if content is None:
-            raise ValueError(f"cannot save a picture as {path.suffix or 'a file without an ending'!r}: use .html, .png or .svg")
+            raise RelevanceError(f"cannot save a picture as {path.suffix or 'a file without an ending'!r}: use .html, .png or .svg")
         path.write_bytes(content())
         return path
 
@@ -149,7 +150,7 @@ class Page:
     def heading(self, text: str, level: int = 2) -> Page:
         """A heading of level 2 or 3. Those of level 2 become the page's contents."""
         if level not in (2, 3):
-            raise ValueError(f"a page has headings of level 2 and 3, not {level}; the title is level 1")
+            raise RelevanceError(f"a page has headings of level 2 and 3, not {level}; the title is level 1")
         anchor = f"{re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')}-{len(self._parts)}"
         if level == 2:
             self._sections.append((anchor, text))

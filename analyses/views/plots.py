@@ -17,6 +17,7 @@ from analyses.views.heatmap import heat_map_view, largest_limit
 from analyses.views.markup import as_array, format_number, table_html
 from analyses.views.page import View
 from analyses.views.palette import CATEGORIES, INK, LINE, MUTED, POSITIVE, new_figure
+from lens_relevance.errors import RelevanceError
 
 _LABELLED_POINTS = 8
 _MARKED_POINTS = 40  # more would be a caterpillar
@@ -36,11 +37,11 @@ def head_comparison_view(
         names: what the two are called.
 
     Raises:
-        ValueError: two different shapes, or a value that is not finite.
+        RelevanceError: two different shapes, or a value that is not finite.
     """
     first, second = as_array(relevance, names[0]), as_array(patching, names[1])
     if first.shape != second.shape:
-        raise ValueError(f"{names[0]} has the shape {first.shape} and {names[1]} {second.shape}; both must be [layer, head]")
+        raise RelevanceError(f"{names[0]} has the shape {first.shape} and {names[1]} {second.shape}; both must be [layer, head]")
     limit = largest_limit([first, second, first - second])
     panels = [(names[0], first), (names[1], second), (f"{names[0]} − {names[1]}", first - second)]
     return heat_map_view(title, [head_heat_map(values, name, limit) for name, values in panels])
@@ -56,7 +57,7 @@ def scatter_view(frame: pd.DataFrame, x: str, y: str, label: str | None = None, 
     _need_columns(frame, [x, y, *([label] if label else [])])
     shown = frame.dropna(subset=[x, y])
     if len(shown) < 2:
-        raise ValueError(f"a correlation needs at least 2 rows with both {x!r} and {y!r}; there are {len(shown)}")
+        raise RelevanceError(f"a correlation needs at least 2 rows with both {x!r} and {y!r}; there are {len(shown)}")
     pearson, spearman = correlations(shown[x], shown[y])
     title = title or f"{y} against {x}"
     statistics = (
@@ -81,7 +82,7 @@ def curve_view(
         baseline: y at which a dashed line is drawn, e.g. 1 for the whole model.
     """
     if not curves:
-        raise ValueError("there are no curves to draw: give at least one named Series")
+        raise RelevanceError("there are no curves to draw: give at least one named Series")
     table = pd.DataFrame({name: series for name, series in curves.items()}).rename_axis(x_name)
     line = None if baseline is None else float(baseline)
     return View(title, lambda: _curve_figure(curves, x_name, y_name, log_x, line), note=_numbers(table))
@@ -112,7 +113,7 @@ def correlations(x: pd.Series, y: pd.Series) -> tuple[float, float]:
 def _need_columns(frame: pd.DataFrame, names: Sequence[str]) -> None:
     for name in names:
         if name not in frame.columns:
-            raise ValueError(f"the table has no column {name!r}; it has {list(map(str, frame.columns))}")
+            raise RelevanceError(f"the table has no column {name!r}; it has {list(map(str, frame.columns))}")
 
 
 def _numbers(frame: pd.DataFrame, before: str = "") -> str:

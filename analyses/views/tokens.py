@@ -16,6 +16,7 @@ from analyses.views.markup import as_array, check_tokens, round_significant, rou
 from analyses.views.page import View
 from analyses.views.palette import INK, LINE, NEGATIVE, POSITIVE, SIGNED, add_scale, limit_of, new_figure
 from analyses.views.scripts import CIRCUITSVIS
+from lens_relevance.errors import RelevanceError
 
 # CircuitsVis shows several values with 6 decimals; smaller numbers are shown in a smaller unit.
 _SMALLEST_LIMIT = 1e-3
@@ -31,7 +32,7 @@ def token_view(tokens: Sequence[str], relevance: Float[Tensor | np.ndarray, " po
         relevance: one number per position, in the target's unit; shown on hover with 6 significant digits.
 
     Raises:
-        ValueError: another number of tokens than of values, or a value that is not finite.
+        RelevanceError: another number of tokens than of values, or a value that is not finite.
     """
     values = as_array(relevance, "relevance")
     tokens = check_tokens(tokens, len(values), "relevance")
@@ -62,11 +63,11 @@ def token_multi_view(
             by its largest magnitude, and the names say so.
 
     Raises:
-        ValueError: a column of another length than the tokens, no column, or a value that is not finite.
+        RelevanceError: a column of another length than the tokens, no column, or a value that is not finite.
     """
     columns = {str(name): as_array(column, f"relevance[{name!r}]") for name, column in relevance.items()}
     if not columns:
-        raise ValueError("relevance is empty: give at least one name with one value per token")
+        raise RelevanceError("relevance is empty: give at least one name with one value per token")
     for name, column in columns.items():
         tokens = check_tokens(tokens, len(column), f"relevance[{name!r}]")
     if not shared_scale:
