@@ -63,7 +63,7 @@ class PromptPairs:
         ids = torch.arange(len(self))
         if isinstance(rows, int):
             if not -len(self) <= rows < len(self):
-                raise OutOfRangeError(f"there is no row {rows}, these are {len(self)} pairs")
+                raise OutOfRangeError(f"there is no row {rows} of {len(self)} pairs")
             ids = ids[rows].reshape(1)
         else:
             chosen = rows if isinstance(rows, slice) else torch.as_tensor(rows, device="cpu")
