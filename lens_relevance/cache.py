@@ -30,8 +30,10 @@ class RelevanceCache(Mapping[str, Tensor]):
     in the layout of an ActivationCache ([batch, pos, head, d_head] at hook_z). Names may be aliases (`blocks.0.attn.hook_z`), canonical
     names (`blocks.0.attn.o.hook_in`) or short forms as in ActivationCache (`cache["z", 0]`). Units are those of the target.
 
-    value: the target [batch]; reference_value: the same on the reference run, or None. input_tokens: the ids whose logits are explained,
-    mask: 1 where real; masks: the same by stack; arguments: what the model was called with by keyword, if it was.
+    value: the target [batch]; reference_value: the same on the reference run, or None. logits: those that the target reads, at
+    logit_positions [batch, read]; at all positions where `unembed.hook_out` was asked for (a classifier's have none).
+    input_tokens: the ids whose logits are explained, mask: 1 where real; masks: the same by stack; arguments: what the model was called
+    with by keyword, if it was.
     stacks: names by stack and role (embeddings, residual, z, neurons). A decoder has one stack, `tokens`; an encoder-decoder has `encoder`,
     `decoder` and `cross`, and the methods below then ask for one: `cache.heads(stack="cross")`.
     grid: rows and columns of an image's patches.
@@ -41,7 +43,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     activations: dict[str, Tensor]
     coefficients: dict[str, Tensor]
     value: Float[Tensor, " batch"]
-    logits: Float[Tensor, "batch *pos vocab"]
+    logits: Float[Tensor, "batch *read vocab"]
     input_tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     stacks: dict[str, dict[str, list[str]]]
@@ -54,6 +56,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     averaged: dict[str, Tensor] = field(default_factory=dict)  # relevance averaged over several references, where a product would be wrong
     absent: dict[str, str] = field(default_factory=dict)  # why a HookPoint that was asked for by a predicate is not here
     account: pd.DataFrame | None = None
+    logit_positions: Int[Tensor, "batch read"] | None = None
     grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -193,8 +196,9 @@ class RelevanceCache(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (no pickle)."""
         tensors = {"value": self.value, "logits": self.logits, "input_tokens": self.input_tokens, "mask": self.mask}
-        if self.reference_value is not None:
-            tensors["reference_value"] = self.reference_value
+        for name in ("reference_value", "logit_positions"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
         for group in _GROUPS:
             tensors |= {f"{group}/{name}": tensor for name, tensor in getattr(self, group).items()}
         meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent, "grid": self.grid}

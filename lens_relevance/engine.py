@@ -16,10 +16,22 @@ from lens_relevance.blockwise import Blockwise
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.conservation import account, audited_points
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.forward import Run, at_once, one_pass, positions_of, recording, replaced_embeddings, seed_of, values_of
+from lens_relevance.forward import (
+    Run,
+    at_once,
+    logit_positions,
+    metric_before,
+    one_pass,
+    positions_of,
+    recording,
+    replaced_embeddings,
+    seed_of,
+    values_of,
+)
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.conditional import read_conditions
 from lens_relevance.hooks.model_state import check_model, frozen
+from lens_relevance.hooks.read_positions import UNEMBEDDING, reading_at
 from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, wanted
 from lens_relevance.hooks.session import Session, session
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
@@ -58,7 +70,8 @@ def propagate(
         None explains each row's top prediction against its runner-up.
     rules: a ruleset's name or table; None means `deeplift` where a reference is given and `attnlrp` where none is.
     names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings, every
-        block's resid_pre, the final residual, z, and the MLP neurons after the activation.
+        block's resid_pre, the final residual, z, and the MLP neurons after the activation. Logits are computed at the positions that the
+        target reads; at all positions where `unembed.hook_in` or `unembed.hook_out` is asked for.
     reference: inputs of the same shape, `mean_embedding()`, `random_tokens(n)`, or embeddings. Relevance is then
         (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
         `-propagate(corrupt, reference=clean)`.
@@ -84,7 +97,9 @@ def propagate(
     point = None if target is None or target.point is None else body.canonical(target.point)
     other = None if reference is None else _reference(model, reference, target, given, prompt)
     n = 1 if other is None else other.n
-    with torch.enable_grad(), frozen(model), session(model) as opened:
+    asked = {*names, *(c.name for c in conditions), point}
+    metric, reading = (None, None) if asked & set(UNEMBEDDING) else metric_before(model, prompt, target, n=n)
+    with torch.enable_grad(), frozen(model), session(model) as opened, reading_at(model, reading):
         placed = _place(opened, body, table, strict)
         taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
         if audit:
@@ -98,10 +113,12 @@ def propagate(
                 before = one_pass(model, other.prompt, taps, point=point)
         with blockwise.forward() if blockwise else nullcontext():
             run = one_pass(model, prompt.repeat(n), taps, point=point)
-        tokens, mask = positions_of(prompt, body, point, run=run)
-        if target is None:
-            target = top_prediction(run.root[::n], tokens, mask)
-        metric = target.metric(model, tokens, mask)
+        if target is None or metric is None or reading is None or not reading.taken:
+            tokens, mask = positions_of(prompt, body, point, run=run)
+            target = top_prediction(run.root[::n], tokens, mask) if target is None else target
+            metric = target.metric(model, tokens, mask)
+        else:
+            metric = metric.of_read()
         seed = seed_of(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n=n)
         absent = taps.absent(explicit)
         kept, everything = Kept(body, names, prompt.masks, n=n, device=device), Part({}, {}, {})
@@ -124,6 +141,7 @@ def propagate(
         **kept.groups(),
         value=average(value, n),
         logits=run.logits.detach()[::n],
+        logit_positions=logit_positions(prompt, run.logits, reading, n=n),
         input_tokens=prompt.tokens,
         mask=prompt.mask,
         stacks=body.stacks.roles,

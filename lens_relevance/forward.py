@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.conditional import Condition, backward_through
+from lens_relevance.hooks.read_positions import ReadPositions, can_take
 from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session
 from lens_relevance.inputs.metrics import Metric, gradient_at
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import ReferenceRun
+from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.token_ids import positions
 from lens_relevance.sites import Anatomy
 
 
@@ -73,6 +77,25 @@ def one_pass(model: HookedModel, prompt: Prompt, taps: Taps, *, point: str | Non
     if point not in tensors:
         raise RelevanceError(f"the target's HookPoint {point} did not fire in this forward")
     return Run(tensors, logits, taps.convert(point, tensors[point]))
+
+
+def metric_before(model: HookedModel, prompt: Prompt, target: Target | None, *, n: int) -> tuple[Metric | None, ReadPositions | None]:
+    """The target's metric, and where in n references' runs of each example it reads logits; None for what is known after the forward
+    (the top prediction, a latent), and for all positions."""
+    if not can_take(model):
+        return None, None
+    metric = None if target is None or target.point is not None else target.metric(model, prompt.tokens, prompt.mask)
+    at = positions(-1, prompt.tokens, prompt.mask).unsqueeze(1) if metric is None else metric.at
+    return metric, None if at is None else ReadPositions(at.repeat_interleave(n, 0), prompt.tokens.shape[1])
+
+
+def logit_positions(prompt: Prompt, logits: Tensor, reading: ReadPositions | None, *, n: int) -> Int[Tensor, "batch read"] | None:
+    """Positions of the logits of a run; None for those of a classifier, which have none."""
+    if reading is not None and reading.taken:
+        return reading.at[::n]
+    if logits.ndim < 3 or logits.shape[1] != prompt.tokens.shape[1]:
+        return None
+    return torch.arange(logits.shape[1], device=logits.device).expand(len(prompt.tokens), -1)
 
 
 def positions_of(prompt: Prompt, body: Anatomy, point: str | None, *, run: Run) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.metrics import AtPositions, Metric
 from lens_relevance.inputs.targets import Target
 from lens_relevance.inputs.token_ids import positions
 
@@ -30,15 +30,14 @@ class LaterYears(Target):
     def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
         if len(tokens) != len(self.later):
             raise RelevanceError(f"this target is of {len(self.later)} rows and was given {len(tokens)}; take its rows with select")
-        last = positions(-1, tokens, attention_mask)
+        last = positions(-1, tokens, attention_mask).unsqueeze(1)
         sign = 2 * self.later.long() - 1
 
         def later_years(logits: Tensor) -> Tensor:
-            at = logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
-            at = at if at.dtype == torch.float64 else at.float()
+            at = logits[:, 0] if logits.dtype == torch.float64 else logits[:, 0].float()
             return (at.softmax(-1)[:, self.years.to(at.device)] * sign.to(at.device)).sum(-1)
 
-        return Metric(later_years)
+        return AtPositions(last, Metric(later_years))
 
     def select(self, rows: Any) -> LaterYears:
         return LaterYears(self.years, self.later[rows])

@@ -8,6 +8,7 @@ of the size it was made for, of which only the rows at hand are filled in, and i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.read_logits import ReadLogits
 
 REMEDY = (
     "give logit(...), logit_diff(...) or log_prob(...) with one answer per row, or a function whose value for a row depends on that row's "
@@ -34,11 +36,18 @@ class FunctionMetric(Metric):
     """A function that was made for the logits of `n` rows, as a function of the logits of some of them.
 
     rows: which ones, in the order of the logits that are given; a row may come more than once. None: all of them.
+    like: what logits of no rows are like, for which the function's positions are found out; None: it is not known.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], n: int, rows: Int[Tensor, " row"] | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any], Tensor],
+        n: int,
+        rows: Int[Tensor, " row"] | None = None,
+        like: Float[Tensor, "0 pos vocab"] | None = None,
+    ) -> None:
         super().__init__(function)
-        self.n = n
+        self.n, self.like = n, like
         self.rows = None if rows is None or torch.equal(rows.cpu(), torch.arange(n)) else rows.cpu()
         self._apart: bool | None = None
 
@@ -48,6 +57,28 @@ class FunctionMetric(Metric):
         if self._apart is None:
             self._apart = self.gives_rows_apart(logits)
         return _checked(self.function(logits), len(logits)) if self._apart else self._among_all_rows(logits)
+
+    @property
+    def at(self) -> Int[Tensor, "batch n"] | None:
+        return None if self._columns is None else self._columns.expand(self.n if self.rows is None else len(self.rows), -1)
+
+    def of_read(self) -> Metric:
+        if self._columns is None or self.like is None:
+            return self
+        return FunctionMetric(partial(_of_columns, self.function, self._columns, self.like.shape[1]), self.n, self.rows)
+
+    @cached_property
+    def _columns(self) -> Int[Tensor, " column"] | None:
+        """The positions that the function reads, by index; None: all of them, or whatever it does with them."""
+        if self.like is None or not self.like.shape[-1]:
+            return None
+        tried = ReadLogits(random_logits(self.n, self.like), None, self.like.shape[1])
+        try:  # anything may come of a function that is given something else than a tensor
+            with torch.no_grad(), _Bounded(_free_bytes(self.like.device) // _TENSORS_AT_ONCE):
+                self.function(tried)
+        except Exception:
+            return None
+        return torch.tensor(sorted(tried.read)) if 0 < len(tried.read) < self.like.shape[1] else None
 
     def gives_rows_apart(self, logits: Float[Tensor, "_ ..."]) -> bool:
         """Whether the function's values for the rows follow from their logits alone; `logits` tells the shape of a row's.
@@ -119,6 +150,10 @@ class FunctionMetric(Metric):
                 f"per row [batch], or run all rows in one process and one batch (batch_size={self.n})"
             )
         return value
+
+
+def _of_columns(function: Callable[[Any], Tensor], columns: Tensor, n_pos: int, logits: Tensor) -> Tensor:
+    return function(ReadLogits(logits, columns, n_pos))
 
 
 def _checked(value: Any, batch: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,20 @@ Logits = Float[Tensor, "batch pos vocab"]
 class Metric:
     """A function from logits [batch, pos, vocab] to [batch] (or a scalar), for the tokens it was made for."""
 
-    linear = False
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Any], Tensor]) -> None:
         self.function = function
 
     def __call__(self, logits: Tensor) -> Tensor:
         return self.function(logits)
+
+    @property
+    def at(self) -> Int[Tensor, "batch n"] | None:
+        """The positions whose logits it reads; None: all."""
+        return None
+
+    def of_read(self) -> Metric:
+        """The same as a function of the logits [batch, n, vocab] at these positions."""
+        return self
 
     def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
         """Coefficients at the logits that make (logits - reference) * coefficients sum to the difference of the metric.
@@ -51,16 +59,36 @@ class Metric:
         return bool(((total.to(one.device) - (one - other)).abs() <= rounding).all())
 
 
-class LogitCombination(Metric):
-    """mean of logits[at, answer] - mean of logits[at, wrong]."""
+class AtPositions(Metric):
+    """A metric of the logits [batch, n, vocab] at n positions of each row, as a function of the logits at all positions."""
 
-    linear = True
+    def __init__(self, at: Int[Tensor, "batch n"], metric: Metric) -> None:
+        self._at, self.metric = at, metric
 
-    def __init__(self, at: Int[Tensor, " batch"], answer: Int[Tensor, "batch n"], wrong: Int[Tensor, "batch m"] | None) -> None:
-        self.at, self.answer, self.wrong = at, answer, wrong
+    @property
+    def at(self) -> Int[Tensor, "batch n"]:
+        return self._at
 
     def __call__(self, logits: Tensor) -> Tensor:
-        last = _upcast(_read(logits, self.at.unsqueeze(1))[:, 0])
+        return self.metric(read_at(logits, self.at))
+
+    def of_read(self) -> Metric:
+        return self.metric
+
+    def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
+        coefficients = self.metric.pair_coefficients(read_at(logits, self.at), read_at(reference, self.at))
+        index = self.at.to(logits.device).unsqueeze(2).expand_as(coefficients)
+        return torch.zeros_like(logits).scatter_add(1, index, coefficients)
+
+
+class LogitCombination(Metric):
+    """mean of logits[answer] - mean of logits[wrong], at one position."""
+
+    def __init__(self, answer: Int[Tensor, "batch n"], wrong: Int[Tensor, "batch m"] | None) -> None:
+        self.answer, self.wrong = answer, wrong
+
+    def __call__(self, logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
+        last = _upcast(logits[:, 0])
         value = last.gather(1, self.answer.to(last.device)).mean(1)
         return value if self.wrong is None else value - last.gather(1, self.wrong.to(last.device)).mean(1)
 
@@ -69,24 +97,22 @@ class LogitCombination(Metric):
 
 
 class LogProbs(Metric):
-    """Sum over n of log softmax(logits[at])[token]."""
+    """Sum over n positions of log softmax(logits)[token]."""
 
-    def __init__(self, at: Int[Tensor, "batch n"], tokens: Int[Tensor, "batch n"]) -> None:
-        self.at, self.tokens = at, tokens
+    def __init__(self, tokens: Int[Tensor, "batch n"]) -> None:
+        self.tokens = tokens
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        return _upcast(_read(logits, self.at)).log_softmax(-1).gather(2, self.tokens.to(logits.device).unsqueeze(2)).sum((1, 2))
+    def __call__(self, logits: Float[Tensor, "batch n vocab"]) -> Float[Tensor, " batch"]:
+        return _upcast(logits).log_softmax(-1).gather(2, self.tokens.to(logits.device).unsqueeze(2)).sum((1, 2))
 
     def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
         """The softmax pair form, exact: d log p_t = ds_t - sum_j l_j ds_j / sum_k l_k (derived here)."""
-        weights = logarithmic_mean(_upcast(_read(logits, self.at)), _upcast(_read(reference, self.at)))
+        weights = logarithmic_mean(_upcast(logits), _upcast(reference))
         onehot = torch.nn.functional.one_hot(self.tokens.to(logits.device), logits.shape[-1])
-        coefficients = (onehot - weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
-        index = self.at.to(logits.device).unsqueeze(2).expand_as(coefficients)
-        return torch.zeros_like(logits).scatter_add(1, index, coefficients)
+        return (onehot - weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
 
 
-def _read(logits: Tensor, at: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
+def read_at(logits: Tensor, at: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
     """The logits at these positions; those of a classifier, [batch, class] or [batch, 1, class], are at one position, whatever the text."""
     logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
     at = at.to(logits.device) if logits.shape[1] > 1 else torch.zeros_like(at, device=logits.device)
@@ -100,15 +126,13 @@ def _upcast(logits: Tensor) -> Tensor:
 class LatentValue(Metric):
     """One activation at a HookPoint, in TransformerLens's layout: [batch, pos, d] or [batch, pos, head, d_head]."""
 
-    linear = True
-
     def __init__(
         self, name: str, at: Int[Tensor, " batch"], head: int | None, unit: int | None, direction: Float[Tensor, " d"] | None
     ) -> None:
-        self.name, self.at, self.head, self.unit, self.direction = name, at, head, unit, direction
+        self.name, self.position, self.head, self.unit, self.direction = name, at, head, unit, direction
 
     def __call__(self, activation: Tensor) -> Tensor:
-        here = _upcast(activation[torch.arange(self.at.shape[0]), self.at.to(activation.device)])
+        here = _upcast(activation[torch.arange(self.position.shape[0]), self.position.to(activation.device)])
         if self.head is not None:
             if here.ndim != 3 or not -here.shape[1] <= self.head < here.shape[1]:
                 raise RelevanceError(f"latent: {self.name} has no head {self.head}; it is {list(activation.shape)}")

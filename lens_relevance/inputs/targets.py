@@ -19,7 +19,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.class_labels import class_names, is_headless
 from lens_relevance.inputs.functions import FunctionMetric
-from lens_relevance.inputs.metrics import LatentValue, LogitCombination, LogProbs, Metric
+from lens_relevance.inputs.metrics import AtPositions, LatentValue, LogitCombination, LogProbs, Metric
 from lens_relevance.inputs.token_ids import Tokens, device_of, positions, text_ids, token_ids
 
 Logits = Float[Tensor, "batch pos vocab"]
@@ -76,13 +76,14 @@ class TokenTarget(Target):
                 "explain similarity(...), latent(...), or a function of the output"
             )
         batch = tokens.shape[0]
-        at = positions(self.position, tokens, attention_mask)
+        at = positions(self.position, tokens, attention_mask).unsqueeze(1)
         answer = token_ids(model, self.answer, batch, what="answer")
         if self.kind == "log_prob":
             if answer.shape[1] > 1:
                 raise RelevanceError("log_prob takes one token per example; continuation(...) sums over several")
-            return LogProbs(at.unsqueeze(1), answer)
-        return LogitCombination(at, answer, None if self.wrong is None else token_ids(model, self.wrong, batch, what="wrong answer"))
+            return AtPositions(at, LogProbs(answer))
+        wrong = None if self.wrong is None else token_ids(model, self.wrong, batch, what="wrong answer")
+        return AtPositions(at, LogitCombination(answer, wrong))
 
     def select(self, rows: Any) -> TokenTarget:
         return replace(self, answer=_rows(self.answer, rows), wrong=None if self.wrong is None else _rows(self.wrong, rows))
@@ -126,7 +127,9 @@ class CallableTarget(Target):
                 f"the function is the target of {expected} row(s), and there are {len(tokens)}; select the same rows of both, as "
                 "pairs[rows] does, or give the function itself"
             )
-        return FunctionMetric(self.function, len(tokens) if self.n is None else self.n, self.rows)
+        n_tokens = int(getattr(getattr(model, "cfg", None), "d_vocab", 0))
+        like = torch.empty(0, tokens.shape[1], n_tokens, dtype=next(model.parameters()).dtype, device=tokens.device)
+        return FunctionMetric(self.function, len(tokens) if self.n is None else self.n, self.rows, like)
 
     def made_for(self, n: int) -> CallableTarget:
         if self.n is None:
@@ -176,7 +179,7 @@ class Continuation(Target):
         answers = torch.stack(self._answers(model, tokens.shape[0]))
         n = answers.shape[1]
         at = torch.stack([positions(i - n, tokens, attention_mask) for i in range(n)], 1)
-        return LogProbs(at, answers)
+        return AtPositions(at, LogProbs(answers))
 
     def select(self, rows: Any) -> Continuation:
         return self if _is_ids(self.text) else replace(self, text=_rows(self.text, rows))

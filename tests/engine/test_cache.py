@@ -68,7 +68,7 @@ def test_views(cache: RelevanceCache) -> None:
     close(heads[:, :, 1], cache["z", 1].sum(-1), 1e-15)
     close(residual[:, :, 2], cache["blocks.1.hook_out"].sum(-1), 1e-15)
     close(cache.neurons(-1), neurons, 1e-15)
-    assert cache.value.shape == (2,) and cache.logits.shape == (2, 6, 50)
+    assert cache.value.shape == (2,) and cache.logits.shape == (2, 1, 50)
     close(cache.value, cache.logits[:, -1, 7] - cache.logits[:, -1, 11], 1e-14)
     with pytest.raises(RelevanceError, match="2 layers"):
         cache.neurons(2)
@@ -148,7 +148,7 @@ def test_save_and_load(kind: str, tmp_path: Path) -> None:
     for name in cache:
         assert torch.equal(back[name], cache[name]) and torch.equal(back.coefficients[name], cache.coefficients[name])
         assert back.activations[name].dtype == cache.activations[name].dtype
-    for attribute in ("value", "logits", "input_tokens", "mask"):
+    for attribute in ("value", "logits", "logit_positions", "input_tokens", "mask"):
         assert torch.equal(getattr(back, attribute), getattr(cache, attribute))
     assert (back.reference_value is None) == (reference is None)
     assert back.info == cache.info and back.n_layers == 2 and back.aliases == cache.aliases and back.absent == cache.absent

@@ -21,7 +21,8 @@ def test_logits_are_the_same_bit_by_bit(family: str, dtype: torch.dtype) -> None
     for rules in RULESETS:
         reference = reference_for(rules, OTHER)
         if rules in ("attnlrp", "gim", "deeplift"):
-            assert torch.equal(propagate(model, TOKENS, TARGET, rules=rules, reference=reference).logits, plain), rules
+            cache = propagate(model, TOKENS, TARGET, rules=rules, reference=reference, names_filter="unembed.hook_out")
+            assert torch.equal(cache.logits, plain), rules
         with attach(model, rules, reference=reference):
             inside = model(TOKENS)
         assert inside.requires_grad and torch.equal(inside, plain), rules
@@ -91,9 +92,13 @@ def test_positions_count_real_tokens() -> None:
     model, tokens = build_gpt2(), random_tokens(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     cache = propagate(model, tokens, logit(5), attention_mask=mask)
-    assert cache.value.tolist() == pytest.approx([cache.logits[0, 3, 5].item(), cache.logits[1, 5, 5].item()])
+    logits = model(tokens, attention_mask=mask)
+    assert cache.logit_positions is not None and cache.logit_positions.tolist() == [[3], [5]]
+    assert cache.value.tolist() == pytest.approx([logits[0, 3, 5].item(), logits[1, 5, 5].item()])
     cache = propagate(model, tokens, logit(5, position=1), attention_mask=mask.flip(1))
-    assert cache.value.tolist() == pytest.approx([cache.logits[0, 3, 5].item(), cache.logits[1, 1, 5].item()])
+    logits = model(tokens, attention_mask=mask.flip(1))
+    assert cache.logit_positions is not None and cache.logit_positions.tolist() == [[3], [1]]
+    assert cache.value.tolist() == pytest.approx([logits[0, 3, 5].item(), logits[1, 1, 5].item()])
 
 
 def test_batches_equal_single_prompts() -> None:

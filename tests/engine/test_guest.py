@@ -180,7 +180,8 @@ def test_a_users_hooks_are_part_of_the_model() -> None:
     model.hook_dict["blocks.1.attn.o.hook_in"].add_hook(lambda z, hook: z * 0)
     cache = propagate(model, TOKENS, TARGET)
     assert not torch.equal(cache.value, plain.value)
-    assert torch.equal(cache.logits, model(TOKENS).detach())
+    everywhere = propagate(model, TOKENS, TARGET, names_filter="unembed.hook_out")
+    assert torch.equal(everywhere.logits, model(TOKENS).detach())
     assert cache["blocks.1.attn.hook_z"].abs().max() == 0 and cache["blocks.0.attn.hook_z"].abs().max() > 0
 
 

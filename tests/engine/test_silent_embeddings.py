@@ -26,7 +26,8 @@ def test_a_model_that_scales_its_embeddings_and_what_it_adds_to_the_stream(rules
         with torch.no_grad():
             logits = model(TOKENS)
         names = ["embed.hook_out", "blocks.0.hook_in", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"]
-        cache = propagate(model, TOKENS, TARGET, rules=rules, names_filter=names, reference=reference_for(rules, OTHER), audit=True)
+        asked, reference = [*names, "unembed.hook_out"], reference_for(rules, OTHER)
+        cache = propagate(model, TOKENS, TARGET, rules=rules, names_filter=asked, reference=reference, audit=True)
     assert torch.equal(cache.logits, logits)
     assert unexplained(cache) < 1e-9
     close(cache.tokens(), cache["blocks.0.hook_in"].sum(-1), 1e-12)

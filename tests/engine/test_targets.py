@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lens_relevance import RelevanceError, continuation, log_prob, logit, logit_diff, propagate
-from lens_relevance.inputs.metrics import LogProbs, Metric
+from lens_relevance.inputs.metrics import AtPositions, LogProbs, Metric
 from tests.engine.families import build, close, inputs_and_reference
 
 
@@ -57,7 +57,7 @@ def test_log_prob_coefficients_are_exact_between_two_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     for size in (1.0, 30.0, 1000.0):
         one, two = (torch.randn(3, 4, 9, dtype=torch.float64, generator=generator) * size for _ in range(2))
-        metric = LogProbs(torch.tensor([[0, 2], [1, 3], [3, 1]]), torch.tensor([[1, 2], [3, 3], [8, 0]]))
+        metric = AtPositions(torch.tensor([[0, 2], [1, 3], [3, 1]]), LogProbs(torch.tensor([[1, 2], [3, 3], [8, 0]])))
         coefficients = metric.pair_coefficients(one, two)
         close(((one - two) * coefficients).sum((1, 2)), metric(one) - metric(two), 1e-10)
 

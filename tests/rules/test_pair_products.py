@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lens_relevance.inputs.metrics import LogProbs
+from lens_relevance.inputs.metrics import AtPositions, LogProbs
 from lens_relevance.rules import AttentionGeometry, CappedScoresRule, Mix, PairProduct, Reference, Rescale, Rule, Scores
 from tests.rules.dense import normal
 
@@ -52,7 +52,7 @@ def test_products_are_exact_whatever_they_meet(
 def test_log_probabilities_are_exact_whatever_they_meet(seed: int, vocabulary: int, scale: float, closeness: float) -> None:
     one = normal(2, 3, vocabulary, seed=seed) * scale
     two = one + closeness * scale * normal(2, 3, vocabulary, seed=seed + 1)
-    metric = LogProbs(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[0, 1], [1, 0]]))
+    metric = AtPositions(torch.tensor([[0, 2], [1, 1]]), LogProbs(torch.tensor([[0, 1], [1, 0]])))
     coefficients = metric.pair_coefficients(one, two)
     assert bool(torch.isfinite(coefficients).all())
     gap = metric(one) - metric(two)
