@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.model_state import check_model, frozen, root
+from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooks.model_state import check_model, frozen
 from lens_relevance.hooks.recording import Taps
 from lens_relevance.hooks.session import session
 from lens_relevance.inputs.class_labels import class_names, is_headless
@@ -28,6 +28,7 @@ from lens_relevance.rules.base import working
 from lens_relevance.rules.softmax import is_masked
 from lens_relevance.ruleset_tables import PLAIN, needs_reference, rule_for, ruleset, rulesets
 from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
+from lens_relevance.sites.embeddings import image_token
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def random_inputs(model: HookedModel, batch: int, positions: int, *, generator: 
             "propagate would take"
         )
     tokens = torch.randint(0, vocabulary, (batch, positions), generator=generator).to(device)
-    marker = getattr(config, "image_token_id", None)
+    marker = image_token(model)
     if image and marker is not None:  # one marker per patch stands where the image is read
         patches = (int(vision.image_size) // int(vision.patch_size)) ** 2  # type: ignore[union-attr]
         tokens = torch.where(tokens == marker, (marker + 1) % vocabulary, tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
 
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -42,3 +42,8 @@ def has_tokenizer(model: HookedModel) -> TypeGuard[TextModel]:
 def is_bridge(model: HookedModel) -> TypeGuard[TransformerBridge]:
     """Whether this is a TransformerBridge, and not a model of the user's own with declared sites."""
     return hasattr(model, "original_model") and hasattr(model, "adapter")
+
+
+def root(model: HookedModel) -> nn.Module:
+    """The module whose call is one forward: what a bridge wraps, or the model itself."""
+    return model.original_model if is_bridge(model) else cast(nn.Module, model)

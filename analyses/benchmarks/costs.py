@@ -90,7 +90,7 @@ def costs(names: list[str], repeats: int = 9, batch: int = 4, positions: int = 6
         if name not in FAMILIES:
             raise RelevanceError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}")
         if not anatomy(FAMILIES[name].build(torch.float32)).uncovered:
-            rows.append({"family": name, **cost(FAMILIES[name], repeats, batch, positions)})
+            rows.append({"family": FAMILIES[name].title, **cost(FAMILIES[name], repeats, batch, positions)})
     return pd.DataFrame(rows, columns=["family", *_SINGLE, "deeplift", "plain, s"])
 
 

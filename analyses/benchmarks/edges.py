@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch, faithfulness
 from transformer_lens.tools.analysis.attribution_patching import Node as TransformerLensNode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from analyses.circuits import Ablation
 from analyses.components import MLP_INPUT, Node
@@ -37,9 +37,10 @@ TARGET = logit_diff(3, 4)
 def build(width: int) -> Any:
     """A model of GPT-2 small's shape with random weights."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=12, n_head=12, n_embd=width)
+    config = AutoConfig.for_model("gpt2", n_layer=12, n_head=12, n_embd=width)
     config._attn_implementation = "eager"
-    return build_bridge_from_module(GPT2LMHeadModel(config).eval(), "GPT2LMHeadModel", hf_config=config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return build_bridge_from_module(model, type(model).__name__, hf_config=config).eval()
 
 
 def metric(logits: Tensor) -> Tensor:

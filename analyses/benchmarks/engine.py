@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lens_relevance import logit_diff, propagate
 from lens_relevance.hooks.model_state import frozen
@@ -27,9 +27,9 @@ from lens_relevance.hooks.model_state import frozen
 def gpt2_shape(layers: int = 12, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A bridge over a random GPT-2 of 12 heads and 768 features."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers)
-    model = GPT2LMHeadModel(config).eval().to(device=device, dtype=dtype)
-    bridge = build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=config, device=device, dtype=dtype)
+    config = AutoConfig.for_model("gpt2", n_layer=layers)
+    model = AutoModelForCausalLM.from_config(config).eval().to(device=device, dtype=dtype)
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=config, device=device, dtype=dtype)
     return bridge.eval()
 
 

@@ -1,6 +1,6 @@
 """Which rulesets work on which family of models, with the conservation error of each: the table of docs/measurements/families.md.
 
-    python -m analyses.benchmarks.families [--family GPT-2 --family T5] [--more] [--dtype float64] [--seed 0]
+    python -m analyses.benchmarks.families [--family gpt2 --family t5] [--more] [--dtype float64] [--seed 0]
 
 Every family is a tiny model with random weights (see tiny_models.py). A cell is what `coverage` finds: the
 largest share of the target, at any layer, that the conservation account leaves open, rounded up to a power of ten. A family of which a part
@@ -38,7 +38,7 @@ def families(names: Sequence[str] = tuple(FAMILIES), dtype: torch.dtype = torch.
     for name in track(list(names), "families", disable=not watched(), transient=True, console=Console(stderr=True)):
         if name not in known:
             raise RelevanceError(f"unknown family {name!r}; there are {', '.join(known)}")
-        rows.append({"family": name, **_cells(known[name].build(dtype, seed))})
+        rows.append({"family": known[name].title, **_cells(known[name].build(dtype, seed))})
     return pd.DataFrame(rows, columns=["family", *rulesets(), "reason"])
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from analyses.benchmarks.tiny_models import randomize
 from lens_relevance import propagate, rulesets
@@ -42,7 +42,8 @@ _D_HEAD, _LARGE, _SCALE, _GAIN = 8, 30.0, 4.0, 1.5  # the large feature's size, 
 @torch.no_grad()
 def sink_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> TransformerBridge:
     """A random Qwen3 of 4 layers in which token 0, at the first position, is an attention sink."""
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        "qwen3",
         vocab_size=50,
         hidden_size=32,
         intermediate_size=64,
@@ -55,7 +56,7 @@ def sink_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer
         pad_token_id=0,
     )
     config._attn_implementation = "eager"
-    model: Any = Qwen3ForCausalLM(config)
+    model: Any = AutoModelForCausalLM.from_config(config)
     randomize(model, seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -76,7 +77,7 @@ def sink_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer
         attention.q_norm.weight.fill_(_GAIN)
         attention.k_norm.weight.fill_(_GAIN)
     model.lm_head.weight[:, flag] = 0.0
-    return build_bridge_from_module(model.to(dtype).eval(), "Qwen3ForCausalLM", hf_config=config).eval()
+    return build_bridge_from_module(model.to(dtype).eval(), type(model).__name__, hf_config=config).eval()
 
 
 def sink_tokens(batch: int = 8, positions: int = 24, seed: int = 1) -> Int[Tensor, "batch pos"]:

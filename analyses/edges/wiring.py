@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components import ParallelBlockBridge
 
 from analyses.components import MLP_INPUT, Node
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import AttentionGeometry, Linear, Mix
 from lens_relevance.sites import Anatomy, Site, anatomy
+from lens_relevance.sites.blocks import Block
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,16 +154,16 @@ def wiring(model: Any) -> Wiring:
     body = anatomy(model)
     if body.uncovered:
         raise CoverageError(f"edges need every component to have a site: {next(iter(body.uncovered.values()))}")
-    if body.n_layers == 0:
-        raise CoverageError("edges need a model with one stack of blocks (model.blocks); encoder-decoder models have two")
+    if not body.blocks:
+        raise CoverageError("edges need a TransformerBridge with one stack of blocks (model.blocks); encoder-decoder models have two")
     sites = {site.name: site for site in body.sites}
     positions = next((leaf for leaf in body.leaves[1:] if leaf.startswith("pos")), None)
-    layers = [_layer(i, block, sites) for i, block in enumerate(model.blocks)]
+    layers = [_layer(i, block, sites) for i, block in enumerate(body.blocks)]
     return Wiring(body, layers, positions, sites.get("embed_ln"), f"blocks.{body.n_layers - 1}.hook_out")
 
 
-def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
-    path = f"blocks.{index}"
+def _layer(index: int, block: Block, sites: dict[str, Site]) -> Layer:
+    path = block.path
 
     def find(*names: str) -> Site | None:
         return next((sites[f"{path}.{n}"] for n in names if f"{path}.{n}" in sites), None)
@@ -171,18 +171,16 @@ def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
     def need(name: str) -> Site:
         found = find(name)
         if found is None:
-            kind = type(block.attn).__name__
             raise CoverageError(
-                f"{path} has no site {name!r} (its attention is a {kind}), so the edges into single heads cannot be told apart"
+                f"{path} has no site {name!r} (its attention is a {block.attention}), so the edges into single heads cannot be told apart"
             )
         return found
 
-    parallel = isinstance(block, ParallelBlockBridge)
     attn_norm, mlp_norm, mlp_post = find("ln1"), find("ln2"), find("ln2_post")
     after: tuple[Site | None, Site | None] = (None, None)
-    if _normalizes_the_sum(block.original_component):
+    if block.norms_follow:
         after, attn_norm, mlp_norm = (attn_norm, mlp_norm), None, None
-    if mlp_norm is None and parallel and mlp_post is None:  # GPT-J, Phi: one norm for both
+    if mlp_norm is None and block.parallel and mlp_post is None:  # GPT-J, Phi: one norm for both
         mlp_norm = attn_norm
     return Layer(
         index=index,
@@ -205,15 +203,10 @@ def _layer(index: int, block: Any, sites: dict[str, Site]) -> Layer:
         mlp_in=find("mlp.in", "mlp.input"),
         mlp_gate=find("mlp.gate"),
         mlp_out=find("mlp.out"),
-        has_mlp="mlp" in block._modules,
-        parallel=parallel,
-        component=block.attn,
+        has_mlp=block.has_mlp,
+        parallel=block.parallel,
+        component=need("attn:scores").component,
     )
-
-
-def _normalizes_the_sum(original: Any) -> bool:
-    """Whether ln1 and ln2 come after attention and MLP have been added to the stream (BERT, OPT-350m), and not before they read it."""
-    return type(original).__name__ == "BertLayer" or not getattr(original, "do_layer_norm_before", True)
 
 
 def points(found: Wiring, flows: bool) -> list[str]:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from analyses.embedded import EMBEDDED_FOLDER
 from analyses.embedded.corpus import REPEATED_LENGTHS, build_tokenizer, ioi_sequences, repeated_sequences
@@ -55,7 +55,8 @@ def train(folder: Path, seed: int, steps: int) -> None:
     """Writes config, weights and tokenizer to `folder`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    config = GPT2Config(
+    config = AutoConfig.for_model(
+        "gpt2",
         vocab_size=len(tokenizer),
         n_positions=N_CTX,
         n_embd=D_MODEL,
@@ -69,7 +70,7 @@ def train(folder: Path, seed: int, steps: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = GPT2LMHeadModel(config)
+    model = AutoModelForCausalLM.from_config(config)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -92,7 +93,7 @@ def spread(folder: Path, seed: int) -> None:
     """Goes on with the model in `folder`, dropping heads of one layer only."""
     torch.manual_seed(seed + 101)
     corpus = Corpus(TransformerBridge.boot_transformers(str(folder)), seed + 2)
-    model = GPT2LMHeadModel.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     dropout = HeadDropout()
     dropout.p = SPREAD_DROPOUT
     _blocks(model)[SPREAD_LAYER].attn.c_proj.register_forward_pre_hook(dropout)
@@ -104,7 +105,7 @@ def spread(folder: Path, seed: int) -> None:
     model.eval().save_pretrained(folder)
 
 
-def _blocks(model: GPT2LMHeadModel) -> Any:
+def _blocks(model: Any) -> Any:
     return model.transformer.h
 
 
@@ -116,7 +117,7 @@ class Corpus:
         self.repeated = {length: repeated_sequences(reader, 3000, length, seed) for length in REPEATED_LENGTHS}
         self.rng = random.Random(seed)
 
-    def step(self, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, schedule: Any, report: int | None) -> None:
+    def step(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, schedule: Any, report: int | None) -> None:
         """The losses that count are those of the name and of the second halves; `report` is the number of the step to print."""
         group = self.rng.choices(self.sentences, [len(group) for group in self.sentences])[0]
         losses = next_token_losses(model, group[torch.randint(len(group), (BATCH_IOI,))])
@@ -135,7 +136,7 @@ class Corpus:
             print(f"step {report:5d}  answer {answer:.3f}  induction {induction:.3f}  sentence {losses.mean():.3f}", flush=True)
 
 
-def next_token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Float[Tensor, "batch pos"]:
+def next_token_losses(model: PreTrainedModel, tokens: Tensor) -> Float[Tensor, "batch pos"]:
     """Cross-entropy of each next token; column i is the loss of token i + 1."""
     logits = model(tokens).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").unflatten(0, (len(tokens), -1))

@@ -55,7 +55,7 @@ def load_model(
             if is_gguf(name):
                 return load_gguf(Path(source), weights, place).eval()
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            encoder = load_encoder(source, config, weights, place)
+            encoder = load_encoder(source, config, weights, device=place)
             if encoder is not None:
                 return encoder
             where = {"device_map": "auto"} if place == "auto" else {"device": place or ("cpu" if name == EMBEDDED else None)}
@@ -112,7 +112,7 @@ def _explained(name: str, local: bool, config: Any, error: Exception) -> str:
         words = text.partition(" Available architectures")[0]
         return (
             f"{name} is a model that TransformerLens has no adapter for ({made_for}). Its words: {words} Load it with transformers, and "
-            "tell where its operations are with lens_relevance.sites.declare_sites"
+            "tell where its operations are with lens_relevance.declare_sites"
         )
     offline = os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in text.lower() or "offline" in text.lower()
     if isinstance(error, OSError) and offline and not local:

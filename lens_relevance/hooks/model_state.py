@@ -10,13 +10,8 @@ from typing import Any, cast
 import torch
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, is_bridge
+from lens_relevance.hooked_model import HookedModel, root
 from lens_relevance.hooks.versions import warn_if_untested
-
-
-def root(model: HookedModel) -> torch.nn.Module:
-    """The module whose call is one forward: what a bridge wraps, or the model itself."""
-    return model.original_model if is_bridge(model) else cast(torch.nn.Module, model)
 
 
 @contextmanager

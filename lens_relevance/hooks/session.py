@@ -11,8 +11,8 @@ from torch.autograd.graph import get_gradient_edge
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
-from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.model_state import check_forward, root
+from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooks.model_state import check_forward
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
 from lens_relevance.hooks.ruled_point import PointState, RuledHookPoint

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, is_bridge
-from lens_relevance.hooks.model_state import root
+from lens_relevance.hooked_model import HookedModel, is_bridge, root
 
 
 def class_names(model: HookedModel) -> dict[int, str] | None:

@@ -12,8 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, has_tokenizer, is_bridge
-from lens_relevance.hooks.model_state import root
+from lens_relevance.hooked_model import HookedModel, has_tokenizer, is_bridge, root
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
 
 Inputs = str | Sequence[str] | Tensor | Mapping[str, Any]

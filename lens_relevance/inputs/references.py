@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.model_state import root
+from lens_relevance.hooked_model import HookedModel, root
 from lens_relevance.inputs.prompt import Prompt, read_inputs
+from lens_relevance.sites.embeddings import image_token, token_embedding
 from lens_relevance.sites.token_sets import DECODER, TOKENS
 
 
@@ -138,11 +138,10 @@ def embedding_table(model: HookedModel, stack: str) -> Float[Tensor, "vocab d_mo
 
 
 def _embedding(model: HookedModel, stack: str) -> nn.Embedding:
-    component = getattr(model, "decoder_embed" if stack == DECODER and hasattr(model, "decoder_embed") else "embed", None)
-    original = getattr(component, "original_component", None)
-    if not isinstance(original, nn.Embedding):
+    found = token_embedding(model, stack)
+    if found is None:
         raise RelevanceError(f"{type(model).__name__} has no token embedding to take a baseline from: give other inputs as the reference")
-    return original
+    return found
 
 
 def _replaced(model: HookedModel, prompt: Prompt, tail: int) -> dict[str, Tensor]:
@@ -150,8 +149,8 @@ def _replaced(model: HookedModel, prompt: Prompt, tail: int) -> dict[str, Tensor
     not the last `tail`."""
     tokenizer = getattr(model, "tokenizer", None)
     begins = {getattr(tokenizer, "bos_token_id", None)}
-    frames = [i for i in (getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")) if i is not None]
-    frames += _image_token(model)
+    framing = (*(getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")), image_token(model))
+    frames = [i for i in framing if i is not None]
     if DECODER in prompt.ids:
         begins.add(getattr(getattr(root(model), "config", None), "decoder_start_token_id", None))
     found = {}
@@ -164,16 +163,13 @@ def _replaced(model: HookedModel, prompt: Prompt, tail: int) -> dict[str, Tensor
     return found
 
 
-def _image_token(model: HookedModel) -> list[int]:
-    """The id whose places an image's patches take, where a model reads images among its tokens."""
-    found = getattr(getattr(root(model), "config", None), "image_token_id", None)
-    return [] if found is None else [int(found)]
-
-
 def _ordinary_tokens(model: HookedModel) -> Tensor:
     """Token ids that a random prompt may hold: the vocabulary without special tokens."""
-    everything = torch.arange(int(getattr(getattr(model, "cfg", None), "d_vocab", 0)))
-    special = [*(getattr(getattr(model, "tokenizer", None), "all_special_ids", []) or []), *_image_token(model)]
+    vocabulary = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    if vocabulary is None:
+        raise RelevanceError(f"how many tokens {type(model).__name__} knows is not known (model.cfg.d_vocab): give other inputs instead")
+    everything = torch.arange(int(vocabulary))
+    special = [*(getattr(getattr(model, "tokenizer", None), "all_special_ids", []) or []), image_token(model)]
     keep = torch.ones_like(everything, dtype=torch.bool)
-    keep[[i for i in special if i < len(everything)]] = False
+    keep[[i for i in special if i is not None and i < len(everything)]] = False
     return everything[keep]

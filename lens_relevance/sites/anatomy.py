@@ -10,6 +10,7 @@ from transformer_lens.hook_points import HookPoint
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.sites.attention import SplitHeads
 from lens_relevance.sites.base import Site, block_of
+from lens_relevance.sites.blocks import Block
 from lens_relevance.sites.stacks import CROSS, Roles, Stacks
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS, TokenAttention
 
@@ -22,6 +23,7 @@ class Anatomy:
     uncovered: component path -> why it has no site. decorative: names of HookPoints that say one thing and carry another.
     stacks: HookPoint names by stack and role, and the complete cuts.
     attentions: which token set attends to which, in the order of computation.
+    blocks: of a bridge with one stack of them.
     conversions: to a layout by heads and back, where TransformerLens's own conversion misreads how many heads there are.
     """
 
@@ -32,6 +34,7 @@ class Anatomy:
     decorative: set[str] = field(default_factory=set)
     stacks: Stacks = field(default_factory=Stacks)
     attentions: list[TokenAttention] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     conversions: dict[str, SplitHeads] = field(default_factory=dict)
 
     def conversion(self, name: str) -> Any:

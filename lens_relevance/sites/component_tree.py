@@ -15,6 +15,7 @@ from lens_relevance.errors import CoverageError
 from lens_relevance.sites.anatomy import Anatomy
 from lens_relevance.sites.attention import SplitHeads, attention_sites
 from lens_relevance.sites.base import Site
+from lens_relevance.sites.blocks import bridge_blocks
 from lens_relevance.sites.experts import expert_sites
 from lens_relevance.sites.linear import linear_sites
 from lens_relevance.sites.mlp import mlp_sites
@@ -61,6 +62,7 @@ def bridge_anatomy(model: TransformerBridge) -> Anatomy:
         found.uncovered["output"] = str(error)
     found.stacks = bridge_stacks(model, embeddings)
     found.attentions = block_attentions(found.points, found.aliases)
+    found.blocks = bridge_blocks(model)
     return found
 
 

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 from analyses import bridge_encoder, load_model
+from analyses.benchmarks.tiny_models import random_model
 from lens_relevance import RelevanceError, logit, propagate, random_tokens
-from tests.classifiers import build_classifier, random_bert
+from tests.classifiers import build_classifier
 from tests.engine.families import close
 from tests.models import build_gpt2
 
@@ -35,7 +36,7 @@ def _folder(path: Path, model_class: type[transformers.BertPreTrainedModel]) -> 
         num_attention_heads=4,
         id2label={0: "no", 1: "yes"},
     )
-    model = random_bert(model_class, config, torch.float32, 0)
+    model = random_model(model_class, config, torch.float32)
     model.save_pretrained(path)
     return model
 

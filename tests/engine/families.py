@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
@@ -10,34 +9,20 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.benchmarks.tiny_models import build
 from lens_relevance import RelevanceCache, logit_diff, rulesets
 from tests import models
 from tests.precision import no_upcasts
 
-Builder = Callable[..., TransformerBridge]
+__all__ = ["build"]
 
-_BUILDERS: dict[str, tuple[Builder, dict[str, object]]] = {
-    "gpt2": (models.build_gpt2, {}),
-    "neox_parallel": (models.build_neox, dict(parallel=True)),
-    "neox_sequential": (models.build_neox, dict(parallel=False)),
-    "llama": (models.build_llama, {}),
-    "qwen3": (models.build_qwen3, {}),
-    "gemma2": (models.build_gemma2, {}),
-    "olmo2": (models.build_olmo2, {}),
-    **{f"native_{name}": (models.build_native, settings) for name, settings in models.NATIVE_VARIANTS.items()},
-}
-FAMILIES = list(_BUILDERS)
+FAMILIES = ["gpt2", "neox_parallel", "neox_sequential", "llama", "qwen3", "gemma2", "olmo2"]
+FAMILIES += [f"native_{name}" for name in models.NATIVE_VARIANTS]
 # RMSNorm is computed in float32 there, and so are some rotary tables, whatever the dtype.
 UPCASTING = ("llama", "qwen3", "gemma2", "olmo2", "native_rms_norm", "native_gated")
 RULESETS = list(rulesets())
 PAIRS = ("deeplift", "deeplift_ln")
 TARGET = logit_diff(7, 11)
-
-
-def build(family: str, dtype: torch.dtype = torch.float64, **settings: object) -> TransformerBridge:
-    """A tiny random model of the family."""
-    builder, own = _BUILDERS[family]
-    return builder(dtype=dtype, **(own | settings))
 
 
 def exact(family: str) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from analyses import PromptPairs, activation_patching, bridge_encoder
+from analyses.benchmarks.tiny_models import random_model
 from lens_relevance import (
     LivenessError,
     NotKeptError,
@@ -23,7 +24,7 @@ from lens_relevance import (
     propagate,
     random_tokens,
 )
-from tests.classifiers import CLASSIFIERS, IMAGES, build_classifier, build_encoder, inputs_for, random_bert
+from tests.classifiers import CLASSIFIERS, IMAGES, build_classifier, build_encoder, inputs_for
 from tests.engine.families import RULESETS, close, reference_for, unexplained, whole, zero_all_that_keeps
 from tests.models import build_gpt2
 from tests.precision import no_upcasts
@@ -245,7 +246,7 @@ def test_a_model_without_a_head_has_no_logits_and_is_covered_all_the_same() -> N
 def test_a_classifier_of_one_class_is_explained_by_its_score() -> None:
     config = transformers.BertConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
     config.num_labels = 1
-    model = bridge_encoder(random_bert(transformers.BertForSequenceClassification, config, torch.float64, 0))
+    model = bridge_encoder(random_model(transformers.BertForSequenceClassification, config, torch.float64))
     tokens = inputs_for("bert_classifier")[0]
     with torch.no_grad():
         close(propagate(model, tokens).value, model(tokens)[:, 0], 1e-12)
@@ -282,7 +283,7 @@ def test_token_classes() -> None:
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_labels=3
     )
-    model = bridge_encoder(random_bert(transformers.BertForTokenClassification, config, torch.float64, 0))
+    model = bridge_encoder(random_model(transformers.BertForTokenClassification, config, torch.float64))
     tokens, other = inputs_for("bert_classifier")
     cache = propagate(model, tokens, logit("LABEL_1", position=2), reference=other, audit=True)
     close(cache.value, model(tokens)[:, 2, 1], 1e-12)

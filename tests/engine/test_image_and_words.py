@@ -25,7 +25,7 @@ ONE, OTHER = _inputs(0), _inputs(1)
 
 
 def test_every_ruleset_conserves_and_leaves_the_forward_alone() -> None:
-    model = FAMILIES["LLaVA"].build()
+    model = FAMILIES["llava"].build()
     with torch.no_grad():
         logits = model(ONE["input_ids"], pixel_values=ONE["pixel_values"])
     with no_upcasts():
@@ -45,7 +45,7 @@ def test_every_ruleset_conserves_and_leaves_the_forward_alone() -> None:
 
 def test_another_image_is_another_reference() -> None:
     """The same words and another image: the words' own embeddings do not differ, so all relevance is at the patches."""
-    model = FAMILIES["LLaVA"].build()
+    model = FAMILIES["llava"].build()
     with no_upcasts():
         cache = propagate(model, ONE, TARGET, rules="deeplift", reference=ONE | {"pixel_values": OTHER["pixel_values"]})
     seen = ONE["input_ids"] == IMAGE
@@ -55,7 +55,7 @@ def test_another_image_is_another_reference() -> None:
 
 @pytest.mark.parametrize("baseline", [random_tokens(2), mean_embedding()], ids=["random_tokens", "mean_embedding"])
 def test_a_baseline_of_words_leaves_the_image_where_it_is(baseline: object) -> None:
-    model = FAMILIES["LLaVA"].build()
+    model = FAMILIES["llava"].build()
     with no_upcasts():
         cache = propagate(model, ONE, TARGET, rules="deeplift", reference=baseline)
     assert float(cache.tokens()[ONE["input_ids"] == IMAGE].abs().max()) == 0
@@ -63,6 +63,6 @@ def test_a_baseline_of_words_leaves_the_image_where_it_is(baseline: object) -> N
 
 
 def test_an_image_that_does_not_reach_the_tokens_is_an_error() -> None:
-    model = FAMILIES["LLaVA"].build(torch.float32)
+    model = FAMILIES["llava"].build(torch.float32)
     with pytest.raises((RelevanceError, ValueError), match="[Ii]mage"):
         propagate(model, {"input_ids": ONE["input_ids"][:, :3], "pixel_values": ONE["pixel_values"].float()}, TARGET, rules="attnlrp")
