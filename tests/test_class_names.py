@@ -13,9 +13,7 @@ from transformer_lens.model_bridge import generalized_components
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lens_relevance", "analyses")
 # A model, or a part of one, by its class: LlamaForCausalLM, BertModel, OPTAttention, MixtralSparseMoeBlock, GPT2LMHeadModel, BertLayer.
-ARCHITECTURE = re.compile(
-    r"[A-Z]\w+(Attention|Block|Layer|MLP|MoE|MoeBlock|Experts|RMSNorm|Model|For[A-Z]\w*|LMHead|LMHeadModel)"
-)
+ARCHITECTURE = re.compile(r"[A-Z]\w+(Attention|Block|Layer|MLP|MoE|MoeBlock|Experts|RMSNorm|Model|For[A-Z]\w*|LMHead|LMHeadModel)")
 CONFIG = re.compile(r"[A-Z]\w*Config")
 # Classes that stand for any architecture.
 GENERAL = re.compile(r"Auto\w+|PreTrained\w+|PretrainedConfig|TransformerBridge\w*|GgufConfig|Dynamic(Cache|Layer)")

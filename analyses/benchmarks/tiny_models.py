@@ -26,17 +26,16 @@ _SIZES: dict[str, Any] = dict(
 _GROUPED = _SIZES | dict(num_key_value_heads=2, pad_token_id=0)
 _HEAD_SIZE = _GROUPED | dict(head_dim=4)
 _GPT2: dict[str, Any] = dict(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4)
-_T5: dict[str, Any] = dict(
-    vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
-) | dict(relative_attention_num_buckets=8, relative_attention_max_distance=12)  # few, so that short prompts fall into several
+_T5: dict[str, Any] = dict(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0)
 _BART: dict[str, Any] = {
     f"{stack}_{what}": n for stack in ("encoder", "decoder") for what, n in dict(layers=2, attention_heads=4, ffn_dim=24).items()
-} | dict(vocab_size=50, d_model=16, max_position_embeddings=32, pad_token_id=0, decoder_start_token_id=2)
+} | dict(vocab_size=50, d_model=16, max_position_embeddings=32)
+_TRANSLATOR = _BART | dict(pad_token_id=0, decoder_start_token_id=2)
 _IMAGES: dict[str, Any] = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4)
 _CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=4.0, query_pre_attn_scalar=8, sliding_window=4)  # small enough to bite
 _MOE = dict(moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2)
 _ROUTED = dict(moe_intermediate_size=12, num_experts_per_tok=2, topk_group=1, first_k_dense_replace=1)  # one dense layer, one with experts
-_LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6)
+_LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)
 _NATIVE: dict[str, Any] = dict(
     d_model=16, d_head=4, n_heads=4, n_layers=2, n_ctx=32, d_vocab=50, d_mlp=32, act_fn="gelu", normalization_type="LN"
 )
@@ -108,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "bart": Family("BART", "bart", _BART, "Seq2SeqLM"),
     "vit": Family("ViT", "vit", _IMAGES, "ImageClassification"),
     "deit": Family("DeiT", "deit", _IMAGES | dict(architectures=[]), "ImageClassification"),  # of the two there are, that with one head
-    "deepseek_v3": Family("DeepSeek-V3", "deepseek_v3", _SIZES | _LATENT | _ROUTED | dict(n_routed_experts=6, n_group=2)),
+    "deepseek_v3": Family("DeepSeek-V3", "deepseek_v3", _SIZES | _LATENT | _ROUTED | dict(n_routed_experts=4, n_group=1)),
     "llava": Family(
         "LLaVA",
         "llava",
@@ -120,11 +119,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "ImageTextToText",
     ),
-    "gpt_oss": Family(  # a small limit, so that the clamps of its gates bite
-        "GPT-OSS",
-        "gpt_oss",
-        _HEAD_SIZE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=4, swiglu_limit=0.5),
-    ),
+    "gpt_oss": Family("GPT-OSS", "gpt_oss", _HEAD_SIZE | dict(num_local_experts=4, num_experts_per_tok=2)),
     "mamba": Family("Mamba", "mamba", dict(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=2)),
 }
 
@@ -147,11 +142,11 @@ MORE: dict[str, Family] = {
     "roberta": Family("Roberta", "roberta", _SIZES | dict(max_position_embeddings=40), "MaskedLM"),
     "bert_lm_head": Family("BERT as a decoder", "bert", _SIZES),
     "mt5": Family("MT5", "mt5", _T5, "Seq2SeqLM"),
-    "mbart": Family("MBart", "mbart", _BART, "Seq2SeqLM"),
-    "marian": Family("Marian", "marian", _BART, "Seq2SeqLM"),
-    "pegasus": Family("Pegasus", "pegasus", _BART, "Seq2SeqLM"),
-    "m2m_100": Family("M2M100", "m2m_100", _BART, "Seq2SeqLM"),
-    "blenderbot": Family("Blenderbot", "blenderbot", _BART, "Seq2SeqLM"),
+    "mbart": Family("MBart", "mbart", _TRANSLATOR, "Seq2SeqLM"),
+    "marian": Family("Marian", "marian", _TRANSLATOR, "Seq2SeqLM"),
+    "pegasus": Family("Pegasus", "pegasus", _TRANSLATOR, "Seq2SeqLM"),
+    "m2m_100": Family("M2M100", "m2m_100", _TRANSLATOR, "Seq2SeqLM"),
+    "blenderbot": Family("Blenderbot", "blenderbot", _TRANSLATOR, "Seq2SeqLM"),
 }
 
 # TransformerLens's own model, by what differs from `_NATIVE`.
@@ -213,6 +208,3 @@ def randomize(module: nn.Module, seed: int) -> None:
             parameter.copy_(noise * 0.3)
         else:
             parameter.copy_(0.2 * noise + (1 if name.endswith(("weight", ".w")) else 0))
-    for name, buffer in module.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # DeepSeek-V3 chooses its experts by it
-            buffer.copy_(torch.linspace(-0.02, 0.02, len(buffer)))

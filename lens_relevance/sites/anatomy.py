@@ -19,12 +19,16 @@ from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS, TokenAtten
 class Anatomy:
     """Sites and HookPoints of one model.
 
-    points: canonical name -> HookPoint; aliases: any name TransformerLens accepts -> canonical name.
-    uncovered: component path -> why it has no site. decorative: names of HookPoints that say one thing and carry another.
-    stacks: HookPoint names by stack and role, and the complete cuts.
-    attentions: which token set attends to which, in the order of computation.
-    blocks: of a bridge with one stack of them.
-    conversions: to a layout by heads and back, where TransformerLens's own conversion misreads how many heads there are.
+    Attributes:
+        sites: every operation that a rule can be chosen for.
+        points: from the canonical name of a HookPoint to the HookPoint.
+        aliases: from any name that TransformerLens accepts to the canonical one.
+        uncovered: from the path of a component to the reason why it has no site.
+        decorative: names of HookPoints that hold something else than their name says, or whose tensors the model does not use.
+        stacks: names of HookPoints by stack and role, and the complete cuts.
+        attentions: which token set attends to which, in the order of computation.
+        blocks: those of a bridge with one stack of them.
+        conversions: to a layout by heads and back, where TransformerLens's own conversion takes another number of heads.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -48,7 +52,11 @@ class Anatomy:
 
     @property
     def layout(self) -> Roles:
-        """HookPoint names by role of a model with one stack; raises CoverageError for one with several."""
+        """Names of HookPoints by role, of a model with one stack.
+
+        Raises:
+            CoverageError: the model has several.
+        """
         if set(self.stacks.roles) - {TOKENS}:
             listed = ", ".join(self.stacks.roles)
             raise CoverageError(f"this analysis knows models with one stack of blocks, and this one has {listed}; use propagate(...)")
@@ -80,7 +88,11 @@ class Anatomy:
             site.n_layers = None if site.layer is None else last[site.stack] + 1
 
     def canonical(self, name: str) -> str:
-        """The canonical name of a HookPoint given by any of its names."""
+        """The canonical name of a HookPoint given by any of its names.
+
+        Raises:
+            RelevanceError: there is no such HookPoint.
+        """
         if name in self.aliases:
             return self.aliases[name]
         close = [n for n in self.aliases if name.rsplit(".", 1)[-1] in n][:5]

@@ -22,7 +22,7 @@ def rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
 
 
 def relative_bias(module: Any, call: Call, scores: Tensor) -> Tensor | None:
-    """T5: the first layer of a stack computes a bias per head and distance, the others are handed it; cross-attention has none."""
+    """T5: the first layer of a stack computes a bias per head and distance, the others get it as an argument; cross-attention has none."""
     given = call.get("position_bias")
     if given is not None or not module.has_relative_attention_bias:
         return given

@@ -25,15 +25,19 @@ def block_of(name: str) -> tuple[str, int | None]:
 class Site:
     """One operation and the HookPoints around it.
 
-    name: path of the component, with the operation behind a colon where a component has several ("blocks.0.attn:scores").
-    mount: the component's place in its parent ("ln1", "q_norm", "ln_final", "mlp"), by which rules can be chosen.
-    inputs, output: HookPoints whose raw (unconverted) tensors the operation takes and gives; output None: the logits the model returns.
-    caller: a module whose call arguments the operation needs (masks, positions); handed to `on_call` before each forward of it.
-    component: the module whose output has to depend on the site, where there is one: the proof that its HookPoints are no decoration.
-    rebuilt: where a model computes the operation behind closed doors, the HookPoint at which it is recomputed: the first one from the
-        site's output on that the model goes on with (see hooks/recomputation.py).
-    n_layers: how many blocks the stack has that holds the site.
-    enabled: says whether the site stands in for its operation right now, under a rule (a norm has two forms, see rules/normalization.py).
+    Attributes:
+        name: path of the component, with the operation after a colon where a component has several ("blocks.0.attn:scores").
+        mount: the component's place in its parent ("ln1", "q_norm", "ln_final", "mlp"), by which rules can be chosen.
+        operation: what is computed.
+        inputs: HookPoints whose raw (unconverted) tensors the operation takes.
+        output: the HookPoint whose raw tensor it gives; None for the logits that the model returns.
+        caller: a module whose call arguments the operation needs (masks, positions).
+        on_call: receives these arguments, by position and by name, before each forward of `caller`.
+        enabled: whether the site describes its operation at the moment, under a rule (a norm has two forms, see rules/normalization.py).
+        component: the module whose output has to depend on the site, where there is one: it shows whether the model uses the HookPoints.
+        rebuilt: where a model computes the operation without using its HookPoints, the one at which it is recomputed: the first from the
+            site's output on whose tensor the model uses (see hooks/recomputation.py).
+        n_layers: how many blocks the stack has that the site is in; None outside of blocks.
     """
 
     name: str

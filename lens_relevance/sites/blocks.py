@@ -1,4 +1,4 @@
-"""What the blocks of a model are that its sites alone do not say: how attention and MLP hang on the residual stream."""
+"""What the blocks of a model are that their sites alone do not say: how attention and MLP read the residual stream."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@
     propagate(model, tokens, logit(3), rules="attnlrp").tokens()
 
 Every operation that is not linear needs a site: without one it keeps its plain gradient, and the conservation account shows what that
-leaves unexplained. Linear layers need one only to have their biases named in the account. A site named `blocks.2.mlp` stands in the
+leaves unexplained. Linear layers need one only to have their biases named in the account. A site named `blocks.2.mlp` belongs to the
 account's row of layer 2.
 
 On a TransformerBridge most operations are found. `declare_sites(bridge, [...])` adds what is not, or says what one of them really is.
@@ -114,9 +114,9 @@ def declare_sites(
     """Tell where operations of a model are, so that propagate and attach know them.
 
     To a TransformerBridge the sites are added: a declared site at the same output HookPoint takes the place of the one that was found
-    there (and of all steps of a component that this was the whole of), and a component that had no site is covered by one that bears its
-    name. What else is known of a bridge stays as it is. For a model of the user's own this is all that is known, and a second call takes
-    the place of the first.
+    there (and of all steps of a component that this was the whole of), and a component that had no site is covered by one with its name.
+    What else is known of a bridge stays as it is. For a model of the user's own this is all that is known, and a second call takes the
+    place of the first.
 
     Args:
         model: a TransformerBridge, or a HookedRootModule.

@@ -31,7 +31,7 @@ def delegated_sites(name: str, component: Any) -> list[Site]:
 
     def on_call(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         call.clear()
-        call.update(zip(names, args, strict=False))  # ViT hands its mask over by position
+        call.update(zip(names, args, strict=False))  # ViT passes its mask by position
         call.update(kwargs)
 
     try:

@@ -33,7 +33,7 @@ def output_sites(model: TransformerBridge) -> list[Site]:
 
 
 def pooler_sites(name: str, component: BertPoolerBridge) -> list[Site]:
-    """The activation of a pooler, which reads the first position: from its linear layer to what it hands to the classifier."""
+    """The activation of a pooler, which reads the first position: from its linear layer to what it gives to the classifier."""
     function, dense = getattr(component.original_component, "activation", None), getattr(component, "dense", None)
     if function is None or dense is None:
         raise CoverageError(f"{name}: the linear layer and the activation of {type(component.original_component).__name__} were not found")

@@ -23,7 +23,12 @@ Roles = dict[str, list[str]]  # `embeddings` (of tokens first, then of positions
 
 @dataclass(frozen=True)
 class Cut:
-    """names: the HookPoints of a complete cut; row: what lies between it and the next one, as the conservation account calls it."""
+    """One complete cut.
+
+    Attributes:
+        row: what lies between this cut and the next one, as the conservation account calls it.
+        names: its HookPoints.
+    """
 
     row: str
     names: tuple[str, ...]
@@ -31,8 +36,13 @@ class Cut:
 
 @dataclass
 class Stacks:
-    """roles: HookPoint names by stack and role. cuts: from the embeddings upward; above the last one is the target. grid: rows and columns
-    of an image's patches, which are the last positions of the only stack."""
+    """The stacks of one model.
+
+    Attributes:
+        roles: names of HookPoints by stack and role.
+        cuts: the complete cuts, from the embeddings upward; above the last one is the target.
+        grid: rows and columns of an image's patches, which are the last positions of the only stack; None without an image.
+    """
 
     roles: dict[str, Roles] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)

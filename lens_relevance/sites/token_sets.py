@@ -12,11 +12,15 @@ ENCODER, DECODER = "encoder", "decoder"
 
 @dataclass(frozen=True)
 class TokenAttention:
-    """One attention: the tokens of `queries` gather from those of `sources` (the same set, where it is self-attention).
+    """One attention: the tokens of `queries` attend to those of `sources` (the same set in self-attention).
 
-    pattern: HookPoint of its pattern [batch, head, query, source]. written: HookPoint of what it writes, [batch, query, d_model]. before:
-    HookPoint of the stream that this is added to. together: attentions that follow each other and bear the same label here read the same
-    state (co-attention of two sets).
+    Attributes:
+        pattern: HookPoint of its pattern [batch, head, query, source].
+        before: HookPoint of the stream that its output is added to.
+        written: HookPoint of its output [batch, query, d_model].
+        queries: the token set that attends.
+        sources: the token set that is attended to.
+        together: attentions that follow each other and have the same label here read the same state (co-attention of two sets).
     """
 
     pattern: str
@@ -39,7 +43,7 @@ def block_attentions(points: Container[str], aliases: Mapping[str, str]) -> list
             found.append(TokenAttention(f"{block}.{own}.hook_pattern", f"{block}.hook_in", written, tokens, tokens))
             if tokens == DECODER:
                 cross = f"{block}.cross_attn"
-                # pre-norm (T5) has a HookPoint on the stream; post-norm (BART) hands it to the attention as it is
+                # pre-norm (T5) has a HookPoint on the stream; post-norm (BART) gives it to the attention as it is
                 middle = f"{block}.hook_resid_mid"
                 before = middle if middle in points else f"{cross}.hook_in"
                 found.append(TokenAttention(f"{cross}.hook_pattern", before, f"{cross}.hook_out", DECODER, ENCODER))
