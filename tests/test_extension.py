@@ -6,19 +6,27 @@ and a tiny Mixtral, and described by one `register_` call each.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import MixtralConfig, OPTConfig
+from transformers.activations import ACT2FN
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.opt import modeling_opt
 from transformers.models.opt.modeling_opt import OPTAttention
 
-from analyses import PromptPairs, rank_heads
+from analyses import PromptPairs, activation_patching, compare_with_patching, rank_heads
+from analyses.methods import Estimator, Scores, register_method
+from analyses.methods.registry import _METHODS
+from analyses.report import find, from_task
+from analyses.report.terminal import show
 from lens_relevance import (
     AttentionFamily,
     CoverageError,
@@ -30,9 +38,12 @@ from lens_relevance import (
     propagate,
     register_attention,
     register_experts,
+    register_ruleset,
     rulesets,
 )
-from lens_relevance.rules import Expert, GatedActivation, Router
+from lens_relevance.rules import ElementwiseRule, Expert, GatedActivation, Router
+from lens_relevance.rules.activation import KnownFunction
+from lens_relevance.ruleset_tables import _RULESETS
 from lens_relevance.sites.families import ATTENTION, EXPERTS
 from tests.engine.families import close, inputs_and_reference, unexplained
 from tests.precision import no_upcasts
@@ -205,3 +216,57 @@ def test_a_registered_family_can_be_replaced(distance: TransformerBridge) -> Non
     register_attention("DistanceAttention", replace(DISTANCE, scale=lambda module: 0.5))
     register_attention("DistanceAttention", DISTANCE, replace=True)
     propagate(distance, TOKENS, TARGET)
+
+
+class Squared(ElementwiseRule):
+    """A rule of one's own: the square of the identity rule's slope."""
+
+    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+        return (f(x) / x) ** 2
+
+
+@pytest.fixture
+def squared(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The rule in a table of one's own, registered by name."""
+    monkeypatch.delitem(_RULESETS, "squared", raising=False)
+    register_ruleset("squared", {**rulesets()["attnlrp"], "activation": Squared()})
+    return "squared"
+
+
+@pytest.mark.parametrize(("family", "function"), [("gpt2", "gelu_new"), ("llama", "silu")])
+def test_a_rule_is_one_class_and_a_ruleset_one_call(squared: str, family: str, function: str) -> None:
+    """At a plain activation g_in = g_out (f(x) / x)^2; at a gate the half rule gives it half of the other factor."""
+    model, at = build_wider(family), "blocks.1.mlp."
+    names = [f"{at}{point}" for point in ("gate.hook_out", "in.hook_out", "out.hook_in")][family == "gpt2" :]
+    cache = propagate(model, TOKENS, TARGET, rules=squared, names_filter=names)
+    x, f = cache.activations[names[0]], ACT2FN[function]
+    expected = cache.coefficients[names[-1]] * (f(x) / x) ** 2
+    close(cache.coefficients[names[0]], expected * (1 if family == "gpt2" else cache.activations[names[1]] / 2), 1e-10)
+
+
+def test_a_registered_ruleset_is_known_everywhere(squared: str, embedded: TransformerBridge) -> None:
+    """`coverage`, `rank` and `explain`: what is behind these commands."""
+    found = coverage(embedded, [squared])
+    assert found.rulesets["works"].all() and (found.sites[squared] == "Squared").any()
+    question = from_task(embedded, None, 2, 0)
+    ranking = rank_heads(embedded, question.pairs, squared)
+    assert not ranking["score"].equals(rank_heads(embedded, question.pairs, "attnlrp")["score"])
+    shown = Console(width=200, record=True, file=io.StringIO())
+    show(find(embedded, question, squared), shown)
+    assert "squared" in shown.export_text()
+
+
+def test_an_attribution_method_is_one_call(gpt2: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that knows the answer (the effect of patching each head) ranks and compares like any other, and better than any."""
+    monkeypatch.delitem(_METHODS, "patched", raising=False)
+
+    def effects(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+        heads = activation_patching(model, pairs, "heads", "denoising").effect.unflatten(0, (len(model.blocks), -1))
+        return {"heads": heads.movedim(2, 0)}
+
+    register_method("patched", Estimator("patched", effects, forwards=0, backwards=0, components=("heads",)))
+    assert rank_heads(gpt2, PAIRS, "patched")["score"].abs().max() > 0
+    table = compare_with_patching(gpt2, PAIRS, ["patched", "relp"], ["heads"], direction="denoising", resamples=0).set_index("method")
+    assert table.loc["patched", "pearson"] > 1 - 1e-9 > table.loc["relp", "pearson"]
+    with pytest.raises(RelevanceError, match="'patched' exists already"):
+        register_method("patched", Estimator("patched", effects, 0, 0))
