@@ -13,7 +13,7 @@ what the block returns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.forward import Run, replaced_embeddings
 from lens_relevance.hooked_model import HookedModel, is_bridge
 from lens_relevance.hooks.conditional import Condition, backward_through
+from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session, refuse_silent
 from lens_relevance.inputs.references import ReferenceRun
@@ -83,7 +84,7 @@ class Blockwise:
         self._placed = [[p for p in opened.placed if p.site.layer == i] for i in range(len(self.blocks))]
         self._own, self._reference = _Pass(), _Pass()
 
-    @contextmanager
+    @protected_contextmanager
     def forward(self, *, reference: bool = False) -> Iterator[None]:
         """Around one forward: what the blocks are called with is kept, and of their inside nothing."""
         run = self._reference if reference else self._own

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
-from lens_relevance.hooks.model_state import check_model, frozen
+from lens_relevance.hooks.model_state import check_model, frozen, left_as_found
 from lens_relevance.hooks.recording import Taps
 from lens_relevance.hooks.session import session
 from lens_relevance.inputs.class_labels import class_names, is_headless
@@ -48,6 +48,7 @@ class Coverage:
     uncovered: dict[str, str]
 
 
+@left_as_found
 def coverage(
     model: HookedModel, names: Sequence[str] | None = None, positions: int = 8, *, seed: int = 0, inputs: Inputs | None = None
 ) -> Coverage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -30,7 +30,8 @@ from lens_relevance.forward import (
 )
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.conditional import read_conditions
-from lens_relevance.hooks.model_state import check_model, frozen
+from lens_relevance.hooks.interrupts import protected_contextmanager
+from lens_relevance.hooks.model_state import check_model, frozen, no_gradients
 from lens_relevance.hooks.read_positions import UNEMBEDDING, reading_at
 from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, wanted
 from lens_relevance.hooks.session import Session, session
@@ -99,7 +100,7 @@ def propagate(
     n = 1 if other is None else other.n
     asked = {*names, *(c.name for c in conditions), point}
     metric, reading = (None, None) if asked & set(UNEMBEDDING) else metric_before(model, prompt, target, n=n)
-    with torch.enable_grad(), frozen(model), session(model) as opened, reading_at(model, reading):
+    with frozen(model), session(model) as opened, reading_at(model, reading), torch.enable_grad():
         placed = _place(opened, body, table, strict)
         taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
         if audit:
@@ -129,7 +130,7 @@ def propagate(
             del part  # or this part's graph would stay while the next one is worked on
         absent |= taps.absent(explicit)
         taps.check_reached(kept.reached, absent, explicit)
-    with torch.no_grad():
+    with no_gradients():
         value = values_of(metric, run.root.detach(), n)
         reference_value = None if before is None else values_of(metric, before.root, n)
         ledger = None
@@ -156,7 +157,7 @@ def propagate(
     )
 
 
-@contextmanager
+@protected_contextmanager
 def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, strict: bool = True) -> Iterator[None]:
     """Rules on a model's HookPoints while the block lasts: every gradient tool, TransformerLens's too, then propagates relevance.
 

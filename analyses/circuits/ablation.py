@@ -20,7 +20,7 @@ from analyses.datasets.batches import rows_together
 from analyses.edges.wiring import wiring
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import CoverageError, RelevanceError
-from lens_relevance.hooks.model_state import check_model
+from lens_relevance.hooks.model_state import as_found, check_model
 from lens_relevance.inputs.targets import as_target
 
 Replacement = Literal["corrupt", "mean"]
@@ -86,7 +86,7 @@ class Ablation:
         if kept.ndim != 2 or kept.shape[1] != len(self.items):
             raise RelevanceError(f"masks must have shape [circuit, {len(self.items)}], got {tuple(kept.shape)}")
         columns = []
-        with torch.no_grad():
+        with as_found(self.model), torch.no_grad():
             for run in self._runs:
                 metric = run.pairs.metric(self.model)
                 step = max(1, self.bytes_at_once // (run.bytes_per_row * len(run.pairs)))

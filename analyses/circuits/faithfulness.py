@@ -23,6 +23,7 @@ from analyses.datasets.progress import progress_bar
 from analyses.methods import Estimator
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.model_state import left_as_found
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 EVERY_K_BELOW = 1_000
@@ -78,6 +79,7 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
     return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
 
 
+@left_as_found
 def faithfulness_table(
     model: Any,
     pairs: PromptPairs,

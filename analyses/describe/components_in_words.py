@@ -20,6 +20,7 @@ from analyses.describe.pattern_scores import KINDS, pattern_scores
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, propagate
 from lens_relevance.attention_methods import head_flow
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.ruleset_tables import Table
 from lens_relevance.sites import anatomy
@@ -105,6 +106,7 @@ class _Strongest:
         return _Strongest(rows.loc[kept].reset_index(drop=True), vectors)
 
 
+@left_as_found
 def describe_head(
     model: Any,
     prompts: PromptPairs | Inputs,
@@ -171,6 +173,7 @@ def describe_head(
     )
 
 
+@left_as_found
 def describe_neuron(
     model: Any,
     prompts: PromptPairs | Inputs,

@@ -14,6 +14,7 @@ from transformer_lens import head_detector
 from analyses.datasets.batches import batches
 from analyses.tasks import PromptPairs
 from lens_relevance.attention_methods.run import check_patterns
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.sites import anatomy
 
@@ -27,6 +28,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @torch.no_grad()
+@left_as_found
 def pattern_scores(model: Any, prompts: PromptPairs | Inputs) -> pd.DataFrame:
     """Scores of `transformer_lens.head_detector.detect_head` (error_measure "mul"), averaged over prompts (the clean ones of pairs).
 

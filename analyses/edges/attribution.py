@@ -20,6 +20,7 @@ from analyses.edges.writers import sources, writes
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import CoverageError
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import reference_run
 from lens_relevance.inputs.targets import Target
@@ -75,6 +76,7 @@ class EdgeAttribution:
         return frame.iloc[np.argsort(-np.abs(values.ravel()), kind="stable")].reset_index(drop=True)
 
 
+@left_as_found
 def attribute_edges(
     model: Any,
     inputs: Inputs,

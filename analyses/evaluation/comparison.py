@@ -22,6 +22,7 @@ from analyses.patching import activation_patching
 from analyses.patching.checks import check_gap
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.targets import as_target
 
 METHODS = (
@@ -99,6 +100,7 @@ def compare_with_patching(
     return compare(model, pairs, methods, components, direction, run, top_k, pooled, resamples, batch_size, checkpoint).table
 
 
+@left_as_found
 def compare(
     model: Any,
     pairs: PromptPairs,

@@ -17,6 +17,7 @@ from analyses.methods import Estimator, estimator
 from analyses.models.structure import d_mlp, n_heads, n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
+from lens_relevance.hooks.model_state import left_as_found
 
 # About what a laptop takes in one pass; a pass keeps a few tensors of [tokens, d_mlp] per layer.
 _TOKENS_PER_PASS = 2048
@@ -79,6 +80,7 @@ def rank_neurons(
     return _rank(model, pairs, estimator(method), run, "neurons", 10 if top_k is None else top_k, size, ablate, checkpoint)
 
 
+@left_as_found
 def _rank(
     model: Any,
     pairs: PromptPairs,

@@ -16,6 +16,7 @@ from analyses.edges.flows import Flows, flows_of
 from analyses.edges.wiring import wiring
 from analyses.graph.flow import FlowGraph, nodes_frame
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
 from lens_relevance.inputs.targets import Target, as_target
 from lens_relevance.ruleset_tables import Table, ruleset
@@ -23,6 +24,7 @@ from lens_relevance.ruleset_tables import Table, ruleset
 NEURONS_KEPT = 10
 
 
+@left_as_found
 def flow_graph(
     model: Any,
     inputs: Inputs,
@@ -58,6 +60,7 @@ def flow_graph(
     return graph.above(threshold) if threshold > 0 else graph
 
 
+@left_as_found
 def flow_graphs(
     model: Any,
     inputs: Inputs,

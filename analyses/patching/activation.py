@@ -18,9 +18,11 @@ from analyses.patching.recording import Recording, record
 from analyses.patching.results import PatchedRuns, PatchingResult, joined
 from analyses.patching.selection import Selection, layers_of, nodes_of
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.model_state import left_as_found
 
 
 @torch.no_grad()
+@left_as_found
 def activation_patching(
     model: TransformerBridge,
     pairs: Any,
@@ -80,6 +82,7 @@ def activation_patching(
 
 
 @torch.no_grad()
+@left_as_found
 def ablation(
     model: TransformerBridge,
     pairs: Any,

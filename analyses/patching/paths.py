@@ -23,6 +23,7 @@ from analyses.patching.results import PatchedRuns, join_runs
 from analyses.patching.selection import Selection, as_list, layers_of, nodes_of
 from analyses.patching.sweep import Edits, Rows, run_rows
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.model_state import left_as_found
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ class PathPatchingResult:
 
 
 @torch.no_grad()
+@left_as_found
 def path_patching(
     model: TransformerBridge,
     pairs: Any,

@@ -19,10 +19,12 @@ from analyses.perturbation.text import TextRemoval
 from analyses.views.page import View
 from analyses.views.plots import curve_view
 from lens_relevance import RelevanceError, Target
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
 from lens_relevance.inputs.targets import as_target, top_prediction
 
 
+@left_as_found
 def perturbation_curves(
     model: Any,
     inputs: Inputs,

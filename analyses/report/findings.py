@@ -25,6 +25,7 @@ from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
 from lens_relevance import RelevanceCache, RelevanceError, propagate, random_tokens
 from lens_relevance.attention_methods import head_flow
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.ruleset_tables import needs_reference, ruleset
 
 _EDGES_SHOWN = 150
@@ -102,6 +103,7 @@ class Findings:
         return self.value - (self.reference_value or 0.0)
 
 
+@left_as_found
 def find(model: Any, question: Question, rules: str | None = None, with_graph: bool = False) -> Findings:
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 

@@ -18,6 +18,7 @@ from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
+from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import share, working
@@ -25,6 +26,7 @@ from lens_relevance.ruleset_tables import Table
 from lens_relevance.sites import anatomy
 
 
+@left_as_found
 def head_flow(
     model: HookedModel,
     inputs: Inputs,

@@ -27,7 +27,7 @@ from lens_relevance.attention_methods.two_sets import check_groups
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.model_state import check_model
+from lens_relevance.hooks.model_state import check_model, left_as_found
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.inputs.targets import Target
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
 ALIASES = {"chefer": "chefer_2021b"}
 
 
+@left_as_found
 def token_relevance(
     model: HookedModel,
     inputs: Inputs | Mapping[str, Any],

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.versions import warn_if_untested
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-@contextmanager
+# Where torch and TransformerLens keep the hooks of a module.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "fwd_hooks", "bwd_hooks"),
+)
+
+
+def _parameters(model: HookedModel) -> list[torch.nn.Parameter]:
+    everything = (*torch.nn.Module.parameters(cast(torch.nn.Module, model)), *root(model).parameters())
+    return list({id(parameter): parameter for parameter in everything}.values())
+
+
+@protected_contextmanager
+def no_gradients() -> Iterator[None]:
+    """`torch.no_grad`, of which an interrupt leaves nothing behind."""
+    with torch.no_grad():
+        yield
+
+
+@protected_contextmanager
 def frozen(model: HookedModel) -> Iterator[None]:
     """No parameter asks for a gradient inside; each flag is put back as it was found."""
-    everything = [*torch.nn.Module.parameters(cast(torch.nn.Module, model)), *root(model).parameters()]
-    asked = list({id(p): p for p in everything if p.requires_grad}.values())
+    asked = [parameter for parameter in _parameters(model) if parameter.requires_grad]
     try:
         for parameter in asked:
             parameter.requires_grad_(False)
@@ -26,6 +47,53 @@ def frozen(model: HookedModel) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
+
+
+@protected_contextmanager
+def as_found(model: HookedModel) -> Iterator[None]:
+    """Whatever an interrupt cuts inside (TransformerLens's own clean-up, ours), the model and autograd are put back as they were before.
+
+    That is: hooks, flags of modules (train or eval, and what TransformerLens notes during a forward), requires_grad, and whether gradients
+    are recorded. Nothing is done where no interrupt came, so what a block changes for good stays.
+    """
+    modules = {id(module): module for start in (model, root(model)) for module in start.modules()}.values()
+    hooks = [(held, held.copy()) for module in modules for name in _HOOKS if (held := vars(module).get(name)) is not None]
+    flags = [(vars(module), _flags(module)) for module in modules]
+    asked = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
+    recorded, level = torch.is_grad_enabled(), vars(model).get("context_level")  # of TransformerLens's hooks
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # KeyboardInterrupt; an ordinary exception cuts no clean-up
+        for held, before in hooks:
+            held.clear()
+            held.extend(before) if isinstance(held, list) else held.update(before)
+        for module, (attributes, before) in zip(modules, flags, strict=True):
+            for name in _flags(module).keys() - before.keys():  # the class has what an instance lacks
+                del attributes[name]
+            attributes.update(before)
+        for parameter, flag in asked:
+            parameter.requires_grad_(flag)
+        torch.set_grad_enabled(recorded)
+        if level is not None:
+            vars(model)["context_level"] = level
+        raise
+
+
+def _flags(module: torch.nn.Module) -> dict[str, bool | None]:
+    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, bool)}
+
+
+def left_as_found(analysis: Callable[P, T]) -> Callable[P, T]:
+    """An analysis of a model (its first argument, or `model`) that runs in `as_found`."""
+
+    @wraps(analysis)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        with as_found(cast(HookedModel, args[0] if args else kwargs["model"])):
+            return analysis(*args, **kwargs)
+
+    return guarded
 
 
 def check_model(model: HookedModel) -> None:

@@ -7,7 +7,6 @@ alone, and all HookPoints below have all positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_relevance.hooked_model import HookedModel, is_bridge
+from lens_relevance.hooks.interrupts import protected_contextmanager
 
 UNEMBEDDING = ("unembed.hook_in", "unembed.hook_out")
 
@@ -43,7 +43,7 @@ def can_take(model: HookedModel) -> bool:
     return not (hooked or entry.has_hooks(dir="bwd") or output.has_hooks())
 
 
-@contextmanager
+@protected_contextmanager
 def reading_at(model: HookedModel, positions: ReadPositions | None) -> Iterator[None]:
     """Logits at these positions alone, in every forward inside; None: everywhere."""
     if positions is None or not is_bridge(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooks.interrupts import protected, protected_contextmanager
 from lens_relevance.hooks.model_state import check_forward
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
@@ -33,6 +33,7 @@ class Session:
         self._handles: list[Any] = []
         self._on_begin: list[Callable[[dict[str, Any]], None]] = []
 
+    @protected
     def state(self, point: HookPoint) -> PointState:
         """The state of a HookPoint, exchanging its class at the first call."""
         if point not in self._states:
@@ -53,6 +54,7 @@ class Session:
         for point in points:
             self.state(point).starts_graph = rows
 
+    @protected
     def place(self, site: Site, rule: Rule) -> None:
         """Put a rule on a site."""
         placed = PlacedRule(site, rule, self)
@@ -68,6 +70,7 @@ class Session:
                 self._handles.append(site.component.register_forward_hook(self._leave, with_kwargs=True))
             self._components[site.component].append(placed)
 
+    @protected
     def listen(self, site: Site) -> None:
         """Hand a site the call arguments of the module it asks for; recompute it where the model does so behind closed doors."""
         if site.rebuilt is not None:
@@ -83,12 +86,14 @@ class Session:
             on_call = site.on_call
             self._handles.append(site.caller.register_forward_pre_hook(lambda _, a, k: on_call(a, k), with_kwargs=True))
 
+    @protected
     def open(self) -> None:
         """Watch the beginning and the end of each forward of the wrapped model."""
         module = root(self.model)
         self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(module.register_forward_hook(self._end))
 
+    @protected
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -165,7 +170,7 @@ def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
-@contextmanager
+@protected_contextmanager
 def session(model: HookedModel) -> Iterator[Session]:
     """A Session that is closed whatever happens."""
     opened = Session(model)
