@@ -99,7 +99,7 @@ class _Attention:
         self.keys = operation.geometry.expand(keys)
         self.products = working(_coefficient(cache, site.output_name)) * operation.geometry.scale
         if operation.geometry.soft_cap is not None:
-            self.products = self.products * cap_slope(operation, cap, inputs, other)
+            self.products = self.products * cap_slope(operation, cap, inputs, reference=other)
         q, k = operands if others is None else (a - b for a, b in zip(operands, others, strict=True))
         self.changes = q, operation.geometry.expand(k)
         self.pattern = self._mixing()

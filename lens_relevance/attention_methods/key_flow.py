@@ -67,7 +67,7 @@ def key_flow(
     name = str(site.output.name) if site.output is not None else ""
     upstream = cache.coefficients[name]
     if geometry.soft_cap is not None:
-        upstream = working(upstream) * cap_slope(scores, steps[1], own, other)
+        upstream = working(upstream) * cap_slope(scores, steps[1], own, reference=other)
     queries = steps[0].factors_at(*scores.operands(own), None if other is None else scores.operands(other))[1]
     keys = scores.operands(own)[1]
     if other is not None:

@@ -127,7 +127,7 @@ class LatentValue(Metric):
     """One activation at a HookPoint, in TransformerLens's layout: [batch, pos, d] or [batch, pos, head, d_head]."""
 
     def __init__(
-        self, name: str, at: Int[Tensor, " batch"], head: int | None, unit: int | None, direction: Float[Tensor, " d"] | None
+        self, name: str, at: Int[Tensor, " batch"], head: int | None, *, unit: int | None, direction: Float[Tensor, " d"] | None
     ) -> None:
         self.name, self.position, self.head, self.unit, self.direction = name, at, head, unit, direction
 

@@ -212,7 +212,9 @@ class Latent(Target):
     def metric(
         self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Metric:
-        return LatentValue(str(self.point), positions(self.position, tokens, attention_mask), self.head, self.unit, self.direction)
+        return LatentValue(
+            str(self.point), positions(self.position, tokens, attention_mask), self.head, unit=self.unit, direction=self.direction
+        )
 
 
 def latent(

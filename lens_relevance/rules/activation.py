@@ -130,7 +130,7 @@ class Rescale(ElementwiseRule):
 
     def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
         assert other is not None
-        return rescale_factor(f, x, f.unrounded(x), other, f.unrounded(other))
+        return rescale_factor(f, x, f.unrounded(x), x2=other, y2=f.unrounded(other))
 
 
 def derivative(function: Function, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def derivative(function: Function, x: Tensor) -> Tensor:
         return torch.autograd.grad(function(x).sum(), x)[0]
 
 
-def rescale_factor(function: Function, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
+def rescale_factor(function: Function, x1: Tensor, y1: Tensor, *, x2: Tensor, y2: Tensor) -> Tensor:
     """(y1 - y2) / (x1 - x2), and f' at the midpoint where x1 - x2 is so small that the quotient would be rounding noise.
 
     The noise is about eps * scale / |d| and the midpoint's error about d^2; a threshold of eps^0.4 * scale keeps both small. The scale is

@@ -32,6 +32,7 @@ class AttentionGeometry:
         n_heads: int,
         n_key_value_heads: int,
         d_head: int,
+        *,
         scale: float,
         soft_cap: float | None = None,
         rotate: Callable[[Tensor, int, Tensors], Tensor] | None = None,
@@ -172,7 +173,7 @@ class CappedScoresRule(Rule):
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         assert isinstance(op, Scores)
         others = None if reference is None else reference.inputs
-        slope = cap_slope(op, self.soft_cap, inputs, others)
+        slope = cap_slope(op, self.soft_cap, inputs, reference=others)
         factors = self.product.factors_at(*op.operands(inputs), None if others is None else op.operands(others))
         return (*factors, slope, *op.constants(inputs))
 
@@ -186,7 +187,7 @@ class CappedScoresRule(Rule):
         return super().sink(op, inputs, output, reference, upstream)
 
 
-def cap_slope(op: Scores, rule: ElementwiseRule, inputs: Tensors, reference: Tensors | None) -> Float[Tensor, "... head query key"]:
+def cap_slope(op: Scores, rule: ElementwiseRule, inputs: Tensors, *, reference: Tensors | None) -> Float[Tensor, "... head query key"]:
     """The slope of the soft-cap at the scores of these queries and keys."""
     cap, other = op.geometry.soft_cap, None
     assert cap is not None

@@ -134,7 +134,7 @@ class Rule:
         else:
             kept = self.keep(op, inputs, output, reference if self.needs_reference else None)
             downstream = self.backward(op, kept, upstream)
-        return balance(inputs, output, reference, upstream, downstream)
+        return balance(inputs, output, reference, upstream=upstream, downstream=downstream)
 
     def column(self, op: Operation, pair: bool) -> str:
         """The column of the conservation account for what the rule keeps of an operation; pair: between two runs."""
@@ -160,7 +160,7 @@ def difference(value: Tensor, reference: Tensor | None) -> Tensor:
 
 
 def balance(
-    inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor, downstream: Coefficients
+    inputs: Tensors, output: Tensor, reference: Reference | None, *, upstream: Tensor, downstream: Coefficients
 ) -> Float[Tensor, " batch"]:
     """Relevance at the output less the relevance that `downstream` gives the inputs, per example."""
     refs = (None,) * len(inputs) if reference is None else reference.inputs

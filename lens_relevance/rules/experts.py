@@ -41,7 +41,7 @@ class Experts(Operation):
     column = "router"
 
     def __init__(
-        self, router: Router, expert: Callable[[int], Expert], n: int, gated: GatedActivation, shared: Expert | None = None
+        self, router: Router, expert: Callable[[int], Expert], n: int, *, gated: GatedActivation, shared: Expert | None = None
     ) -> None:
         self.router, self.expert, self.n, self.gated, self.shared = router, expert, n, gated, shared
 
@@ -126,7 +126,7 @@ class ExpertsRule(Rule):
             same = (chosen == chosen2).all(-1, keepdim=True)
             pull = logarithmic_mean(logits.masked_fill(~same, 0.0), logits2.masked_fill(~same, 0.0)) * same
             if op.router.sigmoid:
-                slope = rescale_factor(logsigmoid, scores, logsigmoid(scores), scores2, logsigmoid(scores2))
+                slope = rescale_factor(logsigmoid, scores, logsigmoid(scores), x2=scores2, y2=logsigmoid(scores2))
         check = _Check(x)
         kept = [pull * op.router.scale, slope]
         for e in range(op.n):

@@ -31,7 +31,7 @@ class Norm(Operation):
     kind = "norm"
     column = "norm"
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool, offset: float = 0.0) -> None:
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool, offset: float = 0.0) -> None:
         self.weight, self.bias, self.eps, self.centred, self.offset = weight, bias, eps, centred, offset
 
     def centre(self, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _joint_geometry(component: Any) -> AttentionGeometry:
     scale = d_head**-0.5
     if getattr(component.config, "scale_attn_by_inverse_layer_idx", False) and component._layer_idx is not None:
         scale /= component._layer_idx + 1
-    return AttentionGeometry(n_heads, n_key_value_heads, d_head, scale, adds_bias=isinstance(component, BloomAttentionBridge))
+    return AttentionGeometry(n_heads, n_key_value_heads, d_head, scale=scale, adds_bias=isinstance(component, BloomAttentionBridge))
 
 
 def _position_embeddings_sites(name: str, component: Any) -> list[Site]:
@@ -105,7 +105,7 @@ def _llama_geometry(name: str, component: Any) -> AttentionGeometry:
     n_heads = component.q.original_component.weight.shape[0] // d_head
     group = int(getattr(original, "num_key_value_groups", 1))
     scale, cap = getattr(original, "scaling", d_head**-0.5), getattr(original, "attn_logit_softcapping", None)
-    return AttentionGeometry(n_heads, n_heads // group, d_head, float(scale), soft_cap=cap, queries_are_split=True)
+    return AttentionGeometry(n_heads, n_heads // group, d_head, scale=float(scale), soft_cap=cap, queries_are_split=True)
 
 
 def _latent_sites(name: str, component: Any) -> list[Site]:
@@ -115,7 +115,7 @@ def _latent_sites(name: str, component: Any) -> list[Site]:
         raise CoverageError(f"{name}: the scale of {type(original).__name__} is not known, so no attention rule can be placed there")
     n_heads, d_head, d_value = int(original.num_heads), int(original.qk_head_dim), int(original.v_head_dim)
     geometry = AttentionGeometry(
-        n_heads, n_heads, d_head, float(original.scaling), queries_are_split=True, values_are_split=True, d_value=d_value
+        n_heads, n_heads, d_head, scale=float(original.scaling), queries_are_split=True, values_are_split=True, d_value=d_value
     )
     return _live_sites(name, component, geometry, (component.hook_q, component.hook_k), component.hook_v)
 

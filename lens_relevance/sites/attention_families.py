@@ -12,7 +12,7 @@ from torch.nn import functional
 from lens_relevance.sites.families import AttentionFamily, Call, argument_mask, register_attention
 
 
-def rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
+def _rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
     """GPT-J: adjacent pairs of the first rotary_dim features, by the module's own table of sines and cosines."""
     table = module._get_embed_positions(call["position_ids"])[torch.arange(1), call["position_ids"]]
     sin, cos = (t.to(x.dtype).repeat_interleave(2, -1).unsqueeze(1) for t in table.chunk(2, -1))
@@ -21,7 +21,7 @@ def rotate_pairs(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
     return torch.cat([turned * cos + sign * swapped * sin, rest], -1)
 
 
-def relative_bias(module: Any, call: Call, scores: Tensor) -> Tensor | None:
+def _relative_bias(module: Any, call: Call, scores: Tensor) -> Tensor | None:
     """T5: the first layer of a stack computes a bias per head and distance, the others get it as an argument; cross-attention has none."""
     given = call.get("position_bias")
     if given is not None or not module.has_relative_attention_bias:
@@ -36,7 +36,7 @@ def relative_bias(module: Any, call: Call, scores: Tensor) -> Tensor | None:
     return functional.embedding(buckets, module.relative_attention_bias.weight).movedim(-1, 0)
 
 
-def causal_mask(module: Any, call: Call, scores: Tensor) -> Tensor:
+def _causal_mask(module: Any, call: Call, scores: Tensor) -> Tensor:
     """GPT-Neo: a causal (on every other layer also local) mask of the module's own, besides the one it is called with."""
     queries, keys = scores.shape[-2:]
     seen = module.bias[0, 0, keys - queries : keys, :keys]
@@ -44,7 +44,7 @@ def causal_mask(module: Any, call: Call, scores: Tensor) -> Tensor:
     return own if given is None else own + given
 
 
-def native_mask(module: Any, call: Call, scores: Tensor) -> Tensor:
+def _native_mask(module: Any, call: Call, scores: Tensor) -> Tensor:
     """TransformerLens's own model: causal or not, and the mask of the call."""
     seq = scores.shape[-1]
     blocked = module.causal_mask[:seq, :seq] if module.causal else torch.zeros(seq, seq, dtype=torch.bool, device=scores.device)
@@ -54,7 +54,7 @@ def native_mask(module: Any, call: Call, scores: Tensor) -> Tensor:
     return torch.zeros_like(blocked, dtype=scores.dtype).masked_fill(blocked, float("-inf"))
 
 
-def native_rotation(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
+def _native_rotation(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
     """TransformerLens's own model: by its table of cosines and sines, where it has rotary positions."""
     rotary, positions = module.rotary, call.get("position_ids")
     if rotary is None:
@@ -68,7 +68,7 @@ def native_rotation(module: Any, call: Call, x: Tensor, sign: int) -> Tensor:
 _PLAIN = AttentionFamily()
 _BERT = AttentionFamily(n_heads=lambda m: int(m.num_attention_heads), called=lambda wrapped: wrapped.self)
 _VISION = AttentionFamily(n_heads=lambda m: int(m.num_attention_heads))
-_T5 = AttentionFamily(n_heads=lambda m: int(m.n_heads), position_bias=relative_bias, mask=partial(argument_mask, argument="mask"))
+_T5 = AttentionFamily(n_heads=lambda m: int(m.n_heads), position_bias=_relative_bias, mask=partial(argument_mask, argument="mask"))
 
 for _name in ("OPTAttention", "BartAttention", "MBartAttention", "MarianAttention", "PegasusAttention"):
     register_attention(_name, _PLAIN)
@@ -82,17 +82,17 @@ for _name in ("T5Attention", "MT5Attention"):
     register_attention(_name, _T5)
 register_attention(
     "GPTJAttention",
-    AttentionFamily(scale=lambda m: 1.0 / float(m.scale_attn), n_heads=lambda m: int(m.num_attention_heads), rotate=rotate_pairs),
+    AttentionFamily(scale=lambda m: 1.0 / float(m.scale_attn), n_heads=lambda m: int(m.num_attention_heads), rotate=_rotate_pairs),
 )
-register_attention("GPTNeoSelfAttention", AttentionFamily(scale=lambda m: 1.0, mask=causal_mask))
+register_attention("GPTNeoSelfAttention", AttentionFamily(scale=lambda m: 1.0, mask=_causal_mask))
 register_attention(
     "NativeAttention",
     AttentionFamily(
         scale=lambda m: 1.0 / m.scale,
         n_heads=lambda m: int(m.n_heads),
         soft_cap=lambda m: m.attn_scores_soft_cap if m.attn_scores_soft_cap > 0 else None,
-        rotate=native_rotation,
-        mask=native_mask,
+        rotate=_native_rotation,
+        mask=_native_mask,
         pattern_is_live=True,
     ),
 )

@@ -93,7 +93,7 @@ def attention(
     q, k, v, z are [batch, pos, head * d_head], scores and pattern [batch, head, query, key]. Queries and keys may come from different
     sequences (cross-attention). scale: d_head^-1/2 by default.
     """
-    geometry = AttentionGeometry(n_heads, n_key_value_heads or n_heads, d_head, d_head**-0.5 if scale is None else scale)
+    geometry = AttentionGeometry(n_heads, n_key_value_heads or n_heads, d_head, scale=d_head**-0.5 if scale is None else scale)
     return [
         DeclaredSite(f"{name}:scores", Scores(geometry), (hook_q, hook_k), hook_scores),
         DeclaredSite(f"{name}:pattern", Softmax(), (hook_scores,), hook_pattern),

@@ -59,7 +59,7 @@ def _geometry(component: Any, family: AttentionFamily, module: Any, call: dict[s
         n_heads,
         component.k.original_component.weight.shape[0] // d_head,
         d_head,
-        family.scale(module),
+        scale=family.scale(module),
         soft_cap=family.soft_cap(module),
         rotate=None if rotate is None else lambda x, sign, _: rotate(module, call, x, sign),
         bias=added,

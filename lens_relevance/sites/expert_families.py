@@ -10,7 +10,7 @@ from lens_relevance.rules import ClampedGate, Expert, Router
 from lens_relevance.sites.families import ExpertsFamily, register_experts, softmax_router, unwrapped
 
 
-def interleaved_experts(block: Any) -> Callable[[int], Expert]:
+def _interleaved_experts(block: Any) -> Callable[[int], Expert]:
     """GPT-OSS: transposed, gate and up in turns, with biases."""
     experts = block.experts
     gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
@@ -20,12 +20,12 @@ def interleaved_experts(block: Any) -> Callable[[int], Expert]:
     )
 
 
-def router_over_all(block: Any) -> Router:
+def _router_over_all(block: Any) -> Router:
     """Qwen3-MoE: a softmax over all experts, of which the chosen ones keep their weights, unless the config has these sum to one."""
     return softmax_router(block.gate, over_all=not unwrapped(block.gate).norm_topk_prob)
 
 
-def sigmoid_router(block: Any) -> Router:
+def _sigmoid_router(block: Any) -> Router:
     """DeepSeek-V3: sigmoids, over the sum of those of the chosen experts, and scaled."""
     router = unwrapped(block.gate)
     if not router.norm_topk_prob:
@@ -35,14 +35,14 @@ def sigmoid_router(block: Any) -> Router:
 
 register_experts("MixtralSparseMoeBlock", ExpertsFamily())
 for _name in ("Qwen3MoeSparseMoeBlock", "OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock"):
-    register_experts(_name, ExpertsFamily(router=router_over_all))
+    register_experts(_name, ExpertsFamily(router=_router_over_all))
 for _name in ("DeepseekV3MoE", "Glm4MoeMoE"):
-    register_experts(_name, ExpertsFamily(router=sigmoid_router))
+    register_experts(_name, ExpertsFamily(router=_sigmoid_router))
 register_experts(
     "GptOssMLP",
     ExpertsFamily(
         router=lambda block: softmax_router(block.router, bias=unwrapped(block.router).bias.detach()),
-        experts=interleaved_experts,
+        experts=_interleaved_experts,
         gated=lambda block: ClampedGate(float(block.experts.alpha), float(block.experts.limit)),
     ),
 )

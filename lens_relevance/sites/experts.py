@@ -28,7 +28,9 @@ def expert_sites(name: str, component: MoEBridge) -> list[Site]:
             "register_experts(name of the class, ExpertsFamily(...))"
         )
     try:
-        operation = Experts(family.router(block), family.experts(block), family.n_experts(block), family.gated(block), family.shared(block))
+        operation = Experts(
+            family.router(block), family.experts(block), family.n_experts(block), gated=family.gated(block), shared=family.shared(block)
+        )
     except CoverageError as error:
         raise CoverageError(f"{name}: {error}") from None
     return [Site(name, "mlp", operation, (component.hook_in,), component.hook_out)]

@@ -53,7 +53,7 @@ def rotate(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:
 
 
 def geometry(kv: int = KEY_VALUE_HEADS, cap: float | None = None, rotated: bool = False) -> AttentionGeometry:
-    return AttentionGeometry(HEADS, kv, D_HEAD, SCALE, soft_cap=cap, rotate=rotate if rotated else None)
+    return AttentionGeometry(HEADS, kv, D_HEAD, scale=SCALE, soft_cap=cap, rotate=rotate if rotated else None)
 
 
 def heads(x: Tensor, n: int) -> Tensor:

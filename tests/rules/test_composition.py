@@ -133,7 +133,7 @@ def slope(rule: Rule, f: Callable[[Tensor], Tensor], x: Tensor, other: Tensor) -
         Wave: lambda: x.cos() + f(x),
         WaveBetween: lambda: x.cos() + f(other) * other,
         Identity: lambda: f(x) / x,
-        Rescale: lambda: rescale_factor(f, x, f(x), other, f(other)),
+        Rescale: lambda: rescale_factor(f, x, f(x), x2=other, y2=f(other)),
         Rule: lambda: derivative(f, x),
     }[type(rule)]()
 
@@ -257,7 +257,7 @@ def _router_weights(op: Experts, scores: Pair, chosen: list[Tensor], between: bo
     steps = scores[0] - scores[0].detach()
     if op.router.sigmoid:
         s1, s2 = scores[0].detach(), scores[1]
-        steps = steps * rescale_factor(logsigmoid, s1, logsigmoid(s1), s2, logsigmoid(s2))
+        steps = steps * rescale_factor(logsigmoid, s1, logsigmoid(s1), x2=s2, y2=logsigmoid(s2))
     jacobian = torch.diag_embed(mean) - mean.unsqueeze(2) * mean.unsqueeze(1) / mean.sum(-1).clamp(min=1e-300)[:, None, None]
     return weights[0].detach() + op.router.scale * torch.einsum("nij,nj->ni", jacobian, steps), weights[1]
 
@@ -463,7 +463,7 @@ def test_built_in_rules_on_gates_bit_by_bit(activation: str, gate: str, dtype: t
     steepness = {
         "gradient": lambda: derivative(silu, gate1),
         "identity": lambda: torch.where(zero, 0.5, act1 / torch.where(zero, 1.0, gate1)),
-        "rescale": lambda: rescale_factor(silu, gate1, act1, gate2, act2),
+        "rescale": lambda: rescale_factor(silu, gate1, act1, x2=gate2, y2=act2),
     }[activation]()
     expected = {
         "gradient": (1.0 * steepness * up1, 1.0 * act1),

@@ -26,7 +26,7 @@ def test_products_are_exact_whatever_they_meet(
     seed: int, pos: int, d_head: int, groups: tuple[int, int], cap: float | None, closeness: float
 ) -> None:
     heads, kv = groups
-    geometry = AttentionGeometry(heads, kv, d_head, d_head**-0.5, soft_cap=cap)
+    geometry = AttentionGeometry(heads, kv, d_head, scale=d_head**-0.5, soft_cap=cap)
     q, k, v = (normal(2, pos, n * d_head, seed=seed + i) for i, n in enumerate((heads, kv, kv)))
     pattern = normal(2, heads, pos, pos, seed=seed + 3)
     for op, inputs in ((Scores(geometry), (q, k)), (Mix(geometry), (pattern, v))):

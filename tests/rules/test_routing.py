@@ -43,7 +43,7 @@ def _operation(kind: str) -> Experts:
     sigmoid = kind == "sigmoid_shared"
     router = Router(weight, choose, bias, over_all=kind == "over_all", sigmoid=sigmoid, scale=SCALE if sigmoid else 1.0)
     gated = ClampedGate(ALPHA, LIMIT) if kind == "biased_clamped" else GatedActivation(silu)
-    return Experts(router, lambda e: experts[e], E, gated, _expert(900, False) if sigmoid else None)
+    return Experts(router, lambda e: experts[e], E, gated=gated, shared=_expert(900, False) if sigmoid else None)
 
 
 def _neurons(kind: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -151,7 +151,9 @@ def test_half_is_half_of_each_factor(kind: str) -> None:
     parts = {router: _back(op, experts_rule("identity", "half", router), x, g) for router in ("half", "constant")}
     only_shared = torch.zeros_like(x)
     if op.shared is not None:
-        alone = Experts(op.router, lambda e: Expert(*(0 * w for w in (op.expert(e).gate, op.expert(e).up, op.expert(e).down))), E, op.gated)
+        alone = Experts(
+            op.router, lambda e: Expert(*(0 * w for w in (op.expert(e).gate, op.expert(e).up, op.expert(e).down))), E, gated=op.gated
+        )
         alone.shared = op.shared
         only_shared = _back(alone, experts_rule("identity", "half", "constant"), x, g)
     router_only = parts["half"] - only_shared - (parts["constant"] - only_shared) / 2
