@@ -26,6 +26,7 @@ from lens_relevance.inputs.targets import logit, logit_diff
 from lens_relevance.rules import Scores
 from lens_relevance.rules.base import working
 from lens_relevance.rules.softmax import is_masked
+from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import PLAIN, needs_reference, rule_for, ruleset, rulesets
 from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
 from lens_relevance.sites.embeddings import image_token
@@ -38,8 +39,9 @@ class Coverage:
     sites: one row per operation: site, operation, inputs, output, live (a gradient passed its output), off (how far its output lies from
         the operation recomputed from its inputs, relative to the largest entry: rounding, or the site says something wrong), and the rule
         under each ruleset.
-    rulesets: one row per ruleset: ruleset, works, unexplained (largest share of the target that the conservation account leaves open),
-        reason (why it does not work).
+    rulesets: one row per ruleset: ruleset, applies (False where its entries for some place or layers match nothing of this model: norms on
+        queries and keys, say), works, unexplained (largest share of the target that the conservation account leaves open), reason (why it
+        does not apply or does not work).
     uncovered: component -> why it has no site.
     """
 
@@ -72,14 +74,19 @@ def coverage(
     for name in listed:
         reference = other if needs_reference(ruleset(name)) else None
         try:
+            check_keys(ruleset(name), body.sites)
+        except RelevanceError as error:
+            rows.append((name, False, False, float("nan"), str(error)))
+            continue
+        try:
             cache = propagate(model, inputs, target, rules=name, names_filter=lambda _: True, reference=reference, audit=True)
         except RelevanceError as error:
-            rows.append((name, False, float("nan"), str(error)))
+            rows.append((name, True, False, float("nan"), str(error)))
             continue
         account = cache.conservation()
         live |= set(cache.coefficients)
         worst = float((account["unexplained"].abs() / account["value"].abs().clip(lower=1e-6)).max())
-        rows.append((name, worst < 1e-2, worst, "" if worst < 1e-2 else "the conservation account does not close"))
+        rows.append((name, True, worst < 1e-2, worst, "" if worst < 1e-2 else "the conservation account does not close"))
     enabled = [site for site in body.sites if site.enabled(PLAIN)]
     off = _recomputed(model, body, enabled, inputs)
     sites = pd.DataFrame(
@@ -94,7 +101,7 @@ def coverage(
         }
         for site in enabled
     )
-    table = pd.DataFrame(rows, columns=["ruleset", "works", "unexplained", "reason"])
+    table = pd.DataFrame(rows, columns=["ruleset", "applies", "works", "unexplained", "reason"])
     return Coverage(sites, table, dict(body.uncovered))
 
 

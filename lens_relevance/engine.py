@@ -40,6 +40,7 @@ from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_
 from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
 from lens_relevance.rules import Rule
 from lens_relevance.rules.base import difference, per_example, share
+from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import Table, needs_reference, rule_for, ruleset, ruleset_name
 from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
 
@@ -208,6 +209,7 @@ def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> list[t
         raise CoverageError(
             f"{len(body.uncovered)} component(s) of this model have no site: {listed}. strict=False leaves them their plain gradient"
         )
+    check_keys(table, body.sites)
     placed = [(site, rule_for(table, site)) for site in body.sites]
     for site, rule in placed:
         if rule.is_plain:

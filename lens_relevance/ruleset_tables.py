@@ -1,19 +1,35 @@
 """Named tables from operation to rule.
 
-A table's keys are the operations `norm`, `activation`, `gate` (the product act(gate) * up), `soft_cap`, `scores`, `pattern`, `z`,
-`router` (router weight * expert), `linear`;
-a key may name a mount position as well (`norm@q_norm`), which then goes first. An operation without an entry keeps its plain gradient.
+A table's keys are operations: `norm`, `activation`, `gate` (the product act(gate) * up), `soft_cap`, `scores`, `pattern`, `z`, `router`
+(router weight * expert), `linear` (convolutions too). A key may say where, by place, by layers or both (`norm@q_norm`, `linear[:4]`,
+`linear@mlp.in[-1]`, see ruleset_keys.py); the one that says most about an operation is its own. What has no entry keeps its plain gradient.
+So a composite by depth and kind, as in zennit, takes three lines:
+
+    rules = {**rulesets()["attnlrp"], "linear@unembed": EpsilonRule(1e-3)}
+    rules |= {"linear[:4]": GammaRule(0.25), "linear[4:]": EpsilonRule(1e-3)}
+    rules |= {"linear@attn.q": ZeroRule(), "linear@attn.k": ZeroRule()}
 
 | ruleset | norm | activation | gate | attention | source |
 |---|---|---|---|---|---|
 | `gradient` | - | - | - | - | gradient x input; attribution patching on pairs |
 | `attnlrp` | LN-rule | identity | half | softmax gradient, half on both products | arXiv 2402.05602 |
+| `attnlrp_plain_qk` | LN-rule, none on queries and keys | identity | half | as `attnlrp` | derived here (see below) |
 | `cp_lrp` | LN-rule | identity | constant gate | constant pattern (AH-rule) | Ali et al. 2022; as LXT applies it to gated MLPs |
+| `cp_lrp_gamma` | LN-rule | identity | constant gate | constant pattern | as LXT explains vision transformers (see below) |
 | `relp` | LN-rule | identity | half | plain gradient | arXiv 2508.21258 |
 | `relp_ah` | LN-rule | identity | half | constant pattern | arXiv 2508.21258, the option with the AH-rule |
 | `gim` | LN-rule | - | half | softmax temperature 2, half on both products | arXiv 2505.17630, as its authors describe it |
 | `deeplift` | pair form | rescale | pair form | pair form | derived here (see docs/derivation.md); needs a reference run |
 | `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | derived here; needs a reference run |
+
+`attnlrp_plain_qk` is for models with norms on queries and keys (Qwen3, OLMo 2, Gemma 3), on which AttnLRP gives the first token, where
+attention rests, too much; analyses/benchmarks/first_token.py says why the plain gradient of these norms helps, and by how much. On a model
+without such norms its entries match nothing, which is an error.
+
+`cp_lrp_gamma` has gamma 0.05 on the two layers of each MLP and on the head, and the 0-rule in attention. So have the authors' published ViT
+examples (LXT): they register gamma for every linear layer, but torch.nn.MultiheadAttention does not call its projections as layers. Which
+gamma is our reading: the examples search 0, 0.01, 0.05, 0.1 and 1 by eye, and this is the middle one. The projection of the patches, a
+convolution to which they give a gamma of its own, lies below the embedding, where our relevance ends.
 """
 
 from __future__ import annotations
@@ -25,6 +41,7 @@ from lens_relevance.rules import (
     ConstantFirstFactor,
     ConstantOutput,
     ElementwiseRule,
+    GammaRule,
     Half,
     Identity,
     LinearRule,
@@ -40,6 +57,7 @@ from lens_relevance.rules import (
     SoftmaxRule,
     SoftmaxTemperature,
 )
+from lens_relevance.ruleset_keys import entry, read_key
 from lens_relevance.sites import Site
 
 # What a ruleset has entries for, and the kind of rule that is made for each.
@@ -66,12 +84,18 @@ _PAIR = {
     "z": PairProduct(),
 }
 
+_ATTNLRP = {**_LRP, "scores": Half, "z": Half}
+_CP_LRP = {**_LRP, "gate": ConstantFirstFactor(), "router": ConstantFirstFactor(), "pattern": ConstantOutput}
+_GAMMA = dict.fromkeys(("linear@mlp.in", "linear@mlp.out", "linear@unembed"), GammaRule(0.05))
+
 Table = Mapping[str, Rule]
 
 _RULESETS: dict[str, Table] = {
     "gradient": {},
-    "attnlrp": {**_LRP, "scores": Half, "z": Half},
-    "cp_lrp": {**_LRP, "gate": ConstantFirstFactor(), "router": ConstantFirstFactor(), "pattern": ConstantOutput},
+    "attnlrp": _ATTNLRP,
+    "attnlrp_plain_qk": {**_ATTNLRP, "norm@q_norm": PLAIN, "norm@k_norm": PLAIN},
+    "cp_lrp": _CP_LRP,
+    "cp_lrp_gamma": {**_CP_LRP, **_GAMMA},
     "relp": dict(_LRP),
     "relp_ah": {**_LRP, "pattern": ConstantOutput},
     "gim": {"norm": LNRule(), "gate": Half, "router": Half, "scores": Half, "pattern": SoftmaxTemperature(2.0), "z": Half},
@@ -88,12 +112,11 @@ def rulesets() -> dict[str, Table]:
 def register_ruleset(name: str, table: Table) -> None:
     """Make a ruleset of your own available by name.
 
-    A ruleset in three lines, for models with norms on queries and keys (Qwen3, OLMo 2, Gemma 3), on which AttnLRP gives the first token,
-    where attention rests, too much (python -m analyses.benchmarks.first_token shows by how much, and what this switch leaves of it):
+        register_ruleset("attnlrp_gamma", {**rulesets()["attnlrp"], "linear@mlp.in": GammaRule(0.25), "linear@mlp.out": GammaRule(0.25)})
 
-        register_ruleset("attnlrp_plain_qk", {**rulesets()["attnlrp"], "norm@q_norm": Rule(), "norm@k_norm": Rule()})
-
-    Raises RelevanceError for an unknown operation, something that is not a rule, or a name that is taken.
+    Raises:
+        RelevanceError: an unknown operation, a key that is not one, something that is not a rule, a rule that is made for another kind of
+            operation, or a name that is taken.
     """
     if name in _RULESETS:
         raise RelevanceError(f"a ruleset named {name!r} exists already; choose another name")
@@ -101,11 +124,14 @@ def register_ruleset(name: str, table: Table) -> None:
 
 
 def check_table(table: Table) -> Table:
-    """The table itself, if each key is an operation (with or without a mount position) and each value a rule."""
+    """The table itself, if each key is one and each value a rule that its operation can take."""
     for key, rule in table.items():
-        part = key.split("@")[0]
+        part = read_key(key).part
         if part not in PARTS:
-            raise RelevanceError(f"unknown operation {key!r} in a ruleset; operations are {', '.join(PARTS)}, each also as operation@mount")
+            raise RelevanceError(
+                f"unknown operation {key!r} in a ruleset; operations are {', '.join(PARTS)}, each also as operation@place, "
+                "operation[layers] or operation@place[layers]"
+            )
         if not isinstance(rule, Rule):
             raise RelevanceError(f"the ruleset's entry for {key!r} is {rule!r}, not a Rule (see lens_relevance.rules)")
         _check_kind(rule, part, key)
@@ -142,7 +168,7 @@ def rule_for(table: Table, site: Site) -> Rule:
     """
     rules = {}
     for part in site.operation.parts:
-        key = next((k for k in (f"{part}@{site.mount}", part) if k in table), part)
+        key = entry(table, part, site) or part
         rules[part] = _at(table.get(key, PLAIN), site)
         _check_kind(rules[part], part, key)
         if len(site.operation.parts) > 1 and not (rules[part].is_plain or isinstance(rules[part], PARTS[part])):

@@ -7,7 +7,8 @@ largest share of the target, at any layer, that the conservation account leaves 
 has no rule is refused as a whole by `propagate`, with the reason that the table gives.
 
 Errors of 1e-13 and less are rounding in float64. Those of 1e-8 to 1e-5 are rounding in float32: Hugging Face computes
-RMSNorm and some softmaxes in it whatever the dtype of the model.
+RMSNorm and some softmaxes in it whatever the dtype of the model. A dash without a reason: the ruleset is for models with norms on queries
+and keys (`attnlrp_plain_qk`), or with the linear layers of an MLP (`cp_lrp_gamma`), and this one has none.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from lens_relevance.sites import anatomy
 
 
 def families(names: Sequence[str] = tuple(FAMILIES), dtype: torch.dtype = torch.float64, seed: int = 0) -> pd.DataFrame:
-    """One row per family: family, a column per ruleset with its conservation error (NaN where it does not work), and reason.
+    """One row per family: family, a column per ruleset with its conservation error, and reason.
+
+    The error is NaN where a ruleset does not work, for the given reason, or does not apply to the family.
 
     Raises RelevanceError for an unknown family.
     """
@@ -48,7 +51,8 @@ def _cells(model: Any) -> dict[str, Any]:
         return {"reason": _reasons(uncovered)}
     table = coverage(model).rulesets
     errors = {str(row.ruleset): float(row.unexplained) if row.works else float("nan") for row in table.itertuples()}  # type: ignore[arg-type]
-    return errors | {"reason": _reasons({str(row.ruleset): str(row.reason) for row in table.itertuples() if not row.works})}
+    failed = {str(row.ruleset): str(row.reason) for row in table.itertuples() if row.applies and not row.works}
+    return errors | {"reason": _reasons(failed)}
 
 
 def _reasons(by_part: dict[str, str]) -> str:

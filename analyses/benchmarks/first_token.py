@@ -8,7 +8,7 @@ out. The LN-rule lets all of a norm's relevance through; the plain gradient of a
 
     {**rulesets()["attnlrp"], "norm@q_norm": Rule(), "norm@k_norm": Rule()}
 
-keeps the relevance of a sink's scores off the first token. On a model without q_norm and k_norm that changes nothing. It is a choice, not
+(the ruleset `attnlrp_plain_qk`) keeps the relevance of a sink's scores off the first token. It is a choice, not
 a repair: it moves relevance off the sink, and whether what is left agrees better with what tokens do (see single_prompts.py) differs from
 model to model.
 

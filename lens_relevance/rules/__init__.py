@@ -6,7 +6,7 @@ from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.expert_weights import Expert, Router
 from lens_relevance.rules.experts import Experts, ExpertsRule
 from lens_relevance.rules.gated import ClampedGate, GatedActivation, GatedRule
-from lens_relevance.rules.linear import EpsilonRule, GammaRule, Linear, LinearRule, ZeroRule
+from lens_relevance.rules.linear import Convolution, EpsilonRule, GammaRule, Linear, LinearOperation, LinearRule, ZeroRule
 from lens_relevance.rules.normalization import (
     LNRule,
     Norm,
@@ -28,6 +28,7 @@ __all__ = [
     "ClampedGate",
     "ConstantFirstFactor",
     "ConstantOutput",
+    "Convolution",
     "ElementwiseRule",
     "EpsilonRule",
     "Expert",
@@ -41,6 +42,7 @@ __all__ = [
     "KnownFunction",
     "LNRule",
     "Linear",
+    "LinearOperation",
     "LinearRule",
     "Mix",
     "Norm",

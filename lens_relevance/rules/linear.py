@@ -1,4 +1,4 @@
-"""Linear layers y = W x + b.
+"""Linear layers and convolutions, y = W x + b.
 
 | rule | backward | source |
 |---|---|---|
@@ -6,29 +6,27 @@
 | `EpsilonRule` | upstream times y / (y + eps sign y), then as LRP-0: weak, contradictory evidence is absorbed | Bach et al. 2015 |
 | `GammaRule` | contributions x_i w_ij of the sign of y_j weighted by 1 + gamma | Montavon et al. 2019; signed form as in AttnLRP for ViT |
 
-For vision transformers AttnLRP (Achtibat et al. 2024, arXiv 2402.05602) has gamma on the linear layers, because the gradient of an image's
-patches is noisy. As a ruleset:
+For vision transformers, whose gradients are noisy, AttnLRP (Achtibat et al. 2024, arXiv 2402.05602) has gamma on linear layers: the ruleset
+`cp_lrp_gamma` (see ruleset_tables.py) has it where the authors' published examples do. Other layers are chosen by place and depth:
 
-    with_gamma = {**rulesets()["attnlrp"], "linear": GammaRule(0.25)}
-    propagate(vit, image, logit("cat"), with_gamma).patches()
-
-Which layers and which gamma is our reading, the paper's appendix could not be seen: every linear layer (q, k, v, o, in, out and the head),
-as in the authors' published examples, which search gamma between 0 and 1 by eye. `"linear@in"` and `"linear@out"` put it on the MLP alone.
-The projection of the patches, which they give a gamma of its own, lies below the embedding, where our relevance ends.
+    rules = {**rulesets()["cp_lrp"], "linear@mlp.in": GammaRule(0.25), "linear@mlp.out[-4:]": GammaRule(1.0)}
+    propagate(vit, image, logit("cat"), rules=rules).patches()
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
 
 
-class Linear(Operation):
-    """y = x W^T + b, for the weight as [d_out, d_in]."""
+class LinearOperation(Operation):
+    """y = W x + b for some map W: a linear layer, a convolution."""
 
     kind = "linear"
     column = "biases"
@@ -42,11 +40,66 @@ class Linear(Operation):
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x = working(inputs[0])
+        y = self.apply(x, self.weight.to(x.dtype))
+        return y if self.bias is None else y + self.along_outputs(self.bias.to(x.dtype))
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """W x with this weight in the place of the layer's own."""
+        raise NotImplementedError
+
+    def transpose(self, upstream: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """W^T g with this weight; upstream may have leading dimensions, x has the shape of the input."""
+        raise NotImplementedError
+
+    def along_outputs(self, bias: Tensor) -> Tensor:
+        """The bias in a shape that broadcasts over the output."""
+        return bias
+
+
+class Linear(LinearOperation):
+    """y = x W^T + b, for the weight as [d_out, d_in]."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        x = working(inputs[0])
         return torch.nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
+    def transpose(self, upstream: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return upstream @ weight
+
+
+class Convolution(LinearOperation):
+    """A convolution of [batch, channel, height, width], for the weight as [out, channel / groups, height, width] (a patch embedding)."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__(weight, bias)
+        self.settings: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, weight, **self.settings)
+
+    def transpose(self, upstream: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        images = upstream.flatten(0, -4)
+        passed = conv2d_input((len(images), *x.shape[1:]), weight, images, **self.settings)
+        return passed.reshape(*upstream.shape[:-3], *x.shape[1:])
+
+    def along_outputs(self, bias: Tensor) -> Tensor:
+        return bias[:, None, None]
 
 
 class LinearRule(Rule):
-    """Base of the rules for linear layers."""
+    """Base of the rules for linear layers and convolutions."""
 
 
 class ZeroRule(LinearRule):
@@ -60,6 +113,7 @@ class ZeroRule(LinearRule):
         bias: Tensor | None = getattr(op, "bias", None)
         if bias is None or reference is not None:
             return nothing_kept(upstream)
+        bias = op.along_outputs(bias) if isinstance(op, LinearOperation) else bias
         return per_example(share(bias.expand_as(upstream), upstream))
 
 
@@ -70,13 +124,13 @@ class EpsilonRule(LinearRule):
         self.epsilon = epsilon
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        size = working(output).abs()
-        return (size / (size + self.epsilon),)
+        size, x = working(output).abs(), working(inputs[0])
+        return size / (size + self.epsilon), x.new_zeros(()).expand_as(x)  # of the input only its shape
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        assert isinstance(op, Linear)
+        assert isinstance(op, LinearOperation)
         upstream = working(upstream) * kept[0]
-        return (upstream @ op.weight.to(upstream.dtype),)
+        return (op.transpose(upstream, op.weight.to(upstream.dtype), kept[1]),)
 
 
 class GammaRule(EpsilonRule):
@@ -88,20 +142,28 @@ class GammaRule(EpsilonRule):
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         """Per output: y / (y + gamma * (its contributions of y's sign)), split by the sign of y; and the input, for its signs."""
-        assert isinstance(op, Linear)
+        assert isinstance(op, LinearOperation)
         x, y = working(inputs[0]), working(output)
         weight = op.weight.to(x.dtype)
-        bias = torch.zeros_like(y[..., :1]) if op.bias is None else op.bias.to(x.dtype)
-        rising = x.clamp(min=0) @ weight.clamp(min=0).T + x.clamp(max=0) @ weight.clamp(max=0).T + bias.clamp(min=0)
-        falling = x.clamp(min=0) @ weight.clamp(max=0).T + x.clamp(max=0) @ weight.clamp(min=0).T + bias.clamp(max=0)
+        bias = y.new_zeros(()) if op.bias is None else op.along_outputs(op.bias.to(x.dtype))
+        (above, below), (plus, minus) = _by_sign(x), _by_sign(weight)
+        rising = op.apply(above, plus) + op.apply(below, minus) + bias.clamp(min=0)
+        falling = op.apply(above, minus) + op.apply(below, plus) + bias.clamp(max=0)
         total = y + self.gamma * torch.where(y > 0, rising, falling)
         ratio = y / torch.where(total == 0, torch.ones_like(y), total + self.epsilon * total.sign())
         return ratio * (y > 0), ratio * (y <= 0), x.sign()
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
-        assert isinstance(op, Linear)
-        up, down = working(upstream) * kept[0], working(upstream) * kept[1]
+        assert isinstance(op, LinearOperation)
+        up, down, signs = working(upstream) * kept[0], working(upstream) * kept[1], kept[2]
         weight = op.weight.to(up.dtype)
-        plus, minus = weight.clamp(min=0), weight.clamp(max=0)
-        at_positive, at_negative = up @ plus + down @ minus, up @ minus + down @ plus
-        return ((up + down) @ weight + self.gamma * torch.where(kept[2] > 0, at_positive, at_negative * (kept[2] < 0)),)
+        plus, minus = _by_sign(weight)
+        at_positive = op.transpose(up, plus, signs) + op.transpose(down, minus, signs)
+        at_negative = op.transpose(up, minus, signs) + op.transpose(down, plus, signs)
+        by_sign = torch.where(signs > 0, at_positive, at_negative * (signs < 0))
+        return (op.transpose(up + down, weight, signs) + self.gamma * by_sign,)
+
+
+def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is positive, and what is negative."""
+    return x.clamp(min=0), x.clamp(max=0)

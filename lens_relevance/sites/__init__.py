@@ -3,7 +3,7 @@
 from lens_relevance.sites import attention_families, expert_families  # noqa: F401 - the families that are known register themselves
 from lens_relevance.sites.anatomy import Anatomy
 from lens_relevance.sites.base import LOGITS, DeclaredSite, Site
-from lens_relevance.sites.declared import activation, attention, declare_sites, gated_activation, linear, norm
+from lens_relevance.sites.declared import activation, attention, convolution, declare_sites, gated_activation, linear, norm
 from lens_relevance.sites.families import AttentionFamily, ExpertsFamily, register_attention, register_experts
 from lens_relevance.sites.lookup import anatomy
 from lens_relevance.sites.token_sets import TokenAttention
@@ -19,6 +19,7 @@ __all__ = [
     "activation",
     "anatomy",
     "attention",
+    "convolution",
     "declare_sites",
     "gated_activation",
     "linear",

@@ -78,7 +78,7 @@ class Site:
 
 @dataclass(frozen=True)
 class DeclaredSite:
-    """An operation between HookPoints given by name; `norm`, `activation`, `gated_activation`, `attention` and `linear` make them."""
+    """An operation between HookPoints given by name; made by `norm`, `activation`, `linear`, `attention` and their like."""
 
     name: str
     operation: Operation

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, is_bridge
-from lens_relevance.rules import Activation, AttentionGeometry, GatedActivation, Linear, Mix, Norm, Scores, Softmax
+from lens_relevance.rules import Activation, AttentionGeometry, Convolution, GatedActivation, Linear, Mix, Norm, Scores, Softmax
 from lens_relevance.sites.anatomy import Anatomy
 from lens_relevance.sites.base import DeclaredSite
 from lens_relevance.sites.lookup import remember, remember_more
@@ -72,6 +72,23 @@ def linear(
 ) -> list[DeclaredSite]:
     """y = x weight^T + bias."""
     return [DeclaredSite(name, Linear(weight, bias), (hook_in,), hook_out)]
+
+
+def convolution(
+    name: str,
+    hook_in: str,
+    hook_out: str,
+    *,
+    weight: Float[Tensor, "out channel height width"],
+    bias: Float[Tensor, " out"] | None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> list[DeclaredSite]:
+    """A two-dimensional convolution (a patch embedding), as `torch.nn.Conv2d` has it."""
+    operation = Convolution(weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return [DeclaredSite(name, operation, (hook_in,), hook_out)]
 
 
 def attention(
@@ -120,7 +137,7 @@ def declare_sites(
 
     Args:
         model: a TransformerBridge, or a HookedRootModule.
-        sites: what `norm`, `activation`, `gated_activation`, `attention` and `linear` return.
+        sites: what `norm`, `activation`, `gated_activation`, `attention`, `linear` and `convolution` return.
         embeddings: HookPoints at which the graph starts, the token embeddings first. A model with several sets of positions gives these and
             the next three by stack, as in {"image": ["hook_patches"], "question": ["hook_embed"]}.
         residual: complete cuts, one per layer and the final one.

@@ -15,6 +15,7 @@ from analyses.edges import EdgeAttribution, attribute_edges
 from lens_relevance import CoverageError, RelevanceError, Rule, Scale, head_flow, log_prob, logit_diff, propagate, random_tokens, rulesets
 from lens_relevance.rules import ConstantFirstFactor, PairProduct
 from tests import models
+from tests.engine.families import RULESETS
 from tests.precision import no_upcasts
 from tests.rules.test_composition import Damped, Lopsided, LopsidedBetween, LopsidedLinear, OnlyFirst, Wave, WaveBetween
 from tests.wider_models import WIDER, build_wider
@@ -47,7 +48,7 @@ def test_conserved_at_every_writer_and_reader(family: str) -> None:
     """Pairs, where contributions and coefficients come from two runs, and single prompts, where biases count."""
     model, tokens, other = FAMILIES[family](dtype=torch.float64), models.random_tokens(), models.random_tokens(seed=1)
     with no_upcasts():
-        for rules in rulesets() if family in EVERY_RULESET else ("attnlrp", "deeplift"):
+        for rules in RULESETS if family in EVERY_RULESET else ("attnlrp", "deeplift"):
             assert worst(attribute_edges(model, tokens, TARGET, rules, other)) < 1e-9, rules
         for rules in ("gradient", "attnlrp", "cp_lrp") if family in EVERY_RULESET else ("gradient",):
             assert worst(attribute_edges(model, tokens, TARGET, rules)) < 1e-9, rules

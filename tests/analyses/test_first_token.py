@@ -7,7 +7,7 @@ import torch
 
 from analyses.benchmarks import first_token as module
 from analyses.benchmarks.first_token import PLAIN_NORMS, attention_to_first, continued, first_token, sink_model, sink_tokens
-from lens_relevance import propagate, rulesets
+from lens_relevance import RelevanceError, propagate, rulesets
 from tests.models import build_llama, random_tokens
 from tests.precision import no_upcasts
 
@@ -39,10 +39,9 @@ def test_what_the_switch_takes_away_is_what_hangs_on_the_length_of_a_key() -> No
     assert kept["after"][names[0]].sum(-1).abs().max() < 1e-4 * kept["after"][names[1]].sum(-1).abs().max()
 
 
-def test_without_such_norms_the_switch_changes_nothing() -> None:
-    model, tokens = build_llama(), random_tokens()
-    table = first_token(model, tokens)
-    assert table["before"].tolist() == table["after"].tolist()
+def test_without_such_norms_there_is_no_switch() -> None:
+    with pytest.raises(RelevanceError, match="'norm@q_norm' is for no operation of this model"):
+        first_token(build_llama(), random_tokens())
 
 
 def test_the_command_prints_both_shares(capsys: pytest.CaptureFixture[str]) -> None:

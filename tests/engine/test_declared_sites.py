@@ -18,7 +18,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, coverage, declare_sites, logit_diff, propagate, rulesets
 from lens_relevance.ruleset_tables import needs_reference
 from lens_relevance.sites import DeclaredSite, activation, anatomy, attention, linear, norm
-from tests.engine.families import build, close, inputs_and_reference
+from tests.engine.families import RULESETS, build, close, inputs_and_reference
 
 TARGET = logit_diff(3, 4)
 POINTS = ("embed", "resid", "norm_in", "norm_out", "q", "k", "v", "scores", "pattern", "z", "out", "resid_mid", "pre", "post", "final")
@@ -85,7 +85,7 @@ def _declared(**options: bool) -> HandMade:
 TOKENS, OTHER = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 9, 3, 4], [5, 10, 7, 2]])
 
 
-@pytest.mark.parametrize("rules", list(rulesets()))
+@pytest.mark.parametrize("rules", RULESETS)
 def test_every_ruleset_runs_and_leaves_the_forward_alone(rules: str) -> None:
     model = _declared()
     reference = OTHER if needs_reference(rulesets()[rules]) else None
@@ -123,11 +123,11 @@ def test_coverage_of_a_model_without_a_config() -> None:
     with torch.no_grad():
         model.down.bias.zero_()
     found = coverage(model)
-    assert found.rulesets["works"].all() and found.sites["live"].all() and not found.uncovered
+    assert found.rulesets["works"].equals(found.rulesets["applies"]) and found.sites["live"].all() and not found.uncovered
     assert set(found.sites["operation"]) == {"norm", "scores", "pattern", "z", "activation", "linear"}
     assert found.sites["off"].max() < 1e-12
     given = coverage(model, ["cp_lrp", "deeplift"], inputs=TOKENS)
-    assert given.rulesets["works"].all() and given.rulesets["unexplained"].max() < 1e-12
+    assert given.rulesets["works"].equals(given.rulesets["applies"]) and given.rulesets["unexplained"].max() < 1e-12
 
 
 def test_coverage_shows_a_declaration_that_does_not_hold() -> None:

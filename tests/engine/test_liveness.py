@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, logit, propagate, rulesets
-from tests.engine.families import TARGET, build, close, inputs_and_reference, reference_for
+from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, logit, propagate
+from tests.engine.families import RULESETS, TARGET, build, close, inputs_and_reference, reference_for
 from tests.models import build_gpt2, build_llama
 from tests.wider_models import build_wider
 
@@ -108,7 +108,7 @@ def test_a_careless_norm_is_found(rules: str, everything: bool) -> None:
         propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER))
 
 
-@pytest.mark.parametrize("rules", list(rulesets()))
+@pytest.mark.parametrize("rules", RULESETS)
 def test_a_gradient_that_is_legitimately_zero_passes(rules: str) -> None:
     """An MLP whose output weights are 0, a ReLU that is off everywhere, and attention that sees one key."""
     model = build_gpt2(activation_function="relu")
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_legitimately_zero_passes(rules: str) -> None:
     assert one.tokens().abs().max() > 0
 
 
-@pytest.mark.parametrize("rules", list(rulesets()))
+@pytest.mark.parametrize("rules", RULESETS)
 def test_a_rule_off_every_path_passes(rules: str) -> None:
     model = build_gpt2()
     reference = reference_for(rules, OTHER)
