@@ -78,10 +78,10 @@ def compare(repeats: int, width: int) -> pd.DataFrame:
     ours: list[float] = []
     theirs: list[float] = []
     bare: list[float] = []
-    attribute_edges(model, corrupt, TARGET, "gradient", clean)
+    attribute_edges(model, corrupt, TARGET, rules="gradient", reference=clean)
     config = EdgeAttributionConfig(granularity="edge")
     for _ in range(repeats):
-        seconds, edges = timed(lambda: attribute_edges(model, corrupt, TARGET, "gradient", clean))
+        seconds, edges = timed(lambda: attribute_edges(model, corrupt, TARGET, rules="gradient", reference=clean))
         ours.append(seconds)
         seconds, result = timed(lambda: attribution_patch(model, clean, corrupt, metric, config))
         theirs.append(seconds)
@@ -120,7 +120,7 @@ def memory(width: int) -> pd.DataFrame:
     model = build(width)
     tokens = torch.randint(0, 50_000, (8, 64), generator=torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    seconds, edges = timed(lambda: attribute_edges(model, tokens, TARGET, "attnlrp"))
+    seconds, edges = timed(lambda: attribute_edges(model, tokens, TARGET, rules="attnlrp"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return pd.DataFrame([{"edges per position": edges.n_edges, "seconds": seconds, "GiB before": before, "GiB peak": peak}])
 

@@ -87,6 +87,7 @@ def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
 
 
 def main(
+    *,
     layers: int = 12,
     batch: int = 4,
     positions: int = 64,

@@ -82,6 +82,7 @@ def _in_a_cell(text: str) -> str:
 
 
 def main(
+    *,
     family: Annotated[list[str] | None, typer.Option(help="A family by name, several times if wanted; all if left out.")] = None,
     more: Annotated[bool, typer.Option("--more", help="The families that need next to no code of their own, instead.")] = False,
     dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",

@@ -88,7 +88,7 @@ def sink_tokens(batch: int = 8, positions: int = 24, seed: int = 1) -> Int[Tenso
 
 
 @torch.no_grad()
-def continued(model: Any, n: int, positions: int, seed: int = 0) -> Int[Tensor, "batch pos"]:
+def continued(model: Any, n: int, positions: int, *, seed: int = 0) -> Int[Tensor, "batch pos"]:
     """Texts that the model itself samples from its BOS token, or from token 0 where it has none."""
     first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None) or 0
     tokens, generator = torch.full((n, 1), first), torch.Generator().manual_seed(seed)

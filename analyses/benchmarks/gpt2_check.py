@@ -67,14 +67,14 @@ class Gpt2Check:
         return int(self.heads["in_top"].sum())
 
 
-def gpt2_check(model: Any, pairs: PromptPairs, top_k: int = 20, direction: Direction = "denoising", seed: int = 0) -> Gpt2Check:
+def gpt2_check(model: Any, pairs: PromptPairs, top_k: int = 20, *, direction: Direction = "denoising", seed: int = 0) -> Gpt2Check:
     """Rank heads by relevance and hold methods against patching on pairs of the ioi task. Raises RelevanceError for a top_k under 1."""
     if top_k < 1:
         raise RelevanceError(f"top_k is a number of heads, at least 1, not {top_k}")
     ranking = rank_heads(model, pairs, OWN)
     patterns = pattern_scores(model, induction(model, n=8, seed=seed))
     ranked = ranking.assign(rank=range(1, len(ranking) + 1)).merge(patterns, on=["layer", "head"])
-    table = compare_with_patching(model, pairs, [*PUBLISHED, OWN], ["resid", "attn", "mlp"], direction)
+    table = compare_with_patching(model, pairs, [*PUBLISHED, OWN], components=["resid", "attn", "mlp"], direction=direction)
     return Gpt2Check(_known(ranked, top_k), _beside_published(table), top_k)
 
 
@@ -113,6 +113,7 @@ def _beside_published(table: pd.DataFrame) -> pd.DataFrame:
 
 @clean_errors
 def main(
+    *,
     model: Annotated[str, typer.Option(help="A hub name, or a folder with GPT-2 small in Hugging Face format.")] = "gpt2",
     n: Annotated[int, typer.Option("--n", min=2, help="How many pairs of the ioi task.")] = 64,
     top: Annotated[int, typer.Option(min=1, help="How many heads count as the top.")] = 20,
@@ -122,7 +123,7 @@ def main(
     """Which known heads of the IOI circuit are among the top by relevance, and our correlations beside the published ones."""
     loaded = load_model(model)
     pairs = ioi(loaded, n, seed, corruption="abc")
-    check = gpt2_check(loaded, pairs, top, resolve_direction(direction), seed)
+    check = gpt2_check(loaded, pairs, top, direction=resolve_direction(direction), seed=seed)
     console = Console()
     console.print(frame_table(check.heads, f"Heads of the IOI circuit (Wang et al. 2022), ranked by {OWN} over {len(pairs)} pairs"))
     absent = int((check.heads["rank"] == 0).sum())

@@ -47,7 +47,7 @@ METHODS: dict[str, str | Estimator | Attribution] = {
 
 
 @torch.no_grad()
-def sampled_texts(model: Any, texts: int, length: int, seed: int) -> Int[Tensor, "text pos"]:
+def sampled_texts(model: Any, texts: int, length: int, *, seed: int) -> Int[Tensor, "text pos"]:
     """Texts of the model's own, from BOS, at temperature 1."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.full((texts, 1), model.tokenizer.bos_token_id)
@@ -74,7 +74,7 @@ def single_prompts(model: Any, tokens: Int[Tensor, "text pos"], methods: dict[st
     """One row per method; columns (target, zero | mean | random | occlusion), and the mean of the six areas."""
     mask, columns = torch.ones_like(tokens), {}
     for name, target in targets(model, tokens).items():
-        frame = areas(perturbation_curves(model, tokens, target, methods, BASELINES))
+        frame = areas(perturbation_curves(model, tokens, target, methods=methods, baselines=BASELINES))
         table = frame.groupby(["method", "baseline"])["area"].mean().unstack()
         effect = attribution("occlusion")(model, tokens, target, mask)
         for baseline in BASELINES:
@@ -89,6 +89,7 @@ def single_prompts(model: Any, tokens: Int[Tensor, "text pos"], methods: dict[st
 
 
 def main(
+    *,
     model: Annotated[str, typer.Option(help="a folder with a model in Hugging Face format, a hub name, or 'embedded'")],
     texts: int = 96,
     length: int = 28,
@@ -100,7 +101,7 @@ def main(
         torch.set_num_threads(threads)
     started = time.perf_counter()
     bridge = load_model(model)
-    table = single_prompts(bridge, sampled_texts(bridge, texts, length, seed), METHODS)
+    table = single_prompts(bridge, sampled_texts(bridge, texts, length, seed=seed), METHODS)
     console = Console(width=160)
     console.print(table.round(2).to_string(), soft_wrap=True)
     console.print(f"{texts} texts of {length} tokens, seed {seed}; {time.perf_counter() - started:.0f} s")

@@ -45,6 +45,7 @@ class Ablation:
         model: Any,
         pairs: PromptPairs,
         level: Level = "edge",
+        *,
         by_position: bool = False,
         replacement: Replacement = "corrupt",
         mean_tokens: Int[Tensor, "n pos"] | None = None,
@@ -74,7 +75,7 @@ class Ablation:
         self.items: Items = list_items(self.wiring, level, pos if by_position else None)
         hooks = NodeHooks if level == "node" else EdgeHooks
         with torch.no_grad():
-            self._runs = [hooks(model, self.wiring, self.items, batch, mean_tokens) for batch in self._batches()]
+            self._runs = [hooks(model, self.wiring, self.items, pairs=batch, mean_tokens=mean_tokens) for batch in self._batches()]
         ends = self(torch.tensor([[True], [False]]).expand(2, len(self.items)))
         self.full, self.empty = ends[0], ends[1]
         self._check("every", self.full, pairs.clean, pairs.clean_mask)
@@ -97,7 +98,7 @@ class Ablation:
     def _batches(self) -> Iterator[PromptPairs]:
         """Pairs in pieces of which at least two circuits fit at once."""
         pairs = self.pairs
-        return pairs.batches(rows_together(self.model, as_target(pairs.target), pairs.clean, pairs.clean_mask, 16))
+        return pairs.batches(rows_together(self.model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=16))
 
     def _metrics(self, run: NodeHooks | EdgeHooks, kept: Tensor, metric: Callable[[Tensor], Tensor], n: int) -> Tensor:
         with run.hooked(self.items.spread(kept)):

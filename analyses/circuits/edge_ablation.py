@@ -34,7 +34,7 @@ class EdgeHooks:
     Rows are ordered by member of a group, circuit, example. Tensors of the stream are [circuit, pos, ..., example, d_model].
     """
 
-    def __init__(self, model: Any, wiring: Wiring, items: Items, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
+    def __init__(self, model: Any, wiring: Wiring, items: Items, *, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
         self.model, self.wiring, self.pairs = model, wiring, pairs
         self.place = {name: i for i, name in enumerate(items.writers)}
         self.reader = {name: i for i, name in enumerate(items.readers)}
@@ -42,7 +42,7 @@ class EdgeHooks:
         names = ["blocks.0.hook_in"]
         for layer in wiring.layers:
             names += [layer.z.output_name] + ([layer.mlp_write] if layer.has_mlp else [])
-        self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names, mean_tokens)
+        self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names=names, mean_tokens=mean_tokens)
         pos, d_model = pairs.clean.shape[1], int(model.cfg.d_model)
         readers = max(len(layer.attn_readers) for layer in wiring.layers)
         per_position = d_model * (len(items.writers) + 3 * readers) + self.copies * int(model.cfg.d_vocab)
@@ -187,7 +187,7 @@ def _written(layer: Layer, z: Float[Tensor, "row pos head d_head"]) -> Float[Ten
     parts = torch.einsum("bphe,dhe->hbpd", z, output.weight.to(z.dtype).unflatten(1, (-1, z.shape[-1])))
     if layer.attn_post is not None:
         total = parts.sum(0) if output.bias is None else parts.sum(0) + output.bias.to(z.dtype)
-        parts = push(layer.attn_post, LNRule(), total, None, parts)
+        parts = push(layer.attn_post, LNRule(), total, reference=None, parts=parts)
     return parts.permute(1, 2, 0, 3)
 
 

@@ -19,7 +19,7 @@ def forward(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row p
     return logits
 
 
-def record(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], names: list[str]) -> Recorded:
+def record(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], *, names: list[str]) -> Recorded:
     """Activations at `names` in a run of the model."""
     found: Recorded = {}
 
@@ -32,9 +32,9 @@ def record(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row po
     return found
 
 
-def replacements(model: Any, tokens: Tensor, mask: Tensor, names: list[str], mean_tokens: Tensor | None) -> Recorded:
+def replacements(model: Any, tokens: Tensor, mask: Tensor, *, names: list[str], mean_tokens: Tensor | None) -> Recorded:
     """What removed items are set to: values of these (corrupt) prompts, or their mean over `mean_tokens`."""
     if mean_tokens is None:
-        return record(model, tokens, mask, names)
-    found = record(model, mean_tokens, torch.ones_like(mean_tokens), names)
+        return record(model, tokens, mask, names=names)
+    found = record(model, mean_tokens, torch.ones_like(mean_tokens), names=names)
     return {name: x.mean(0, keepdim=True).expand(len(tokens), *x.shape[1:]) for name, x in found.items()}

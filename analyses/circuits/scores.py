@@ -99,7 +99,7 @@ def _estimates(ablation: Ablation, method: Estimator, run: Run) -> Float[Tensor,
         wanted = "edges" if items.level == "edge" else "the embeddings, every head and every MLP" + (" by position" * (items.pos > 1))
         raise RelevanceError(f"{method.name} cannot order these items, which are {wanted}: {scored}; choose a ruleset or eap_ig")
     everything, batches = ablation.pairs, []
-    size = rows_together(ablation.model, as_target(everything.target), everything.clean, everything.clean_mask, _BATCH)
+    size = rows_together(ablation.model, as_target(everything.target), everything.clean, mask=everything.clean_mask, size=_BATCH)
     for batch in everything.batches(size):
         parts = [weight * _one_run(ablation, method, pairs) for weight, pairs in method.parts(batch, run)]
         batches.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
@@ -132,6 +132,6 @@ def _patching(ablation: Ablation) -> Tensor:
         return noising.T
     pairs = ablation.pairs
     swapped = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean, clean_mask=pairs.corrupt_mask, corrupt_mask=pairs.clean_mask)
-    corrupt = Ablation(ablation.model, swapped, "node", ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
+    corrupt = Ablation(ablation.model, swapped, "node", by_position=ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
     denoising = corrupt(alone) - corrupt.full
     return (denoising + noising).T / 2

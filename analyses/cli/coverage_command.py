@@ -21,6 +21,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def coverage(
+    *,
     model: Model = "embedded",
     sites: Annotated[bool, typer.Option("--sites", help="List every site too.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv with all sites and rulesets.")] = None,

@@ -51,7 +51,7 @@ def batches(model: Any, prompts: PromptPairs | Inputs, target: AnyTarget | None 
         yield Batch(start, tokens[rows], mask[rows], of_rows, None if reference is None else reference[rows])
 
 
-def rows_together(model: Any, target: Target, tokens: Int[Tensor, "n pos"], mask: Int[Tensor, "n pos"] | None, size: int) -> int:
+def rows_together(model: Any, target: Target, tokens: Int[Tensor, "n pos"], *, mask: Int[Tensor, "n pos"] | None, size: int) -> int:
     """How many rows a batch that should have `size` has: all of them, where the target is a function that needs them together."""
     n = len(tokens)
     if not isinstance(target, CallableTarget) or n <= size:

@@ -51,7 +51,7 @@ class Stream:
     Raises RelevanceError where there are no pairs, or the checkpoint is one of another run.
     """
 
-    def __init__(self, model: Any, pairs: PromptPairs, size: int, checkpoint: str | Path | None = None, **settings: Any) -> None:
+    def __init__(self, model: Any, pairs: PromptPairs, size: int, *, checkpoint: str | Path | None = None, **settings: Any) -> None:
         if not len(pairs):
             raise RelevanceError("there are no pairs to go through")
         if size < 1:
@@ -64,7 +64,7 @@ class Stream:
             run = fingerprint(model, pairs, **settings, batch_size=size, processes=self.processes.count)
             self.checkpoint = Checkpoint(checkpoint, run)
 
-    def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str, name: str = "sums") -> R:
+    def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str, *, name: str = "sums") -> R:
         """A `new()`, after it has taken in what `step` makes of every batch of every process; nothing is kept per pair.
 
         name: by which the checkpoint knows these sums; another one for each fold of a run.
@@ -85,7 +85,7 @@ class Stream:
         return whole
 
     def collect(
-        self, name: str, step: Callable[[PromptPairs], dict[str, Tensor]], description: str, size: int | None = None
+        self, name: str, step: Callable[[PromptPairs], dict[str, Tensor]], description: str, *, size: int | None = None
     ) -> tuple[dict[str, Tensor], float]:
         """What `step` makes of every batch, [pair, ...] by name, all pairs of all processes in order; and the seconds this took.
 

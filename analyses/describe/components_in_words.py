@@ -111,6 +111,7 @@ def describe_head(
     model: Any,
     prompts: PromptPairs | Inputs,
     layer: int,
+    *,
     head: int,
     target: AnyTarget | None = None,
     rules: str | Table | None = None,
@@ -153,7 +154,7 @@ def describe_head(
                 other = of_reference[pattern][:, head]
         attention, shared = cache[pattern][:, head], cache[v].shape[2]
         values = cache[v][:, :, head * shared // n_heads]  # grouped-query attention: neighbouring heads share values
-        written = values @ head_output_weight(model, layer, head, n_heads).to(values).T
+        written = values @ head_output_weight(model, layer, head, n_heads=n_heads).to(values).T
         arcs = _arcs(model, batch, flow, attention, other, written, {name: cache[name] for name in direct.norms}, top_k)
         strongest = arcs.merge(strongest, "relevance", top_k)
         pairs.append(_token_pairs(batch, flow, attention))
@@ -178,6 +179,7 @@ def describe_neuron(
     model: Any,
     prompts: PromptPairs | Inputs,
     layer: int,
+    *,
     neuron: int,
     target: AnyTarget | None = None,
     rules: str | Table | None = None,

@@ -45,12 +45,12 @@ class DirectLogits:
         """Direct logits of n vectors; norm_inputs: [n, d_model] at each of `norms`, at the position where the vector was written."""
         parts = working(written)
         for site in self._way:
-            parts = push(site, LNRule(), working(norm_inputs[str(site.inputs[0].name)]), None, parts)
+            parts = push(site, LNRule(), working(norm_inputs[str(site.inputs[0].name)]), reference=None, parts=parts)
         logits = parts @ self._unembed.to(parts).T
         return logits - logits.mean(-1, keepdim=True)
 
 
-def head_output_weight(model: Any, layer: int, head: int, n_heads: int) -> Float[Tensor, "d_model d_head"]:
+def head_output_weight(model: Any, layer: int, head: int, *, n_heads: int) -> Float[Tensor, "d_model d_head"]:
     """W_O of one head (transposed), whatever way the model stores it."""
     return _weight(model, f"blocks.{layer}.attn.o").unflatten(1, (n_heads, -1))[:, head]
 

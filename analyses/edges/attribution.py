@@ -81,6 +81,7 @@ def attribute_edges(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     reference: Any = None,
     attention_mask: Tensor | None = None,
@@ -100,8 +101,8 @@ def attribute_edges(
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
     table, found = ruleset(rules), wiring(model)
     results = [
-        edges_of(found, cache, constants, table)[0]
-        for cache, constants in passes(model, found, inputs, target, rules, reference, attention_mask)
+        edges_of(found, cache, constants, table=table)[0]
+        for cache, constants in passes(model, found, inputs, target=target, rules=rules, reference=reference, attention_mask=attention_mask)
     ]
     return results[0] if len(results) == 1 else _mean(results)
 
@@ -110,6 +111,7 @@ def passes(
     model: Any,
     found: Wiring,
     inputs: Inputs,
+    *,
     target: Target | Callable[[Tensor], Tensor] | None,
     rules: str | Table,
     reference: Any,
@@ -137,7 +139,7 @@ def passes(
 
 
 def edges_of(
-    found: Wiring, cache: RelevanceCache, constants: Constants, table: Table, flows: bool = False, values: RelevanceCache | None = None
+    found: Wiring, cache: RelevanceCache, constants: Constants, *, table: Table, flows: bool = False, values: RelevanceCache | None = None
 ) -> tuple[EdgeAttribution, list[HeadCoefficients]]:
     """Edges from one backward pass, walking up the layers, and what happens inside the heads of each.
 
@@ -146,14 +148,14 @@ def edges_of(
     inside, values = [], cache if values is None else values
     with torch.no_grad():
         stream = Stream(found, cache, values)
-        stream.write(sources(found, values, cache, table))
+        stream.write(sources(found, values, cache, table=table))
         for layer in found.layers:
-            heads = head_coefficients(layer, cache, table, constants, flows)
+            heads = head_coefficients(layer, cache, table, constants=constants, flows=flows)
             inside.append(heads)
-            stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads), layer.attn_input)
+            stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads=heads), layer.attn_input)
             if layer.has_mlp and layer.parallel:  # reads what attention reads
                 stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
-            for written, norm in zip(writes(layer, values, cache, table), (layer.attn_after, layer.mlp_after), strict=False):
+            for written, norm in zip(writes(layer, values, cache, table=table), (layer.attn_after, layer.mlp_after), strict=False):
                 stream.write(written)
                 if norm is not None:
                     stream.normalize(norm, rule_for(table, norm))

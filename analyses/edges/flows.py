@@ -41,7 +41,7 @@ class Flows:
     info: dict[str, str]
 
 
-def flows_of(wiring: Wiring, cache: RelevanceCache, edges: EdgeAttribution, heads: list[HeadCoefficients]) -> Flows:
+def flows_of(wiring: Wiring, cache: RelevanceCache, edges: EdgeAttribution, *, heads: list[HeadCoefficients]) -> Flows:
     """The flows of the first row of a pass that kept them (`passes(..., flows=True)`)."""
     reader = {name: i for i, name in enumerate(edges.readers)}
     entering = edges.reader_scores[0].T

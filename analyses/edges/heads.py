@@ -48,7 +48,7 @@ class HeadCoefficients:
     product: Tensor | None = None
 
 
-def head_coefficients(layer: Layer, cache: RelevanceCache, table: Table, constants: Constants, flows: bool) -> HeadCoefficients:
+def head_coefficients(layer: Layer, cache: RelevanceCache, table: Table, *, constants: Constants, flows: bool) -> HeadCoefficients:
     """The coefficients of one layer's heads, from those of a backward pass under `table`.
 
     constants: raw tensors at hook_cos and hook_sin (see `rotary_constants`).
@@ -141,7 +141,7 @@ class _Attention:
             members = to_k.unflatten(1, (-1, geometry.group)).movedim(2, 0)  # the n-th query heads of all groups pass the norm together
             flat = x.ndim == 3
             upstream = members.transpose(2, 3).flatten(3) if flat else members
-            members = pull(layer.k_norm, rule_for(self.table, layer.k_norm), x, other, upstream)
+            members = pull(layer.k_norm, rule_for(self.table, layer.k_norm), x, reference=other, upstream=upstream)
             members = members.unflatten(-1, (-1, geometry.d_head)).transpose(2, 3) if flat else members
             to_k = members.movedim(0, 2).flatten(1, 2)
         return to_k.transpose(1, 2)

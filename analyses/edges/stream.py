@@ -71,7 +71,7 @@ class Stream:
         name, out = str(norm.inputs[0].name), norm.output_name
         contributions = self._contributions[:, 1 : self._filled]
         parts = contributions.transpose(0, 1).unflatten(1, self.mask.shape)
-        parts = push(norm, rule, self.cache.activations[name], self.cache.reference_activations.get(name), parts)
+        parts = push(norm, rule, self.cache.activations[name], reference=self.cache.reference_activations.get(name), parts=parts)
         contributions.copy_(self._real(parts).flatten(1, 2).transpose(0, 1))
         self._total = contributions.sum(1)
         rest = self._real(change(self.values, out)).flatten(0, 1) - self._total

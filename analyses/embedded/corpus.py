@@ -71,7 +71,7 @@ def ioi_sequences(reader: TransformerBridge, per_template: int, seed: int) -> li
     return sequences
 
 
-def repeated_sequences(reader: TransformerBridge, n: int, length: int, seed: int) -> Int[Tensor, "n pos"]:
+def repeated_sequences(reader: TransformerBridge, n: int, length: int, *, seed: int) -> Int[Tensor, "n pos"]:
     """ "<bos> x1 ... xL, then neighbours x_i x_i+1 of it in random order": the second of each can only be known by induction.
 
     Repeated in order, a model finds the answer by counting back L positions, and never looks for the token itself. No sequence has a

@@ -44,7 +44,7 @@ def agreement(estimate: Array, effect: Array, top_k: int) -> Agreement:
     )
 
 
-def intervals(estimates: Array, effects: Array, resamples: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(estimates: Array, effects: Array, resamples: int, *, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of Pearson and Spearman: pairs are drawn with replacement, scores averaged anew, correlations taken.
 
     estimates, effects: [component, pair], NaN where a pair has no such component.

@@ -67,6 +67,7 @@ def compare_with_patching(
     model: Any,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
+    *,
     components: Sequence[str] = COMPONENTS,
     direction: Direction = "mean",
     run: Run = "corrupt",
@@ -97,7 +98,19 @@ def compare_with_patching(
 
     Raises RelevanceError for unknown methods and components, and for no pairs. Warns where the metric cannot tell clean from corrupt.
     """
-    return compare(model, pairs, methods, components, direction, run, top_k, pooled, resamples, batch_size, checkpoint).table
+    return compare(
+        model,
+        pairs,
+        methods,
+        components=components,
+        direction=direction,
+        run=run,
+        top_k=top_k,
+        pooled=pooled,
+        resamples=resamples,
+        batch_size=batch_size,
+        checkpoint=checkpoint,
+    ).table
 
 
 @left_as_found
@@ -105,6 +118,7 @@ def compare(
     model: Any,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
+    *,
     components: Sequence[str] = COMPONENTS,
     direction: Direction = "mean",
     run: Run = "corrupt",
@@ -129,7 +143,7 @@ def compare(
         model,
         pairs,
         batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1]),
-        checkpoint,
+        checkpoint=checkpoint,
         analysis="comparison",
         methods=named,
         components=components,
@@ -197,8 +211,8 @@ def _effects(
         return {name: patched.effect[rows[name]].T for name in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
 
     pairs = stream.pairs  # there can be more processes than pairs
-    size = rows_together(model, as_target(pairs.target), pairs.clean, pairs.clean_mask, _PAIRS_PATCHED) if len(pairs) else 1
-    found, seconds = stream.collect("patching", step, "activation patching", size)
+    size = rows_together(model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=_PAIRS_PATCHED) if len(pairs) else 1
+    found, seconds = stream.collect("patching", step, "activation patching", size=size)
     clean, corrupt = found.pop("clean"), found.pop("corrupt")
     if stream.processes.index == 0:
         check_gap(clean, corrupt)

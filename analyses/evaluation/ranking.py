@@ -28,6 +28,7 @@ def rank_heads(
     model: Any,
     pairs: PromptPairs,
     method: str | Estimator = "deeplift",
+    *,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
@@ -64,6 +65,7 @@ def rank_neurons(
     model: Any,
     pairs: PromptPairs,
     method: str | Estimator = "deeplift",
+    *,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
@@ -97,7 +99,7 @@ def _rank(
     if ablate not in (False, True, "corrupt", "mean"):
         raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
     kind, run = resolve_component(name), resolve_run(run)
-    stream = Stream(model, pairs, size, checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
+    stream = Stream(model, pairs, size, checkpoint=checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
     totals = stream.fold(
         lambda: _Totals(top_k),
         lambda batch: method(model, batch, [kind.name], run=run)[kind.name],
@@ -107,7 +109,7 @@ def _rank(
     if ablate:
         ranked = list(zip(ranking["layer"].tolist(), ranking[kind.index].tolist(), strict=True))
         replacement: Replacement = "corrupt" if ablate is True else ablate
-        ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked, top_k, replacement)
+        ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked=ranked, k=top_k, replacement=replacement)
     return ranking
 
 

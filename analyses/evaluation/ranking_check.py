@@ -51,7 +51,9 @@ class AblationCheck:
         )
 
 
-def ablate_top(model: Any, stream: Stream, kind: Component, ranked: Chosen, k: int, replacement: Replacement = "corrupt") -> AblationCheck:
+def ablate_top(
+    model: Any, stream: Stream, kind: Component, *, ranked: Chosen, k: int, replacement: Replacement = "corrupt"
+) -> AblationCheck:
     """Ablation of the first k of `ranked` (all components, best first) and of random sets; the same random sets for the same model.
 
     The mean is taken over all pairs, of all processes, at each position over the prompts that have a token there (Wang et al. 2022): it
@@ -65,7 +67,9 @@ def ablate_top(model: Any, stream: Stream, kind: Component, ranked: Chosen, k: i
     needed = {layer: _indices(i for chosen in sets for at, i in chosen if at == layer) for layer in sorted({at for at, _ in sum(sets, [])})}
     means = None
     if replacement == "mean":
-        sums = stream.fold(_Sums, lambda pairs: _clean_values(model, pairs, kind, needed), "mean over the clean prompts", "clean-values")
+        sums = stream.fold(
+            _Sums, lambda pairs: _clean_values(model, pairs, kind, needed), "mean over the clean prompts", name="clean-values"
+        )
         means = _split(sums.mean(), kind, needed)
     found, _ = stream.collect(
         f"ablation {replacement} {k}", lambda pairs: _losses(model, pairs, kind, sets, needed, means), f"ablating {k} at a time"
@@ -85,7 +89,7 @@ def _losses(
     model: Any, pairs: PromptPairs, kind: Component, sets: Sequence[Chosen], needed: dict[int, Tensor], means: Values | None
 ) -> dict[str, Tensor]:
     """What each set costs, losses [pair, set], and what there is to lose, gap [pair]."""
-    (piece,) = pieces_of(model, pairs, None, len(pairs))
+    (piece,) = pieces_of(model, pairs, None, batch_size=len(pairs))
     new = means or {}
 
     def setter(layer: int, indices: Int[Tensor, " chosen"]) -> Any:
@@ -132,7 +136,7 @@ class _Sums:
 @torch.no_grad()
 def _clean_values(model: Any, pairs: PromptPairs, kind: Component, needed: dict[int, Tensor]) -> Float[Tensor, "pair pos value"]:
     """What `_Sums` takes in of a batch."""
-    (piece,) = pieces_of(model, pairs, None, len(pairs))
+    (piece,) = pieces_of(model, pairs, None, batch_size=len(pairs))
     kept: Values = {}
     with model.hooks(fwd_hooks=_keepers(kind, needed, kept)):
         forward(model, piece.clean, piece.mask)

@@ -29,6 +29,7 @@ def flow_graph(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     reference: Any = None,
     by_position: bool = True,
@@ -49,9 +50,9 @@ def flow_graph(
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
     found, table = wiring(model), ruleset(rules)
     parts = []
-    for cache, constants in passes(model, found, tokens, target, rules, reference, mask, flows=True):
-        edges, heads = edges_of(found, cache, constants, table, flows=True)
-        parts.append(flows_of(found, cache, edges, heads))
+    for cache, constants in passes(model, found, tokens, target=target, rules=rules, reference=reference, attention_mask=mask, flows=True):
+        edges, heads = edges_of(found, cache, constants, table=table, flows=True)
+        parts.append(flows_of(found, cache, edges, heads=heads))
     flows = parts[0] if len(parts) == 1 else _mean(parts)
     graph = _assemble(flows, _strings(model, tokens[0]))
     if graph.edges.empty:
@@ -65,6 +66,7 @@ def flow_graphs(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     reference: Any = None,
     by_position: bool = True,
@@ -83,7 +85,9 @@ def flow_graphs(
         real = mask[row].bool()
         one = None if whole is None else whole.select([row])
         other = reference if given is None else given[row : row + 1, real]
-        graphs.append(flow_graph(model, tokens[row : row + 1, real], one, rules, other, by_position, threshold))
+        graphs.append(
+            flow_graph(model, tokens[row : row + 1, real], one, rules=rules, reference=other, by_position=by_position, threshold=threshold)
+        )
     return graphs
 
 

@@ -78,7 +78,7 @@ class FlowGraph:
 
         Raises RelevanceError for an empty graph, a target that nothing enters, and where nothing would be left.
         """
-        return self.with_edges(self.edges[prune.mask(self, keep, top, min_share)])
+        return self.with_edges(self.edges[prune.mask(self, keep, top, min_share=min_share)])
 
     def with_edges(self, edges: pd.DataFrame) -> FlowGraph:
         """The graph of some of its edges and the nodes at their ends. Scores of nodes stay those of the whole graph."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Kept = Bool[np.ndarray, " edge"]
 
 
-def mask(graph: FlowGraph, keep: float | None, top: int | None, min_share: float | None) -> Kept:
+def mask(graph: FlowGraph, keep: float | None, top: int | None, *, min_share: float | None) -> Kept:
     """Edges that stay; exactly one of the three criteria is given (see `FlowGraph.prune`)."""
     if sum(x is not None for x in (keep, top, min_share)) != 1:
         raise RelevanceError("prune takes one of keep=, top= and min_share=")

@@ -117,7 +117,7 @@ def collect(model: Any, components: Sequence[str], relevance: Callable[[str], Te
 
 
 @torch.no_grad()
-def activations(model: Any, tokens: Int[Tensor, "batch pos"], names: Sequence[str], pairs: PromptPairs) -> dict[str, Tensor]:
+def activations(model: Any, tokens: Int[Tensor, "batch pos"], names: Sequence[str], *, pairs: PromptPairs) -> dict[str, Tensor]:
     """Activations of one plain run."""
     _, cache = model.run_with_cache(tokens, names_filter=list(names), **hidden(pairs))
     return {name: cache[name] for name in names}

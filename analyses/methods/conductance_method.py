@@ -23,7 +23,7 @@ def conductance(steps: int = DEFAULT_STEPS) -> Estimator:
 
     def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         names, leaf = points(model, components), embeddings_of(model)
-        clean, corrupt = (activations(model, tokens, [leaf], pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
+        clean, corrupt = (activations(model, tokens, [leaf], pairs=pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
 
         def at(share: float) -> dict[str, tuple[Tensor, Tensor]]:
             with embeddings_moved(model, clean - corrupt, share):

@@ -29,7 +29,7 @@ def direct_logit_attribution() -> Estimator:
             model, pairs.corrupt, pairs.target, rules={"norm": LNRule()}, names_filter=final, attention_mask=pairs.corrupt_mask
         )
         g, names = cache.coefficients[cache.canonical(final)], points(model, components)
-        clean, corrupt = activations(model, pairs.clean, names, pairs), activations(model, pairs.corrupt, names, pairs)
+        clean, corrupt = activations(model, pairs.clean, names, pairs=pairs), activations(model, pairs.corrupt, names, pairs=pairs)
 
         def written(point: str) -> Tensor:
             change = clean[point] - corrupt[point]

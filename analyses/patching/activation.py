@@ -27,6 +27,7 @@ def activation_patching(
     model: TransformerBridge,
     pairs: Any,
     components: Selection = ("resid", "attn", "mlp", "heads"),
+    *,
     direction: Direction = "denoising",
     by_position: bool | None = None,
     metric: Any = None,
@@ -62,9 +63,9 @@ def activation_patching(
     pieces = []
     with bar_if(progress) as bar:
         task = bar.add_task("activation patching", total=None)
-        for piece in pieces_of(model, pairs, metric, batch_size):
-            clean = record(model, piece.clean, piece.mask, keys, with_calls="noising" in ways)
-            corrupt = record(model, piece.corrupt, piece.mask, keys, with_calls="denoising" in ways)
+        for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
+            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls="noising" in ways)
+            corrupt = record(model, piece.corrupt, piece.mask, wanted=keys, with_calls="denoising" in ways)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * len(ways) * -(-len(pairs.clean) // clean.n))
@@ -87,6 +88,7 @@ def ablation(
     model: TransformerBridge,
     pairs: Any,
     components: Selection = ("resid", "attn", "mlp", "heads"),
+    *,
     value: Literal["zero", "mean"] = "zero",
     by_position: bool | None = None,
     metric: Any = None,
@@ -108,8 +110,8 @@ def ablation(
     pieces = []
     with bar_if(progress) as bar:
         task = bar.add_task(f"{value} ablation", total=None)
-        for piece in pieces_of(model, pairs, metric, batch_size):
-            clean = record(model, piece.clean, piece.mask, keys, with_calls=True)
+        for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
+            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls=True)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * -(-len(pairs.clean) // clean.n))
@@ -162,10 +164,10 @@ def _mean_values(model: TransformerBridge, pairs: Any, metric: Any, keys: list[t
     """Mean of each activation over the clean prompts, [1, ...], at each position over the rows that have a token there."""
     totals: Values = {}
     count: Tensor | float = 0.0
-    for piece in pieces_of(model, pairs, metric, batch_size):
+    for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
         mask = (torch.ones_like(piece.clean) if piece.mask is None else piece.mask).bool()
         count = count + mask.sum(0)
-        for (name, layer), value in record(model, piece.clean, piece.mask, keys).values.items():
+        for (name, layer), value in record(model, piece.clean, piece.mask, wanted=keys).values.items():
             at = COMPONENTS[name].axes.index("pos")
             kept = mask.to(value.device).reshape([len(mask)] + [mask.shape[1] if axis == at else 1 for axis in range(1, value.ndim)])
             totals[name, layer] = totals.get((name, layer), 0.0) + value.where(kept, 0.0).sum(0, keepdim=True)

@@ -82,7 +82,9 @@ def check_pattern_live(model: TransformerBridge, recording: Recording, layer: in
         )
 
 
-def find_shortcut(model: TransformerBridge, recording: Recording, patches: Sequence[Patch], values: Values, readout: Readout) -> Shortcut:
+def find_shortcut(
+    model: TransformerBridge, recording: Recording, patches: Sequence[Patch], *, values: Values, readout: Readout
+) -> Shortcut:
     """The furthest shortcut that gives the logits of whole forward passes on some of the patches to be run.
 
     Families differ in what a block needs and in what happens between and after the blocks, so this is measured, not assumed. Hooks that
@@ -104,14 +106,15 @@ def find_shortcut(model: TransformerBridge, recording: Recording, patches: Seque
     for number, patch in enumerate(samples):
         base = torch.tensor([number % recording.n], device=recording.tokens.device)
         own = replace(patch, offset=patch.offset + number % recording.n)
-        batches.append((rows_of([own], base), edits_of([own], values, 1)))
-        expected.append(run_rows(model, recording, *batches[-1], readout.columns, "none"))
+        rows, edits = rows_of([own], base), edits_of([own], values, 1)
+        batches.append((rows, edits))
+        expected.append(run_rows(model, recording, rows, edits=edits, columns=readout.columns, shortcut="none"))
 
     def right(shortcut: Shortcut) -> bool:
         try:
             for (rows, edits), one in zip(batches, expected, strict=True):
-                outcome = run_rows(model, recording, rows, edits, readout.columns, shortcut)
-                two = to_logits(model, recording, rows, outcome, readout, shortcut)
+                outcome = run_rows(model, recording, rows, edits=edits, columns=readout.columns, shortcut=shortcut)
+                two = to_logits(model, recording, rows, outcome=outcome, readout=readout, shortcut=shortcut)
                 one = one if readout.tokens is None else one[:, :, readout.tokens]
                 if one.shape != two.shape or bool((one - two).abs().max() > rounding):
                     return False

@@ -73,6 +73,7 @@ def path_patching(
     model: TransformerBridge,
     pairs: Any,
     senders: Selection,
+    *,
     receivers: Selection,
     direction: Literal["denoising", "noising"] = "denoising",
     freeze: Sequence[Literal["heads", "mlps"]] = ("heads", "mlps"),
@@ -107,9 +108,9 @@ def path_patching(
     pieces = []
     with bar_if(progress) as bar:
         task = bar.add_task("path patching", total=None)
-        for piece in pieces_of(model, pairs, metric, batch_size):
+        for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
             recordings = [
-                record(model, ids, piece.mask, keys, with_calls=base)
+                record(model, ids, piece.mask, wanted=keys, with_calls=base)
                 for ids, base in ((piece.clean, direction == "noising"), (piece.corrupt, direction == "denoising"))
             ]
             base, source = recordings if direction == "noising" else recordings[::-1]
@@ -158,10 +159,10 @@ def _patched(
     sending = [patch(sender) for sender in senders]
     shortcut = patcher.settle(sending, source)
     patched: dict[tuple[Node, Node], Tensor] = {}
-    for group in passes(sending, recording, patcher.batch_size, shortcut):
+    for group in passes(sending, recording, patcher.batch_size, shortcut=shortcut):
         rows, received = rows_of(group, base), Values()
         edits = _sending(patcher, group, rows, source, receivers, freeze, received)
-        outcome = run_rows(patcher.model, recording, rows, edits, patcher.readout.columns, shortcut)
+        outcome = run_rows(patcher.model, recording, rows, edits=edits, columns=patcher.readout.columns, shortcut=shortcut)
         for receiver in receivers:
             if receiver.component == LOGITS:
                 patched |= {(member.node, receiver): value for member, value in zip(group, patcher.read(rows, outcome), strict=True)}

@@ -69,7 +69,7 @@ def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
     """Fall of the target when one token alone is removed: one forward per token."""
 
     def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
-        return one_by_one(TextRemoval(model, tokens, mask, target, baseline, seed), mask.bool())
+        return one_by_one(TextRemoval(model, tokens, mask, target=target, baseline=baseline, seed=seed), mask.bool())
 
     return scores
 

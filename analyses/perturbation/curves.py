@@ -29,6 +29,7 @@ def perturbation_curves(
     model: Any,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | Attribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_embedding",),
     attention_mask: Tensor | None = None,
@@ -61,8 +62,10 @@ def perturbation_curves(
     removable = (mask.bool() & (mask.cumsum(1) > 1)).cpu()
     with progress_bar() as bar:
         scores = {n: chosen[n](model, tokens, resolved, mask).detach().cpu() for n in bar.track(chosen, description="attributions")}
-    removals = [TextRemoval(model, tokens, mask, resolved, baseline, seed, batch_size) for baseline in baselines]
-    return curves_of(scores, removable, removals, steps)
+    removals = [
+        TextRemoval(model, tokens, mask, target=resolved, baseline=baseline, seed=seed, batch_size=batch_size) for baseline in baselines
+    ]
+    return curves_of(scores, removable, removals, steps=steps)
 
 
 def named_methods(methods: Sequence[str | Estimator] | Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def named_methods(methods: Sequence[str | Estimator] | Mapping[str, Any]) -> dic
 
 
 def curves_of(
-    scores: Mapping[str, Tensor], removable: Bool[Tensor, "batch item"], removals: Sequence[Removal], steps: int | None = None
+    scores: Mapping[str, Tensor], removable: Bool[Tensor, "batch item"], removals: Sequence[Removal], *, steps: int | None = None
 ) -> pd.DataFrame:
     """MoRF and LeRF curves of scores [batch, item] by name, with every evaluator of removals: text tokens, image patches, embeddings.
 
@@ -82,7 +85,7 @@ def curves_of(
     frames = []
     with progress_bar() as bar:
         for name, removal in bar.track([(n, r) for n in scores for r in removals], description="removing"):
-            frame = removal_curves(scores[name].detach().cpu(), removable.cpu(), removal, steps)
+            frame = removal_curves(scores[name].detach().cpu(), removable.cpu(), removal, steps=steps)
             frame.insert(0, "baseline", removal.baseline)
             frame.insert(0, "method", name)
             frames.append(frame)
@@ -99,4 +102,4 @@ def curves_view(curves: pd.DataFrame, baseline: str | None = None) -> View:
     binned = shown.assign(share=(shown["share"] * 20).round() / 20)
     grouped = binned.groupby(["method", "order"], sort=False)
     series = {f"{method}, {order}": part.groupby("share")["value"].mean() for (method, order), part in grouped}
-    return curve_view(series, "share of tokens removed", "target", f"Perturbation ({baseline})")
+    return curve_view(series, "share of tokens removed", "target", title=f"Perturbation ({baseline})")

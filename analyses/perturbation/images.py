@@ -25,6 +25,7 @@ def image_curves(
     model: Any,
     inputs: Tensor | Mapping[str, Tensor],
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | ImageAttribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_patch",),
     image: str = "pixel_values",
@@ -53,7 +54,7 @@ def image_curves(
         resolved: Target = top_prediction(logits.reshape(len(logits), -1, logits.shape[-1])[:, -1:], positions, None)
     else:
         resolved = as_target(target)
-    removals = [PatchRemoval(model, given, resolved, baseline, image, patch) for baseline in baselines]
+    removals = [PatchRemoval(model, given, resolved, baseline=baseline, image=image, patch=patch) for baseline in baselines]
     if not removals or not named:
         raise RelevanceError("give at least one method and one baseline")
     everything = torch.ones(len(prompt.tokens), removals[0].n_patches, dtype=torch.bool)
@@ -67,4 +68,4 @@ def image_curves(
             scores[name] = found[:, -everything.shape[1] :]  # a class token stands before the patches
         else:
             scores[name] = method(model, given, resolved)
-    return curves_of(scores, everything, removals, steps)
+    return curves_of(scores, everything, removals, steps=steps)

@@ -63,6 +63,7 @@ class PatchRemoval(_InputRemoval):
         model: Any,
         inputs: Mapping[str, Tensor],
         target: Target,
+        *,
         baseline: str,
         image: str = "pixel_values",
         patch: int = 16,
@@ -108,7 +109,9 @@ class EmbeddingRemoval(_InputRemoval):
     examples), `zero_embedding`, or `other_example` (the same position of the example before).
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor], target: Target, baseline: str, stack: str, batch_size: int = 512) -> None:
+    def __init__(
+        self, model: Any, inputs: Mapping[str, Tensor], target: Target, *, baseline: str, stack: str, batch_size: int = 512
+    ) -> None:
         super().__init__(model, inputs, target, baseline, EMBEDDING_BASELINES, batch_size)
         stacks = anatomy(model).stacks.roles
         if stack not in stacks:

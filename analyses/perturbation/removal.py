@@ -36,7 +36,7 @@ def removal_ranks(scores: Tensor, removable: Bool[Tensor, "batch item"], order: 
     return signed.masked_fill(~removable, float("inf")).sort(dim=-1, stable=True).indices.argsort(-1)
 
 
-def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evaluate: Evaluate, steps: int | None = None) -> pd.DataFrame:
+def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evaluate: Evaluate, *, steps: int | None = None) -> pd.DataFrame:
     """Both curves of every example, for scores [batch, item].
 
     Columns example, order, removed (count), share (of what is removable), value, same_prediction.
@@ -98,7 +98,7 @@ def areas(curves: pd.DataFrame) -> pd.DataFrame:
     return result
 
 
-def summary(table: pd.DataFrame, confidence: float = 0.95, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def summary(table: pd.DataFrame, confidence: float = 0.95, draws: int = 1000, *, seed: int = 0) -> pd.DataFrame:
     """Means over examples of what `areas` gave, with a bootstrap interval over examples for the area (area_low, area_high)."""
     keys = [name for name in ("method", "baseline") if name in table]
     rng, rows = np.random.default_rng(seed), []

@@ -33,6 +33,7 @@ class TextRemoval(Removal):
         model: Any,
         tokens: Int[Tensor, "batch pos"],
         mask: Int[Tensor, "batch pos"],
+        *,
         target: Target,
         baseline: str,
         seed: int = 0,

@@ -31,7 +31,7 @@ def circuit_section(page: Page, found: Findings) -> None:
             curves,
             f"edges kept, of {check.n_edges}",
             "share that comes back",
-            "Faithfulness of circuits of the strongest edges",
+            title="Faithfulness of circuits of the strongest edges",
             log_x=True,
             baseline=1,
         ),

@@ -44,7 +44,7 @@ def _intervals(table: pd.DataFrame) -> pd.Series:
     return pd.Series(texts, index=table.index)
 
 
-def comparison_page(found: Comparison, model: str, target: str, words: str, command: str) -> Page:
+def comparison_page(found: Comparison, model: str, target: str, *, words: str, command: str) -> Page:
     """The page: the table, the heads side by side, and each component's best method against patching."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
     page = Page("Which method can be trusted here?", f"{'The embedded model' if name == 'embedded' else name}: {words}.")
@@ -100,6 +100,6 @@ def _scatter(found: Comparison, component: str, method: str) -> View:
         named[["name", "patching", method]],
         "patching",
         method,
-        "name",
-        title,
+        label="name",
+        title=title,
     )

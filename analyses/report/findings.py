@@ -104,7 +104,7 @@ class Findings:
 
 
 @left_as_found
-def find(model: Any, question: Question, rules: str | None = None, with_graph: bool = False) -> Findings:
+def find(model: Any, question: Question, rules: str | None = None, *, with_graph: bool = False) -> Findings:
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 
     rules: a ruleset by name; `deeplift` by default, since every question comes with something to compare with.
@@ -195,7 +195,7 @@ def _graph(model: Any, question: Question, rules: str, pair_rules: bool) -> Flow
     """The example's flow graph, cut down to what an eye can take in."""
     row = question.pairs[slice(0, 1)]
     reference = None if not pair_rules else random_tokens(N_REFERENCES) if question.baseline else row.corrupt
-    return flow_graph(model, row.clean, row.target, rules, reference=reference).prune(top=_EDGES_SHOWN)
+    return flow_graph(model, row.clean, row.target, rules=rules, reference=reference).prune(top=_EDGES_SHOWN)
 
 
 def _words(model: Any, question: Question, rules: str, pair_rules: bool, cache: RelevanceCache) -> dict[str, Tensor]:

@@ -122,7 +122,11 @@ def _heads(page: Page, found: Findings) -> None:
         return
     page.view(
         scatter_view(
-            found.heads[["head", "patching", "relevance"]], "patching", "relevance", "head", "Each head: relevance against patching"
+            found.heads[["head", "patching", "relevance"]],
+            "patching",
+            "relevance",
+            label="head",
+            title="Each head: relevance against patching",
         ),
         "One point per head; on the dashed line both say the same. Above it relevance gives a head more than patching does, which changes "
         "one head at a time and so misses what others can take over.",

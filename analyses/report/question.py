@@ -61,7 +61,7 @@ class Question:
         return [answer_text(model, int(row[0])) for row in rows] if all(len(row) == 1 for row in rows) else []
 
 
-def from_task(model: Any, task: str | None = None, n: int = 32, seed: int = 0) -> Question:
+def from_task(model: Any, task: str | None = None, n: int = 32, *, seed: int = 0) -> Question:
     """Pairs of a task; without a name ioi, or the pronoun task where ioi's names do not fit the tokenizer.
 
     Raises RelevanceError for an unknown task, and for one that does not fit the model.
@@ -89,7 +89,7 @@ def from_pairs(pairs: PromptPairs, source: str) -> Question:
     return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, slice(0, 1), False)
 
 
-def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str | None = None, against: str | None = None) -> Question:
+def from_prompt(model: Any, prompt: str, answer: str | None = None, *, wrong: str | None = None, against: str | None = None) -> Question:
     """One prompt. Without `against` it is compared with the same number of random words, the mean of several such references.
 
     Without an answer the model's top prediction is explained against its runner-up, or against `wrong`.
@@ -123,11 +123,11 @@ def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, a
             best = top_prediction(model(tokens, return_type="logits"), tokens, mask)
         if wrong is None:
             return logit_diff(int(best.answer[0]), int(best.wrong[0]))
-        answers, wrongs = check_rows(model, [prompt], [prompt], [wrong], [wrong])
+        answers, wrongs = check_rows(model, [prompt], [prompt], answer=[wrong], wrong=[wrong])
         return logit_diff(int(best.answer[0]), wrongs[0])
     answer = _reading(model, tokens, mask, answer)
     wrong = None if wrong is None else _reading(model, tokens, mask, wrong)
-    answers, wrongs = check_rows(model, [prompt], [prompt], [answer], [answer if wrong is None else wrong])
+    answers, wrongs = check_rows(model, [prompt], [prompt], answer=[answer], wrong=[answer if wrong is None else wrong])
     return logit(answers[0]) if wrong is None else logit_diff(answers[0], wrongs[0])
 
 
@@ -141,13 +141,13 @@ def _reading(model: Any, tokens: torch.Tensor, mask: torch.Tensor, text: str) ->
         return text
     logits = model(tokens, return_type="logits")[0, int(mask[0].sum()) - 1]
     likely = set(logits.topk(min(_LIKELY, len(logits))).indices.tolist())
-    taken, said = choose_reading(text, typed, spaced[0], likely)
+    taken, said = choose_reading(text, typed, spaced[0], likely=likely)
     if said:
         warnings.warn(said, stacklevel=2)
     return taken
 
 
-def choose_reading(text: str, typed: list[int], spaced: int, likely: set[int]) -> tuple[str, str]:
+def choose_reading(text: str, typed: list[int], spaced: int, *, likely: set[int]) -> tuple[str, str]:
     """The answer as typed or with a leading space, and what to say of it: the one that is among the likely tokens, where only one is.
 
     Args:

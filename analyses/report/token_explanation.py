@@ -34,7 +34,7 @@ def target_of(answer: str | None, wrong: str | None) -> Target | None:
     return logit(answer) if wrong is None else logit_diff(answer, wrong)
 
 
-def explain_tokens(model: Any, prompt: str | Tensor, target: Target | None, method: str, rules: str) -> Group:
+def explain_tokens(model: Any, prompt: str | Tensor, target: Target | None, *, method: str, rules: str) -> Group:
     """Relevance of each word for the answer, and of each head, as rich renderables.
 
     prompt: text, or token ids [1, pos]; an encoder-decoder reads it in its encoder, and its decoder holds the start token.

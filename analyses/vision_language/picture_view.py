@@ -22,6 +22,7 @@ def picture_view(
     image: Float[Tensor, "3 side side"],
     relevance: Mapping[str, Float[Tensor, " patch"]],
     title: str,
+    *,
     relevant: Bool[Tensor, " patch"] | None = None,
 ) -> View:
     """The picture, and each method's patches in colour, on a scale of its own (written below it).

@@ -116,7 +116,7 @@ def test_an_unknown_family() -> None:
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    module.main(["gpt2"], dtype="float32")
+    module.main(family=["gpt2"], dtype="float32")
     cells = rows(capsys.readouterr().out, "family")["GPT-2"]
     assert len(cells) == len(rulesets()) and all(1e-12 < float(cell) < 1e-4 for cell in cells)
     assert "python -m analyses.benchmarks.families" in str(module.__doc__)

@@ -54,7 +54,9 @@ def test_tables_are_those_of_the_ranking_and_the_comparison(folder: Path) -> Non
     assert 0 < check.found == len({*order[:30]} & {*check.heads["head"]})
     assert check.heads[["previous_token", "duplicate_token", "induction"]].notna().all(axis=None)
 
-    table = compare_with_patching(model, pairs, ["relp", "gradient", "deeplift"], ["resid", "attn", "mlp"], "denoising")
+    table = compare_with_patching(
+        model, pairs, ["relp", "gradient", "deeplift"], components=["resid", "attn", "mlp"], direction="denoising"
+    )
     both = check.cells.merge(table, on=["method", "component"])
     assert len(both) == 9
     assert (both["pearson_x"] - both["pearson_y"]).abs().max() < 1e-6
