@@ -21,7 +21,7 @@ from rich.console import Console
 
 from analyses.cli.options import clean_errors
 from analyses.components import Direction, resolve_direction
-from analyses.describe.pattern_scores import KINDS, pattern_scores
+from analyses.describe.attention_patterns import KINDS, pattern_scores
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model

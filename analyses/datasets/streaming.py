@@ -42,7 +42,7 @@ class Running(Protocol):
 R = TypeVar("R", bound=Running)
 
 
-class Stream:
+class PairStream:
     """The pairs of one run, in batches of `size`.
 
     checkpoint: a folder for what is done so far; a run that was interrupted goes on from there, one that was completed is read from there.

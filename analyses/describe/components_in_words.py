@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.datasets.batches import AnyTarget, Batch, batches, text_of
+from analyses.describe.attention_patterns import KINDS, pattern_scores
 from analyses.describe.direct_logits import DirectLogits, head_output_weight, neuron_output_weight
-from analyses.describe.pattern_scores import KINDS, pattern_scores
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, propagate
 from lens_relevance.attention_methods import head_flow
@@ -38,7 +38,7 @@ class HeadDescription:
             prompt), occurrences.
         arcs: strongest single ones: example, source_position, source, destination_position, destination, attention,
             reference_attention (on the corrupt prompt; pairs alone), relevance.
-        pattern_scores: previous_token, duplicate_token, induction (see `analyses.describe.pattern_scores`).
+        pattern_scores: previous_token, duplicate_token, induction (see `analyses.describe.attention_patterns`).
         writes: per source token of the arcs, the tokens that the head writes when it attends to it: source, effect (promotes or
             suppresses), rank, token, logit (direct logits of v W_O, v the head's value at the source, per unit of attention; norms as in
             `DirectLogits`), own_rank (rank of the source itself among what is promoted; 1: the head copies).

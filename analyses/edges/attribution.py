@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analyses.edges.heads import Constants, HeadCoefficients, head_coefficients, rotary_constants
 from analyses.edges.readers import attention_readers, mlp_reader
-from analyses.edges.stream import Stream
+from analyses.edges.residual_stream import ResidualStream
 from analyses.edges.wiring import Wiring, points, wiring
 from analyses.edges.writers import sources, writes
 from lens_relevance.cache import RelevanceCache
@@ -147,7 +147,7 @@ def edges_of(
     """
     inside, values = [], cache if values is None else values
     with torch.no_grad():
-        stream = Stream(found, cache, values)
+        stream = ResidualStream(found, cache, values)
         stream.write(sources(found, values, cache, table=table))
         for layer in found.layers:
             heads = head_coefficients(layer, cache, table, constants=constants, flows=flows)

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 from analyses.tasks.fitting import token_lengths
-from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, ioi
+from analyses.tasks.ioi_task import NAMES, OBJECTS, PLACES, TEMPLATES, ioi
 from lens_relevance.inputs.targets import TokenTarget
 
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}

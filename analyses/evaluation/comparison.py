@@ -14,7 +14,7 @@ import torch
 
 from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.batches import rows_together
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_layers
@@ -88,7 +88,7 @@ def compare_with_patching(
         pooled: correlate over components x pairs instead of over components of scores averaged over pairs.
         resamples: bootstrap resamples of the pairs for the 95 % intervals; 0 for none.
         batch_size: pairs per pass of the estimates.
-        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
+        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
 
     Columns: method, component; pearson, spearman, sign_agreement, top_k_overlap, magnitude_error (see `evaluation.agreement`); completeness
     (the largest error at any layer of "the residual stream's scores add up to m(clean) - m(corrupt)", as a share of that); forwards and
@@ -139,7 +139,7 @@ def compare(
     named = [method.name for method in chosen]
     if twice := [name for name in named if named.count(name) > 1]:
         raise RelevanceError(f"two methods are called {twice[0]!r}, so the table could not tell them apart; give one another name")
-    stream = Stream(
+    stream = PairStream(
         model,
         pairs,
         batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1]),
@@ -197,7 +197,7 @@ def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
 
 
 def _effects(
-    model: Any, stream: Stream, components: Sequence[str], direction: Direction
+    model: Any, stream: PairStream, components: Sequence[str], direction: Direction
 ) -> tuple[dict[str, np.ndarray], float, bool, float]:
     """Effects [component, pair] of each kind of component, layer by layer, and the mean gap between the runs; whether the metric is one
     number, and has one effect, for all pairs together; and the seconds it took."""

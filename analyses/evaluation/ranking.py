@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.components import Run, resolve_component, resolve_run
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.evaluation.ranking_check import Replacement, ablate_top
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import d_mlp, n_heads, n_layers
@@ -45,7 +45,7 @@ def rank_heads(
         batch_size: pairs per pass; None for about 2048 tokens.
         ablate: verify the ranking by ablating its top k, and k random heads, to their values in the corrupt run ("corrupt", or True) or
             to their mean over the clean prompts ("mean"): the result's `attrs["ablation"]`, an `AblationCheck`.
-        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
+        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
         component: what of a head is scored: what it gives ("heads"), or its queries, keys or values (under grouped-query attention there
             is a row per key-value head). `method="atp_star"` recomputes the softmax for queries and keys.
 
@@ -99,7 +99,7 @@ def _rank(
     if ablate not in (False, True, "corrupt", "mean"):
         raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
     kind, run = resolve_component(name), resolve_run(run)
-    stream = Stream(model, pairs, size, checkpoint=checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
+    stream = PairStream(model, pairs, size, checkpoint=checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
     totals = stream.fold(
         lambda: _Totals(top_k),
         lambda batch: method(model, batch, [kind.name], run=run)[kind.name],

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.components import Component
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.patching.pieces import pieces_of
 from analyses.patching.readout import evaluate
 from analyses.patching.recording import forward
@@ -52,7 +52,7 @@ class AblationCheck:
 
 
 def ablate_top(
-    model: Any, stream: Stream, kind: Component, *, ranked: Chosen, k: int, replacement: Replacement = "corrupt"
+    model: Any, stream: PairStream, kind: Component, *, ranked: Chosen, k: int, replacement: Replacement = "corrupt"
 ) -> AblationCheck:
     """Ablation of the first k of `ranked` (all components, best first) and of random sets; the same random sets for the same model.
 

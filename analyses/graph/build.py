@@ -14,7 +14,8 @@ from torch import Tensor
 from analyses.edges.attribution import edges_of, passes
 from analyses.edges.flows import Flows, flows_of
 from analyses.edges.wiring import wiring
-from analyses.graph.flow import FlowGraph, nodes_frame
+from analyses.graph.flow import FlowGraph
+from analyses.graph.tables import nodes_frame
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize

@@ -3,58 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import numpy as np
 import pandas as pd
 
-from analyses.components import Node, find_node
-from analyses.graph import aggregate, exchange, paths, prune
+from analyses.graph import aggregate, exchange, paths, prune, tables
+from analyses.graph.tables import EVERYWHERE, FlowTables
 from lens_relevance.errors import RelevanceError
-
-KEYS = ["source", "target", "position", "source_position"]
-EVERYWHERE = -1
 
 
 @dataclass(frozen=True, eq=False)
-class FlowGraph:
-    """A graph of signed relevance. Scores have the units of the target.
-
-    Attributes:
-        edges: columns source, target, position, source_position, score. From writers (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`) to
-            readers (`L4H1.q`, `.k`, `.v`, `L4.mlp.in`, `logits`) at one position; and inside components from readers to `L4H1` and
-            `L4.mlp`, where k and v lead from `source_position` to `position`.
-        nodes: columns node, component, layer, head (-1 where there is none), position, token, score: relevance at the output of a writer,
-            relevance that enters a reader.
-        sinks: columns node, position, sink, score: what stays (`bias`, `norm`, `softmax`, `product`, `activation`). A head's, MLP's or the
-            logits' score is the sum of the edges that enter it plus its sinks; what leaves a reader is its score plus its sinks.
-        neurons: columns node, position, neuron, score: the strongest neurons of each MLP.
-        tokens: one string per position. value: the target, less that of the reference run where there is one.
-        info: model, ruleset, target, reference and versions.
-
-    Where positions are summed over, `position` is -1.
-    """
-
-    edges: pd.DataFrame
-    nodes: pd.DataFrame
-    sinks: pd.DataFrame
-    neurons: pd.DataFrame
-    tokens: tuple[str, ...]
-    value: float
-    info: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("edges", "nodes"):
-            bad = getattr(self, name).loc[lambda frame: ~np.isfinite(frame["score"])]
-            if len(bad):
-                raise RelevanceError(f"{len(bad)} {name} have a score that is NaN or infinite, the first is {bad.iloc[0].to_dict()}")
-
-    @property
-    def by_position(self) -> bool:
-        return not bool((self.nodes["position"] == EVERYWHERE).all())
+class FlowGraph(FlowTables):
+    """A graph of signed relevance, with the questions one asks of it. Its tables are described in `FlowTables`."""
 
     def __repr__(self) -> str:
         return f"FlowGraph({len(self.edges)} edges, {len(self.nodes)} nodes, {self.info.get('ruleset', '')}, {self.info.get('target', '')})"
@@ -82,12 +45,7 @@ class FlowGraph:
 
     def with_edges(self, edges: pd.DataFrame) -> FlowGraph:
         """The graph of some of its edges and the nodes at their ends. Scores of nodes stay those of the whole graph."""
-        ends = pd.concat([_ends(edges, "source", "source_position"), _ends(edges, "target", "position")]).drop_duplicates()
-
-        def here(frame: pd.DataFrame) -> pd.DataFrame:
-            return frame.merge(ends, on=["node", "position"]).reset_index(drop=True)
-
-        return replace(self, edges=edges.reset_index(drop=True), nodes=here(self.nodes), sinks=here(self.sinks), neurons=here(self.neurons))
+        return tables.with_edges(self, edges)
 
     # ---- asking
 
@@ -204,27 +162,6 @@ class FlowGraph:
         stays = self.sinks[(self.sinks["node"] == row.node) & (self.sinks["position"] == row.position)]
         stays = stays[stays["score"].abs() > 1e-4 * abs(row.score)]  # less is rounding
         return {"stays": stays[["sink", "score"]]} if len(stays) else None
-
-
-def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:
-    """Columns node, component, layer, head, position, token, score from node, position, score."""
-    parsed = {name: find_node(name) or Node("group") for name in nodes["node"].unique()}
-    token = {i: text for i, text in enumerate(tokens)} | {EVERYWHERE: "(all)"}
-    return pd.DataFrame(
-        {
-            "node": nodes["node"].to_numpy(),
-            "component": [parsed[n].component for n in nodes["node"]],
-            "layer": [parsed[n].layer for n in nodes["node"]],
-            "head": [-1 if parsed[n].head is None else parsed[n].head for n in nodes["node"]],
-            "position": nodes["position"].to_numpy(),
-            "token": [token[p] for p in nodes["position"]],
-            "score": nodes["score"].to_numpy(),
-        }
-    )
-
-
-def _ends(edges: pd.DataFrame, name: str, position: str) -> pd.DataFrame:
-    return edges[[name, position]].drop_duplicates().set_axis(["node", "position"], axis=1)
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from analyses.components import LOGITS, SOURCES, Node, find_node
+from analyses.graph.tables import FlowTables
 from lens_relevance.errors import RelevanceError
-
-if TYPE_CHECKING:
-    from analyses.graph.flow import FlowGraph
 
 Nodes = Float[np.ndarray, " node"]
 
@@ -26,7 +23,7 @@ class Network:
     inputs: [node], True at embeddings and biases.
     """
 
-    def __init__(self, graph: FlowGraph) -> None:
+    def __init__(self, graph: FlowTables) -> None:
         edges = graph.edges
         if edges.empty:
             raise RelevanceError("the graph has no edges")

@@ -11,8 +11,8 @@ from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.describe import describe_head, describe_neuron
+from analyses.describe.attention_patterns import pattern_scores
 from analyses.describe.direct_logits import DirectLogits
-from analyses.describe.pattern_scores import pattern_scores
 from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.tasks import PromptPairs, induction, ioi
 from lens_relevance import CoverageError, RelevanceError, logit, propagate

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits import Ablation, score_items
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.evaluation.comparison import compare
 from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.graph.build import flow_graphs
@@ -76,7 +76,7 @@ def test_rankings_of_many_pairs_are_those_of_the_same_target_as_data(gpt2: Trans
 def test_estimates_and_effects_of_many_pairs_are_those_of_the_same_target_as_data(gpt2: TransformerBridge) -> None:
     pairs, forms = pairs_of(N)
     by_function = with_target(pairs, forms["takes the first answers"])
-    batches = [Stream(gpt2, p, 341) for p in (by_function, pairs)]
+    batches = [PairStream(gpt2, p, 341) for p in (by_function, pairs)]
     steps = [lambda batch: estimator("deeplift")(gpt2, batch, ["resid", "heads"]) for _ in batches]
     estimates = [stream.collect("", step, "")[0] for stream, step in zip(batches, steps, strict=True)]
     assert all(torch.equal(estimates[0][name], estimates[1][name]) and len(estimates[0][name]) == N for name in ("resid", "heads"))

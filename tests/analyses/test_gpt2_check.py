@@ -16,7 +16,7 @@ from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model
 from analyses.tasks import ioi
-from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+from analyses.tasks.ioi_task import NAMES, OBJECTS, PLACES, TEMPLATES
 from tests.models import build_with_words, randomize
 
 WORDS = [*NAMES, *PLACES, *OBJECTS, *(word.strip(",") for template in TEMPLATES for word in template.split() if "{" not in word)]

@@ -19,7 +19,7 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # fp64 models may compu
 _HALF_PRECISION_TOLERANCE = 5e-2
 
 
-class Stream:
+class ResidualStream:
     """Contributions of all writers, and the scores that grow from them.
 
     values: the pass whose activations (less its reference's) are what is written; cache: the pass whose coefficients they meet.
