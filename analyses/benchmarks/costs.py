@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from analyses.benchmarks.engine import interleaved, ratios
@@ -54,7 +55,7 @@ def larger(family: Family) -> Family:
     return replace(family, settings=grown(family.settings))
 
 
-def plain_gradient(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+def plain_gradient(model: TransformerBridge, inputs: Inputs) -> tuple[Tensor, ...]:
     """Forward, and the gradient of a logit difference at the embeddings; parameters frozen, as in propagate."""
     kept: list[Tensor] = []
 

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch, faithfulness
 from transformer_lens.tools.analysis.attribution_patching import Node as TransformerLensNode
@@ -44,6 +45,7 @@ def build(width: int) -> Any:
 
 
 def metric(logits: Tensor) -> Tensor:
+    """The logit difference that is explained."""
     return logits[0, -1, 3] - logits[0, -1, 4]
 
 
@@ -55,7 +57,7 @@ def name_of(node: TransformerLensNode) -> str:
     return str(Node(names.get(node.kind, node.kind[0]), node.layer or 0, head=node.head))
 
 
-def two_forwards_one_backward(model: Any, clean: Tensor, corrupt: Tensor) -> None:
+def two_forwards_one_backward(model: TransformerBridge, clean: Tensor, corrupt: Tensor) -> None:
     """What no method that compares two runs by one backward pass can do without: the gradient at the embeddings, no parameter's."""
     with frozen(model):
         with torch.no_grad():

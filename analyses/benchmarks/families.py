@@ -21,6 +21,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from analyses.benchmarks.tiny_models import FAMILIES, MORE
@@ -32,7 +33,8 @@ from lens_relevance.sites import anatomy
 def families(names: Sequence[str] = tuple(FAMILIES), dtype: torch.dtype = torch.float64, seed: int = 0) -> pd.DataFrame:
     """One row per family: family, a column per ruleset with its conservation error (NaN where it does not work), and reason.
 
-    Raises RelevanceError for an unknown family.
+    Raises:
+        RelevanceError: an unknown family.
     """
     known, rows = FAMILIES | MORE, []
     for name in track(list(names), "families", disable=not watched(), transient=True, console=Console(stderr=True)):
@@ -42,7 +44,7 @@ def families(names: Sequence[str] = tuple(FAMILIES), dtype: torch.dtype = torch.
     return pd.DataFrame(rows, columns=["family", *rulesets(), "reason"])
 
 
-def _cells(model: Any) -> dict[str, Any]:
+def _cells(model: TransformerBridge) -> dict[str, Any]:
     """What `coverage` finds on a model, or why it is refused."""
     if uncovered := anatomy(model).uncovered:  # refused by `propagate`, whatever the ruleset
         return {"reason": _reasons(uncovered)}

@@ -13,11 +13,12 @@ templates, and in which direction they were patched is not known here; expect th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import typer
 from rich.console import Console
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.cli.options import clean_errors
 from analyses.components import Direction, resolve_direction
@@ -67,7 +68,9 @@ class Gpt2Check:
         return int(self.heads["in_top"].sum())
 
 
-def gpt2_check(model: Any, pairs: PromptPairs, top_k: int = 20, *, direction: Direction = "denoising", seed: int = 0) -> Gpt2Check:
+def gpt2_check(
+    model: TransformerBridge, pairs: PromptPairs, top_k: int = 20, *, direction: Direction = "denoising", seed: int = 0
+) -> Gpt2Check:
     """Rank heads by relevance and hold methods against patching on pairs of the ioi task. Raises RelevanceError for a top_k under 1."""
     if top_k < 1:
         raise RelevanceError(f"top_k is a number of heads, at least 1, not {top_k}")
@@ -81,15 +84,15 @@ def gpt2_check(model: Any, pairs: PromptPairs, top_k: int = 20, *, direction: Di
 def _known(ranked: pd.DataFrame, top_k: int) -> pd.DataFrame:
     """The known heads with what was found for them."""
     known = pd.DataFrame([(role, *head) for role, heads in KNOWN_HEADS.items() for head in heads], columns=["role", "layer", "head"])
-    found = known.merge(ranked, on=["layer", "head"], how="left")
-    rank = found["rank"].fillna(0).astype(int)
+    known_heads = known.merge(ranked, on=["layer", "head"], how="left")
+    rank = known_heads["rank"].fillna(0).astype(int)
     return pd.DataFrame(
         {
-            "role": found["role"],
-            "head": found["layer"].astype(str) + "." + found["head"].astype(str),
+            "role": known_heads["role"],
+            "head": known_heads["layer"].astype(str) + "." + known_heads["head"].astype(str),
             "rank": rank,
             "in_top": rank.between(1, top_k),
-            **{name: found[name] for name in ("score", "standard_error", *KINDS)},
+            **{name: known_heads[name] for name in ("score", "standard_error", *KINDS)},
         }
     )
 

@@ -18,6 +18,7 @@ import torch
 import transformer_lens.patching as tl_patching
 import typer
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.engine import gpt2_shape
 from analyses.patching import activation_patching
@@ -40,7 +41,7 @@ def make_pairs(n: int, positions: int, one_token: bool) -> PromptPairs:
     return PromptPairs(clean, corrupt, logit_diff(11, 22))
 
 
-def by_transformer_lens(model: Any, pairs: PromptPairs, component: str, *, sweep: Callable[..., Tensor]) -> Tensor:
+def by_transformer_lens(model: TransformerBridge, pairs: PromptPairs, component: str, *, sweep: Callable[..., Tensor]) -> Tensor:
     """[layer, head] or [layer, pos]: the patched metric, averaged over pairs."""
     metric = pairs.target.metric(model, pairs.clean, pairs.clean_mask)  # type: ignore[union-attr]
     hook = {"z": "attn.hook_z", "resid_pre": "hook_resid_pre"}[component]
@@ -58,7 +59,7 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return result, time.process_time() - started
 
 
-def measure(model: Any, pairs: PromptPairs, name: str, *, rounds: int) -> dict[str, Any]:
+def measure(model: TransformerBridge, pairs: PromptPairs, name: str, *, rounds: int) -> dict[str, Any]:
     """Processor seconds of both and the ratio, medians over rounds, with the largest difference of their numbers."""
     component, sweep = SWEEPS[name]
     times, differences = [], []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.items import Items
 from analyses.circuits.runs import forward, replacements
@@ -34,7 +35,7 @@ class EdgeHooks:
     Rows are ordered by member of a group, circuit, example. Tensors of the stream are [circuit, pos, ..., example, d_model].
     """
 
-    def __init__(self, model: Any, wiring: Wiring, items: Items, *, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
+    def __init__(self, model: TransformerBridge, wiring: Wiring, items: Items, *, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
         self.model, self.wiring, self.pairs = model, wiring, pairs
         self.place = {name: i for i, name in enumerate(items.writers)}
         self.reader = {name: i for i, name in enumerate(items.readers)}
@@ -72,6 +73,7 @@ class _Rebuild:
         self.queries: dict[str, Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
+        """HookPoints and what is done at each, in the order of the forward."""
         listed: list[tuple[str, Any]] = [("blocks.0.hook_in", self._hook(self._embedded))]
         for layer in self.run.wiring.layers:
             listed.append((layer.attn_input, self._hook(self._attention_reads, layer)))

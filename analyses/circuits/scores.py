@@ -30,8 +30,12 @@ _BATCH = 8
 class ItemScores:
     """One score per item, in the order of `items.frame`.
 
-    signed: mean over examples of the estimate of what the item adds to the target. strength: mean over examples of its absolute value.
-    downwards: whether the full circuit's metric is lower than the empty one's, so that a negative score carries it towards the full one.
+    Attributes:
+        items: what is scored.
+        method: its name.
+        signed: mean over examples of the estimate of what the item adds to the target.
+        strength: mean over examples of the absolute value of that estimate.
+        downwards: whether the full circuit's metric is lower than the empty one's, so that a negative score leads towards the full one.
     """
 
     items: Items

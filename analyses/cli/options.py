@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from analyses.report import Question
 
 # torch and transformers take seconds to import, so each command imports what it needs: --help answers at once.
@@ -64,7 +66,7 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def asked_question(
-    model: Any,
+    model: TransformerBridge,
     *,
     prompt: str | None = None,
     answer: str | None = None,

@@ -54,7 +54,7 @@ def report(
 
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed)
-    found = find(loaded, question, rules, with_graph=True)
-    report_page(found, typed_command()).save(out)
-    pearson = correlation_in_words(found.pearson)
-    typer.echo(f"{out}: {found.target}, {found.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")
+    findings = find(loaded, question, rules, with_graph=True)
+    report_page(findings, typed_command()).save(out)
+    pearson = correlation_in_words(findings.pearson)
+    typer.echo(f"{out}: {findings.target}, {findings.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")

@@ -26,11 +26,15 @@ Names = tuple[str, ...]
 class Flows:
     """Scores of one prompt.
 
-    edges: by (kind, sources, targets): `residual` [pos, writer, reader]; `within` a position [name, pos]; `between` positions
-        [name, destination, source], where sources and targets are given name by name.
-    nodes: by names, [name, pos]. sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation (of a mixture of
-        experts: all that stays inside it).
-    neurons: by MLP, [pos, neuron]. value: the target, less that of the reference run.
+    Attributes:
+        edges: by (kind, sources, targets): `residual` [pos, writer, reader]; `within` a position [name, pos]; `between` positions
+            [name, destination, source], where sources and targets are given name by name.
+        nodes: by names, [name, pos].
+        sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation (of a mixture of experts: all that stays
+            inside it).
+        neurons: by MLP, [pos, neuron].
+        value: the target, less that of the reference run.
+        info: model, ruleset, target, reference and versions.
     """
 
     edges: dict[tuple[str, Names, Names], Tensor]

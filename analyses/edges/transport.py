@@ -18,9 +18,13 @@ from lens_relevance.sites import Site
 def pull(
     site: Site | None, rule: Rule, x: Tensor, *, reference: Tensor | None, upstream: Float[Tensor, "*lead d"]
 ) -> Float[Tensor, "*lead d"]:
-    """Coefficients at a norm's input from those at its output, under a rule. x: the norm's input; reference: the other run's.
+    """Coefficients at a norm's input from those at its output, under a rule.
 
-    A missing site (no norm) hands coefficients on.
+    Args:
+        site: the norm; None hands coefficients on.
+        x: the norm's input.
+        reference: the norm's input in the other run, where there is one.
+        upstream: coefficients at its output.
     """
     if site is None:
         return upstream

@@ -19,7 +19,12 @@ from lens_relevance.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """Contributions of writers at one HookPoint; rest: what else was written there, if anything (a bias, what a rule gives nobody)."""
+    """Contributions of writers at one HookPoint.
+
+    Attributes:
+        rest: what else was written there, if anything (a bias, what a rule gives to none of the writers).
+        point: the HookPoint.
+    """
 
     names: list[str]
     parts: Float[Tensor, "writer batch pos d_model"]
@@ -48,7 +53,12 @@ def sources(wiring: Wiring, values: RelevanceCache, cache: RelevanceCache, *, ta
 
 
 def writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, *, table: Table) -> Iterator[Written]:
-    """What attention, then the MLP of a layer writes. values: the pass that says what is written; cache: the pass whose rules hold."""
+    """What attention, then the MLP of a layer writes.
+
+    Args:
+        values: the pass that says what is written.
+        cache: the pass whose rules hold.
+    """
     z, output = change(values, layer.z.output_name), linear(layer.o)
     weight = output.weight.to(z.dtype).unflatten(1, (-1, z.shape[-1]))
     heads, point = torch.einsum("bphe,dhe->hbpd", z, weight), layer.attn_write

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.batches import rows_together
@@ -64,7 +65,7 @@ class Comparison:
 
 
 def compare_with_patching(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
     *,
@@ -96,7 +97,8 @@ def compare_with_patching(
 
     Under `accelerate launch` each process takes its share of the pairs, and all return the whole table.
 
-    Raises RelevanceError for unknown methods and components, and for no pairs. Warns where the metric cannot tell clean from corrupt.
+    Raises:
+        RelevanceError: unknown methods or components, two methods of one name, or no pairs.
     """
     return compare(
         model,
@@ -115,7 +117,7 @@ def compare_with_patching(
 
 @left_as_found
 def compare(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
     *,
@@ -155,8 +157,8 @@ def compare(
     columns: dict[tuple[str, str], np.ndarray] = {}
     for number, method in enumerate(chosen):
         wanted = [name for name in dict.fromkeys(("resid", *components)) if name in method.components]
-        found, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
-        scores = {name: values.permute(1, 2, 0).numpy() for name, values in found.items()}  # [layer, index, pair]
+        scores_by_component, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
+        scores = {name: values.permute(1, 2, 0).numpy() for name, values in scores_by_component.items()}  # [layer, index, pair]
         if together:
             scores = {name: values.sum(2, keepdims=True) for name, values in scores.items()}
         shared = {
@@ -184,7 +186,9 @@ def compare(
     return Comparison(table, _scores(effects, columns, components, chosen, n_layers(model)), patching_seconds, len(pairs), direction)
 
 
-def _estimate(model: Any, method: Estimator, components: Sequence[str], run: Run) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
+def _estimate(
+    model: TransformerBridge, method: Estimator, components: Sequence[str], run: Run
+) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
     """What a method says of a batch."""
     return lambda batch: method(model, batch, components, run=run)
 
@@ -197,7 +201,7 @@ def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
 
 
 def _effects(
-    model: Any, stream: PairStream, components: Sequence[str], direction: Direction
+    model: TransformerBridge, stream: PairStream, components: Sequence[str], direction: Direction
 ) -> tuple[dict[str, np.ndarray], float, bool, float]:
     """Effects [component, pair] of each kind of component, layer by layer, and the mean gap between the runs; whether the metric is one
     number, and has one effect, for all pairs together; and the seconds it took."""
@@ -212,11 +216,11 @@ def _effects(
 
     pairs = stream.pairs  # there can be more processes than pairs
     size = rows_together(model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=_PAIRS_PATCHED) if len(pairs) else 1
-    found, seconds = stream.collect("patching", step, "activation patching", size=size)
-    clean, corrupt = found.pop("clean"), found.pop("corrupt")
+    effects_by_component, seconds = stream.collect("patching", step, "activation patching", size=size)
+    clean, corrupt = effects_by_component.pop("clean"), effects_by_component.pop("corrupt")
     if stream.processes.index == 0:
         check_gap(clean, corrupt)
-    effects = {name: values.T.numpy() for name, values in found.items()}
+    effects = {name: values.T.numpy() for name, values in effects_by_component.items()}
     return effects, float((clean - corrupt).mean()), len(clean) == 1 < len(pairs), seconds
 
 
@@ -225,14 +229,14 @@ def _cell(estimate: np.ndarray, effect: np.ndarray, top_k: int | None, pooled: b
     k = top_k or max(3, len(effect) // 10)
     if pooled:
         there = ~np.isnan(effect)
-        found = agreement(estimate[there], effect[there], k * effect.shape[1])
+        measures = agreement(estimate[there], effect[there], k * effect.shape[1])
     else:
         means = [mean_over_pairs(values) for values in (estimate, effect)]
         there = ~np.isnan(means[1])
-        found = agreement(means[0][there], means[1][there], k)
+        measures = agreement(means[0][there], means[1][there], k)
     bounds = intervals(estimate, effect, resamples)
     return {
-        **vars(found),
+        **vars(measures),
         "pearson_low": bounds["pearson"][0],
         "pearson_high": bounds["pearson"][1],
         "spearman_low": bounds["spearman"][0],

@@ -52,8 +52,13 @@ def group(graph: Tables, groups: Mapping[str, Sequence[str]]) -> Tables:
 def average(graphs: Sequence[Tables], by_position: bool = False) -> Tables:
     """The mean graph of a data set; its edges have a further column `frequency`, in what part of the graphs an edge is there.
 
-    by_position: keep positions apart, for prompts of one length and template; tokens are then those of the first prompt where all agree,
-    and the position's number elsewhere. Prune or threshold the graphs first to make the frequency say something.
+    Args:
+        graphs: one or more; prune or threshold them first, or every edge is in every graph.
+        by_position: keep positions apart, for prompts of one length and template; tokens are then those of the first prompt where all
+            agree, and the position's number elsewhere.
+
+    Raises:
+        RelevanceError: no graph, or prompts of several lengths by position.
     """
     if not graphs:
         raise RelevanceError("there is no graph to average")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.edges.attribution import edges_of, passes
 from analyses.edges.flows import Flows, flows_of
@@ -27,7 +28,7 @@ NEURONS_KEPT = 10
 
 @left_as_found
 def flow_graph(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,
@@ -38,22 +39,28 @@ def flow_graph(
 ) -> FlowGraph:
     """The graph over which relevance flows from the embeddings of one prompt to the target, exact on every edge.
 
-    model, inputs, target, rules, reference: as in `propagate`; a single prompt. by_position: one node per component and position; otherwise
-    edges are summed over positions. threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never
-    kept); `FlowGraph.prune` chooses with more care.
+    Args:
+        inputs: a single prompt, as for `propagate`.
+        target, rules, reference: as for `propagate`.
+        by_position: one node per component and position; otherwise edges are summed over positions.
+        threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never kept); `FlowGraph.prune`
+            chooses with more care.
 
-    Raises RelevanceError for several prompts, for scores that are not finite, and where the threshold leaves no edge; CoverageError for a
-    model whose edges cannot be told apart.
+    Raises:
+        RelevanceError: several prompts, scores that are not finite, or a threshold that leaves no edge.
+        CoverageError: a model whose edges cannot be separated.
     """
     tokens, mask = tokenize(model, inputs)
     if len(tokens) != 1:
         raise RelevanceError(f"a flow graph is that of one prompt, got {len(tokens)}; flow_graphs makes one for each, average joins them")
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
-    found, table = wiring(model), ruleset(rules)
+    streams, table = wiring(model), ruleset(rules)
     parts = []
-    for cache, constants in passes(model, found, tokens, target=target, rules=rules, reference=reference, attention_mask=mask, flows=True):
-        edges, heads = edges_of(found, cache, constants, table=table, flows=True)
-        parts.append(flows_of(found, cache, edges, heads=heads))
+    for cache, constants in passes(
+        model, streams, tokens, target=target, rules=rules, reference=reference, attention_mask=mask, flows=True
+    ):
+        edges, heads = edges_of(streams, cache, constants, table=table, flows=True)
+        parts.append(flows_of(streams, cache, edges, heads=heads))
     flows = parts[0] if len(parts) == 1 else _mean(parts)
     graph = _assemble(flows, _strings(model, tokens[0]))
     if graph.edges.empty:
@@ -64,7 +71,7 @@ def flow_graph(
 
 @left_as_found
 def flow_graphs(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,
@@ -174,7 +181,7 @@ def _finite(score: Tensor, what: str) -> np.ndarray:
     return values
 
 
-def _strings(model: Any, tokens: Tensor) -> list[str]:
+def _strings(model: TransformerBridge, tokens: Tensor) -> list[str]:
     """Tokens as text, or their ids where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     return [str(int(t)) if tokenizer is None else tokenizer.decode([int(t)]) for t in tokens]

@@ -25,7 +25,11 @@ class FlowGraph(FlowTables):
     # ---- choosing
 
     def above(self, threshold: float) -> FlowGraph:
-        """Edges with |score| of at least `threshold`; raises RelevanceError where there are none."""
+        """Edges with |score| of at least `threshold`.
+
+        Raises:
+            RelevanceError: there are none.
+        """
         kept = self.edges[self.edges["score"].abs() >= threshold]
         if kept.empty:
             strongest = float(self.edges["score"].abs().max()) if len(self.edges) else 0.0
@@ -35,11 +39,15 @@ class FlowGraph(FlowTables):
     def prune(self, keep: float | None = None, top: int | None = None, min_share: float | None = None) -> FlowGraph:
         """A connected subgraph, grown from the target downwards; every edge left lies on a path from an input to the target.
 
-        Give one of: keep, for each node the strongest edges that enter it, until they carry this share of the |relevance| entering;
-        top, the strongest edges one by one, each into a node that is there already (at most this many: dead ends are taken off);
-        min_share, edges with at least this share of the |relevance| that enters the target.
+        Args:
+            keep: for each node the strongest edges that enter it, until they carry this share of the |relevance| entering.
+            top: the strongest edges one by one, each into a node that is there already (at most this many: dead ends are taken off).
+            min_share: edges with at least this share of the |relevance| that enters the target.
 
-        Raises RelevanceError for an empty graph, a target that nothing enters, and where nothing would be left.
+        Exactly one of the three is given.
+
+        Raises:
+            RelevanceError: an empty graph, a target that nothing enters, or nothing would be left.
         """
         return self.with_edges(self.edges[prune.mask(self, keep, top, min_share=min_share)])
 
@@ -50,18 +58,20 @@ class FlowGraph(FlowTables):
     # ---- asking
 
     def paths(self, n: int = 10) -> pd.DataFrame:
-        """The n strongest paths from an input to the target: columns path, share, weakest.
+        """The n strongest paths from an input to the target.
 
-        share: of all relevance by its absolute value, the part that takes this path, if each node passes on what enters it in proportion to
-        |score| (over all paths shares add up to 1). weakest: the signed score of its weakest edge.
+        Returns:
+            Columns path; share (of all relevance by its absolute value, the part that takes this path, if each node passes on what enters
+            it in proportion to |score|; over all paths shares add up to 1); weakest (the signed score of the path's weakest edge).
         """
         return paths.strongest(self, n)
 
     def bottlenecks(self, n: int = 10) -> pd.DataFrame:
-        """Nodes through which most flows: columns node, position, through, dominates.
+        """Nodes through which most flows. Prune first: with millions of edges this takes minutes.
 
-        through: share of all paths, weighted as in `paths`, that pass the node. dominates: how many nodes reach the target only through it
-        (dominator tree from the target). Prune first: dominators of millions of edges take minutes.
+        Returns:
+            Columns node; position; through (share of all paths, weighted as in `paths`, that pass the node); dominates (how many nodes
+            reach the target only through it, by the dominator tree from the target).
         """
         return paths.bottlenecks(self, n)
 
@@ -129,7 +139,11 @@ class FlowGraph(FlowTables):
         return exchange.from_json(cls, source)
 
     def show(self, shown: int = 100) -> Any:
-        """The flow view: tokens along x, layers up y. shown: how many of the strongest edges are drawn at first."""
+        """The flow view: tokens along x, layers up y.
+
+        Args:
+            shown: how many of the strongest edges are drawn at first.
+        """
         from analyses.views import flow_view
 
         place: Callable[[pd.Series], pd.Series] = lambda column: column.clip(lower=0)  # noqa: E731  # summed positions stand in one column

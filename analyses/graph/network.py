@@ -18,9 +18,14 @@ Nodes = Float[np.ndarray, " node"]
 class Network:
     """Nodes are (name, position) pairs, numbered; edges keep the order of the graph's table.
 
-    source, target: node at each end of an edge; size: its |score|; share: of all that enters its target node.
-    stage: [node], the order of computation. targets: nodes of the logits that something enters.
-    inputs: [node], True at embeddings and biases.
+    Attributes:
+        keys: the pair of each node.
+        source, target: node at each end of an edge.
+        size: |score| of each edge.
+        share: of each edge, of all that enters its target node.
+        stage: of each node, its place in the order of computation.
+        targets: nodes of the logits that something enters.
+        inputs: of each node, True at embeddings and biases.
     """
 
     def __init__(self, graph: FlowTables) -> None:

@@ -114,6 +114,7 @@ class _Growth:
         return len(self.edges) == count
 
     def first(self, count: int) -> Kept:
+        """The first edges that were taken, as a mask."""
         kept = np.zeros(len(self.network.size), dtype=bool)
         kept[self.edges[:count]] = True
         return kept

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.edges.attribution import EdgeAttribution, edges_of, passes
 from analyses.edges.wiring import wiring
@@ -26,7 +26,7 @@ def eap_ig(steps: int = DEFAULT_STEPS) -> Estimator:
     """
     check_steps(steps)
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         names, leaf = points(model, components), embeddings_of(model)
         clean, corrupt = (activations(model, tokens, [*names, leaf], pairs=pairs) for tokens in (pairs.clean, pairs.corrupt))
         total: dict[str, Tensor] = {}
@@ -39,13 +39,13 @@ def eap_ig(steps: int = DEFAULT_STEPS) -> Estimator:
                 total[name] = total.get(name, 0) + cache.coefficients[cache.canonical(name)]
         return collect(model, components, lambda point: (clean[point] - corrupt[point]) * total[point] / steps)
 
-    def edges(model: Any, pairs: PromptPairs) -> EdgeAttribution:
+    def edges(model: TransformerBridge, pairs: PromptPairs) -> EdgeAttribution:
         return integrated_edges(model, pairs, steps)
 
     return Estimator(named("eap_ig", steps), scores, forwards=steps + 2, backwards=steps, edges=edges)
 
 
-def integrated_edges(model: Any, pairs: PromptPairs, steps: int = DEFAULT_STEPS) -> EdgeAttribution:
+def integrated_edges(model: TransformerBridge, pairs: PromptPairs, steps: int = DEFAULT_STEPS) -> EdgeAttribution:
     """Edges (u_clean - u_corrupt) . g_v, g_v averaged as `eap_ig` does. One forward and backward per step.
 
     Raises:

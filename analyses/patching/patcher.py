@@ -27,7 +27,7 @@ class Patcher:
     Attributes:
         first: first position [pos] at which the values to be set differ from the recorded ones; earlier patches change nothing.
         batch_size: rows per pass, None for a size that suits most machines.
-        done: told how many patches have been run, as they are.
+        done: called with the number of patches that have been run, pass by pass.
         shortcut: what patched runs may skip; found out on the first patches.
     """
 

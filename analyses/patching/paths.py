@@ -22,6 +22,7 @@ from analyses.patching.recording import record, take_rows
 from analyses.patching.results import PatchedRuns, join_runs
 from analyses.patching.selection import Selection, as_list, layers_of, nodes_of
 from analyses.patching.sweep import Edits, Rows, run_rows
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 
@@ -43,6 +44,7 @@ class PathPatchingResult:
 
     @property
     def effect(self) -> Float[Tensor, "path pair"]:
+        """Effect of each path on each pair, positive where it carries what makes the clean metric larger."""
         return self.run.effect
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -71,7 +73,7 @@ class PathPatchingResult:
 @left_as_found
 def path_patching(
     model: TransformerBridge,
-    pairs: Any,
+    pairs: PromptPairs,
     senders: Selection,
     *,
     receivers: Selection,
@@ -92,9 +94,11 @@ def path_patching(
         senders: "heads" for all of them, or nodes such as "L0H3".
         receivers: "q", "k", "v" or "heads" (all three inputs of a head) for all heads in later layers, "logits", or nodes. Under
             grouped-query attention q and heads count query heads, k and v key-value heads.
+        freeze: what keeps its value between sender and receiver.
         direction, metric, batch_size, progress: as in `activation_patching`.
 
-    Raises RelevanceError as `activation_patching`, and where no receiver lies above a sender.
+    Raises:
+        RelevanceError: as `activation_patching`, and where no receiver lies above a sender.
     """
     if resolve_direction(direction) == "mean":
         raise RelevanceError("paths are patched in one direction, denoising or noising; call path_patching for each and average")

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.batches import rows_together
 from analyses.datasets.progress import progress_bar
 from analyses.patching.plan import TOKENS_PER_PASS
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.targets import as_target
@@ -35,7 +36,7 @@ class Piece:
         return int(differ[0]) if len(differ) else self.clean.shape[1] - 1
 
 
-def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, *, batch_size: int | None) -> Iterator[Piece]:
+def pieces_of(model: TransformerBridge, pairs: PromptPairs, metric: Any, *, batch_size: int | None) -> Iterator[Piece]:
     """The pairs in pieces of at most `batch_size` rows (None: TOKENS_PER_PASS tokens).
 
     A function that needs all rows together gets them in one piece.
@@ -55,7 +56,7 @@ def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, *, batch_size: 
 
 
 def bar_if(progress: bool) -> Progress:
-    """A progress bar, which shows nothing unless it is asked for and somebody watches."""
+    """A progress bar, which shows nothing unless it is asked for and standard error is a terminal."""
     bar = progress_bar()
     bar.disable = bar.disable or not progress
     return bar

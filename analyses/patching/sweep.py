@@ -126,6 +126,7 @@ class _KeysAndValuesOnly(DynamicCache):
     full = False
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values as DynamicCache keeps them; ends the block here until the cache is `full`."""
         both = super().update(*args, **kwargs)
         if not self.full:
             raise _Stop

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.progress import progress_bar
 from analyses.methods import Estimator
@@ -26,7 +27,7 @@ from lens_relevance.inputs.targets import as_target, top_prediction
 
 @left_as_found
 def perturbation_curves(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,
@@ -39,14 +40,24 @@ def perturbation_curves(
 ) -> pd.DataFrame:
     """MoRF and LeRF curves of each method with each baseline, and of a random order on the same prompts.
 
-    model, inputs, target, attention_mask: as for `propagate`; None explains each prompt's top prediction against its runner-up.
-    methods: names or Estimators (see `attribution`), or name -> one of these or a callable (model, tokens, target, mask) -> [batch, pos],
-        for example
-        `{"deeplift, 8 random": against(random_tokens(8))}`.
-    baselines: of `BASELINES`: what stands where a token was removed. steps: in how many steps all tokens go (default one by one).
+    Each prompt's first token (BOS) is never removed.
 
-    Each prompt's first token (BOS) is never removed. Returns a DataFrame with columns method, baseline, example, order (MoRF, LeRF),
-    removed, share, value (units of the target), same_prediction; `areas` and `summary` condense it.
+    Args:
+        inputs, target, attention_mask: as for `propagate`; without a target each prompt's top prediction is explained against the
+            runner-up.
+        methods: names or Estimators (see `attribution`), or name -> one of these or a callable (model, tokens, target, mask) ->
+            [batch, pos], for example `{"deeplift, 8 random": against(random_tokens(8))}`.
+        baselines: of `BASELINES`: what stands where a token was removed.
+        steps: in how many steps all tokens go; None for one by one.
+        seed: of the random order and of random tokens.
+        batch_size: rows per forward pass.
+
+    Returns:
+        Columns method, baseline, example, order (MoRF, LeRF), removed, share, value (units of the target), same_prediction; `areas` and
+        `summary` condense it.
+
+    Raises:
+        RelevanceError: no method or no baseline, an unknown one, or scores that do not fit the prompts.
     """
     named = named_methods(methods)
     if not named or not baselines:

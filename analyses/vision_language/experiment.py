@@ -148,11 +148,11 @@ def condensed(table: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(rows).sort_values(["set", "area"], ascending=[True, False], ignore_index=True)
 
 
-def markdown(found: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
     """The table as it stands in results.md, by area of patches."""
-    of_words = {row["method"]: _interval(row, "area") for row in found[found["set"] == QUESTION].to_dict("records")}
+    of_words = {row["method"]: _interval(row, "area") for row in table[table["set"] == QUESTION].to_dict("records")}
     lines = ["| method | MoRF | LeRF | area between | localisation | words: area between |", "|---|---|---|---|---|---|"]
-    for row in found[found["set"] == IMAGE].to_dict("records"):
+    for row in table[table["set"] == IMAGE].to_dict("records"):
         cells = [f"{row['morf']:.2f}", f"{row['lerf']:.2f}", *(_interval(row, figure) for figure in ("area", "localisation"))]
         lines.append(f"| {row['method']} | {' | '.join(cells)} | {of_words[row['method']]} |")
     return "\n".join(lines) + "\n"

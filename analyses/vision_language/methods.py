@@ -52,7 +52,8 @@ def against(kind: str, rules: str = "deeplift") -> Method:
     """Relevance under a pair ruleset: of patches against a reference picture with the same question, of words against other questions about
     the same picture.
 
-    kind: `mean_patch`, `blur`, or `other` pictures. Of other pictures and questions `N_REFERENCES` are drawn, and the mean is taken.
+    Args:
+        kind: `mean_patch`, `blur`, or `other` pictures. Of other pictures and questions `N_REFERENCES` are drawn, and the mean is taken.
     """
 
     def scores(model: VisionLanguageModel, asked: Examples, target: Target) -> Scores:
@@ -75,9 +76,9 @@ def by_attention(method: str, importance: str = "relevance", rules: str = "gradi
     """Scores of `token_relevance`."""
 
     def scores(model: VisionLanguageModel, asked: Examples, target: Target) -> Scores:
-        found = token_relevance(model, inputs_of(asked), target, method=method, importance=importance, rules=rules)
-        assert isinstance(found, TokenSetsRelevance)
-        return found.scores
+        result = token_relevance(model, inputs_of(asked), target, method=method, importance=importance, rules=rules)
+        assert isinstance(result, TokenSetsRelevance)
+        return result.scores
 
     return scores
 

@@ -27,9 +27,12 @@ def picture_view(
 ) -> View:
     """The picture, and each method's patches in colour, on a scale of its own (written below it).
 
-    relevance: name -> one score per patch, row by row. relevant: patches to outline: those an answer rests on.
+    Args:
+        relevance: name -> one score per patch, row by row.
+        relevant: patches to outline: those an answer rests on.
 
-    Raises RelevanceError where a method has another number of patches than the picture.
+    Raises:
+        RelevanceError: a method has another number of patches than the picture.
     """
     scores = {name: one.detach().double().cpu().numpy() for name, one in relevance.items()}
     for name, values in scores.items():

@@ -1,31 +1,29 @@
-"""What a component does, beside its rank: where a head's relevance comes from, how it attends, what it writes; when a neuron matters.
+"""What an attention head does, beside its rank: where its relevance comes from, how it attends, what it writes.
 
 describe_head(model, pairs, layer=1, head=3).arcs
-pd.concat(describe_head(model, pairs, l, h).to_dataframe() for l, h in [(1, 3), (1, 0)])
+pd.concat(describe_head(model, pairs, l, head=h).to_dataframe() for l, h in [(1, 3), (1, 0)])
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.batches import AnyTarget, Batch, batches, text_of
 from analyses.describe.attention_patterns import KINDS, pattern_scores
-from analyses.describe.direct_logits import DirectLogits, head_output_weight, neuron_output_weight
+from analyses.describe.direct_logits import DirectLogits, head_output_weight
+from analyses.describe.strongest import Strongest, check_top, effects_in_words, extremes
 from analyses.tasks import PromptPairs
-from lens_relevance import RelevanceError, propagate
+from lens_relevance import RelevanceError
 from lens_relevance.attention_methods import head_flow
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.ruleset_tables import Table
-from lens_relevance.sites import anatomy
-
-_TOKENS_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,56 +57,12 @@ class HeadDescription:
         of_source = self.writes[self.writes["source"] == self.arcs["source"].iloc[0]]
         row = {"layer": self.layer, "head": self.head, "relevance": self.relevance, **self.pattern_scores}
         row |= {"source": pair["source"], "destination": pair["destination"], "writes_for": self.arcs["source"].iloc[0]}
-        return pd.DataFrame([row | _effects(of_source)])
-
-
-@dataclass(frozen=True, eq=False)
-class NeuronDescription:
-    """What an MLP neuron (after the activation) does on a set of prompts. Relevance is in units of the target; positive speaks for it.
-
-    Attributes:
-        relevance: of the neuron, summed over positions, mean over prompts.
-        contexts: strongest ones: example, position, token, context (the token between « and »), activation, reference (activation on the
-            corrupt prompt; pairs alone), relevance.
-        writes: effect (promotes or suppresses), rank, token, logit: direct logits of the neuron's output weights per unit of activation,
-            norms as in `DirectLogits`, mean over the contexts.
-    """
-
-    layer: int
-    neuron: int
-    relevance: float
-    n_prompts: int
-    contexts: pd.DataFrame
-    writes: pd.DataFrame
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row: layer, neuron, relevance, the strongest context, and what the neuron writes."""
-        first = self.contexts.iloc[0]
-        row = {"layer": self.layer, "neuron": self.neuron, "relevance": self.relevance}
-        row |= {"token": first["token"], "context": first["context"], "activation": first["activation"]}
-        return pd.DataFrame([row | _effects(self.writes)])
-
-
-@dataclass
-class _Strongest:
-    """The strongest rows so far, each with vectors that are needed once it is known which rows stay."""
-
-    rows: pd.DataFrame
-    vectors: dict[str, Float[Tensor, "n d_model"]]
-
-    def merge(self, other: _Strongest | None, by: str, top_k: int) -> _Strongest:
-        if other is None:
-            return self
-        rows = pd.concat([other.rows, self.rows], ignore_index=True)
-        kept = rows[by].abs().sort_values(ascending=False, kind="stable").index[:top_k]
-        at = torch.tensor(list(kept))
-        vectors = {name: torch.cat([other.vectors[name], self.vectors[name]])[at] for name in self.vectors}
-        return _Strongest(rows.loc[kept].reset_index(drop=True), vectors)
+        return pd.DataFrame([row | effects_in_words(of_source)])
 
 
 @left_as_found
 def describe_head(
-    model: Any,
+    model: TransformerBridge,
     prompts: PromptPairs | Inputs,
     layer: int,
     *,
@@ -121,16 +75,19 @@ def describe_head(
 
     Args:
         prompts: pairs (clean against corrupt, under `deeplift` by default), or prompts (under `attnlrp` by default).
+        layer, head: which one, counted from 0.
         target: what is explained, for prompts without pairs; None takes each prompt's own prediction, as in `propagate`.
         top_k: rows in `token_pairs` and `arcs`.
 
-    Raises RelevanceError for a head out of range or bad input, CoverageError for a model without live attention patterns.
+    Raises:
+        RelevanceError: a head out of range, or bad input.
+        CoverageError: a model without attention patterns at a HookPoint.
     """
     n_heads = int(model.cfg.n_heads)
     if not 0 <= head < n_heads:
         raise RelevanceError(f"head {head} is out of range: the model has {n_heads} heads, 0 to {n_heads - 1}")
-    _check_top(top_k)
-    strongest: _Strongest | None = None
+    check_top(top_k)
+    strongest: Strongest | None = None
     direct: DirectLogits | None = None
     pairs, total, n = [], 0.0, 0
     for batch in batches(model, prompts, target):
@@ -174,76 +131,8 @@ def describe_head(
     )
 
 
-@left_as_found
-def describe_neuron(
-    model: Any,
-    prompts: PromptPairs | Inputs,
-    layer: int,
-    *,
-    neuron: int,
-    target: AnyTarget | None = None,
-    rules: str | Table | None = None,
-    top_k: int = 10,
-    by: Literal["relevance", "activation"] = "relevance",
-) -> NeuronDescription:
-    """Describe one MLP neuron by the contexts in which it matters (`by` relevance) or fires (`by` activation) most.
-
-    Other arguments as for `describe_head`. Raises RelevanceError for a neuron out of range or bad input, CoverageError for an MLP whose
-    output layer is not one linear layer (mixtures of experts).
-    """
-    body = anatomy(model)
-    if not 0 <= layer < body.n_layers:
-        raise RelevanceError(f"layer {layer} is out of range: the model has {body.n_layers} layers, 0 to {body.n_layers - 1}")
-    width = neuron_output_weight(model, layer).shape[1]
-    if not 0 <= neuron < width:
-        raise RelevanceError(f"neuron {neuron} is out of range: the layer has {width} neurons, 0 to {width - 1}")
-    _check_top(top_k)
-    if by not in ("relevance", "activation"):
-        raise RelevanceError(f"contexts are ordered by 'relevance' or 'activation', not {by!r}")
-    direct, name = DirectLogits(model, layer, "mlp"), body.layout["neurons"][layer]
-    output = neuron_output_weight(model, layer)[:, neuron]
-    strongest: _Strongest | None = None
-    total, n = 0.0, 0
-    for batch in batches(model, prompts, target):
-        cache = propagate(
-            model,
-            batch.tokens,
-            batch.target,
-            rules=rules,
-            names_filter=[name, *direct.norms],
-            reference=batch.reference,
-            attention_mask=batch.mask,
-        )
-        relevance, activation = cache[name][..., neuron], cache.activations[name][..., neuron]
-        counterpart = cache.reference_activations[name][..., neuron] if batch.reference is not None else None
-        norms = {point: cache.activations[point] for point in direct.norms}
-        order = torch.where(batch.mask.bool(), (relevance if by == "relevance" else activation).abs(), -1.0)
-        rows, vectors = [], {point: list[Tensor]() for point in ("written", *norms)}
-        for flat in order.flatten().topk(min(top_k, int(batch.mask.sum()))).indices.tolist():
-            example, position = divmod(flat, order.shape[1])
-            row = {"example": batch.start + example, "position": position}
-            row |= {"token": text_of(model, [int(batch.tokens[example, position])]), "context": _context(model, batch, example, position)}
-            row |= {"activation": float(activation[example, position])}
-            row |= {} if counterpart is None else {"reference": float(counterpart[example, position])}
-            rows.append(row | {"relevance": float(relevance[example, position])})
-            vectors["written"].append(output.to(activation))
-            for point, inputs in norms.items():
-                vectors[point].append(inputs[example, position])
-        found = _Strongest(pd.DataFrame(rows), {point: torch.stack(listed) for point, listed in vectors.items()})
-        strongest = found.merge(strongest, by, top_k)
-        total, n = total + float(relevance.double().sum()), n + len(relevance)
-    assert strongest is not None
-    logits = direct(strongest.vectors["written"], strongest.vectors).mean(0)
-    return NeuronDescription(layer, neuron, total / n, n, strongest.rows, pd.DataFrame(_extremes(model, logits)))
-
-
-def _check_top(top_k: int) -> None:
-    if top_k < 1:
-        raise RelevanceError(f"top_k is a number of rows, at least 1, not {top_k}")
-
-
 def _arcs(
-    model: Any,
+    model: TransformerBridge,
     batch: Batch,
     flow: Float[Tensor, "batch query key"],
     attention: Float[Tensor, "batch query key"],
@@ -251,7 +140,7 @@ def _arcs(
     written: Float[Tensor, "batch key d_model"],
     norms: dict[str, Float[Tensor, "batch query d_model"]],
     top_k: int,
-) -> _Strongest:
+) -> Strongest:
     """The batch's strongest arcs, with what the head writes for each source and the norms' inputs at each destination."""
     carrying = max(1, int(flow.count_nonzero()))  # arcs without relevance say nothing; one is kept so that there is a first
     flat = flow.abs().flatten().topk(min(top_k, carrying)).indices
@@ -269,7 +158,7 @@ def _arcs(
             "source_id": batch.tokens[example, key].tolist(),
         }
     )
-    return _Strongest(rows, {"written": written[example, key], **{name: inputs[example, query] for name, inputs in norms.items()}})
+    return Strongest(rows, {"written": written[example, key], **{name: inputs[example, query] for name, inputs in norms.items()}})
 
 
 def _token_pairs(batch: Batch, flow: Float[Tensor, "batch query key"], attention: Float[Tensor, "batch query key"]) -> pd.DataFrame:
@@ -280,7 +169,7 @@ def _token_pairs(batch: Batch, flow: Float[Tensor, "batch query key"], attention
     return frame.groupby(["source", "destination"], as_index=False).sum()
 
 
-def _merged(model: Any, frames: list[pd.DataFrame], n: int, top_k: int) -> pd.DataFrame:
+def _merged(model: TransformerBridge, frames: list[pd.DataFrame], n: int, top_k: int) -> pd.DataFrame:
     """The strongest pairs of tokens of all batches."""
     total = pd.concat(frames).groupby(["source", "destination"], as_index=False).sum()
     total["relevance"] /= n
@@ -288,33 +177,11 @@ def _merged(model: Any, frames: list[pd.DataFrame], n: int, top_k: int) -> pd.Da
     return total.assign(**{name: [text_of(model, [token]) for token in total[name]] for name in ("source", "destination")})
 
 
-def _writes_by_source(model: Any, strongest: _Strongest, direct: DirectLogits) -> pd.DataFrame:
+def _writes_by_source(model: TransformerBridge, strongest: Strongest, direct: DirectLogits) -> pd.DataFrame:
     """What the head writes for each source token of the arcs, mean over its arcs; the strongest source first."""
     logits, ids, rows = direct(strongest.vectors["written"], strongest.vectors), strongest.rows["source_id"], []
     for token in dict.fromkeys(ids.tolist()):
         mean = logits[torch.tensor((ids == token).to_numpy())].mean(0)
         own = int((mean > mean[token]).sum()) + 1
-        rows += [{"source": text_of(model, [token]), **row, "own_rank": own} for row in _extremes(model, mean)]
+        rows += [{"source": text_of(model, [token]), **row, "own_rank": own} for row in extremes(model, mean)]
     return pd.DataFrame(rows)
-
-
-def _extremes(model: Any, logits: Float[Tensor, " vocab"]) -> list[dict[str, Any]]:
-    """The tokens at both ends."""
-    rows = []
-    for effect, sign in (("promotes", 1), ("suppresses", -1)):
-        for rank, token in enumerate((sign * logits).topk(min(_TOKENS_SHOWN, len(logits))).indices.tolist(), 1):
-            rows.append({"effect": effect, "rank": rank, "token": text_of(model, [token]), "logit": float(logits[token])})
-    return rows
-
-
-def _effects(writes: pd.DataFrame) -> dict[str, str]:
-    """Both ends of what is written, in one line each."""
-    return {effect: " ".join(writes.loc[writes["effect"] == effect, "token"].str.strip()) for effect in ("promotes", "suppresses")}
-
-
-def _context(model: Any, batch: Batch, example: int, position: int, before: int = 8, after: int = 3) -> str:
-    """The words around a token, which stands between « and »."""
-    tokens, real = batch.tokens[example], batch.mask[example].bool()
-    spans = (slice(max(0, position - before), position), slice(position, position + 1), slice(position + 1, position + after + 1))
-    left, here, right = (text_of(model, tokens[span][real[span]].tolist()).strip() for span in spans)
-    return f"{left} «{here}» {right}".strip()
