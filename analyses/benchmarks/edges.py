@@ -67,6 +67,7 @@ def two_forwards_one_backward(model: TransformerBridge, clean: Tensor, corrupt: 
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of processor time, and the result."""
     start = time.process_time()
     result = function()
     return time.process_time() - start, result

@@ -151,6 +151,7 @@ class Mapper(nn.Module):
         self.unembed, self.hook_logits = nn.Linear(D_MODEL, len(ANSWERS)), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d"], memory: Float[Tensor, "batch src d"]) -> Float[Tensor, "batch 1 answer"]:
+        """Logits of the answers."""
         for block in self.blocks:
             x = block(x, None, memory)
         return self.hook_logits(self.unembed(self.ln_final(x[:, -1:])))
@@ -171,6 +172,7 @@ class VisionLanguageModel(HookedRootModule):
         _declare(self)
 
     def forward(self, image: Float[Tensor, "batch 3 side side"], question: Int[Tensor, "batch word"]) -> Float[Tensor, "batch 1 answer"]:
+        """Logits of the answers to a question about a picture."""
         return self.mapper(self.text_encoder(question), self.image_encoder(image))
 
 
