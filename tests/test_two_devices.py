@@ -56,14 +56,17 @@ def from_attention(model: TransformerBridge) -> Tensor:
 
 
 def patching(model: TransformerBridge) -> Tensor:
-    whole, by_position = activation_patching(model, PAIRS, HEADS, "mean"), activation_patching(model, PAIRS, ("z", "k"), by_position=True)
+    whole, by_position = (
+        activation_patching(model, PAIRS, HEADS, direction="mean"),
+        activation_patching(model, PAIRS, ("z", "k"), by_position=True),
+    )
     neurons = activation_patching(model, PAIRS, [Node("neuron", layer, neuron=i) for layer in (0, 1) for i in (1, 3, 5)])
     assert whole.shortcut == by_position.shortcut == "position"
     return torch.cat([result.effect for result in (whole, by_position, neurons)])
 
 
 def paths(model: TransformerBridge) -> Tensor:
-    return path_patching(model, PAIRS, "z", ["q", "k", "v", "z", "logits"]).effect
+    return path_patching(model, PAIRS, "z", receivers=["q", "k", "v", "z", "logits"]).effect
 
 
 def ablations(model: TransformerBridge) -> Tensor:

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from analyses.benchmarks.engine import interleaved, ratios
@@ -54,7 +55,7 @@ def larger(family: Family) -> Family:
     return replace(family, settings=grown(family.settings))
 
 
-def plain_gradient(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+def plain_gradient(model: TransformerBridge, inputs: Inputs) -> tuple[Tensor, ...]:
     """Forward, and the gradient of a logit difference at the embeddings; parameters frozen, as in propagate."""
     kept: list[Tensor] = []
 
@@ -68,7 +69,7 @@ def plain_gradient(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
         return torch.autograd.grad((last[:, 0] - last[:, 1]).sum(), kept, allow_unused=True)
 
 
-def cost(family: Family, repeats: int = 9, batch: int = 4, positions: int = 64) -> dict[str, float]:
+def cost(family: Family, repeats: int = 9, batch: int = 4, *, positions: int = 64) -> dict[str, float]:
     """Ratios to the plain gradient by ruleset, and the seconds of the plain gradient."""
     model = larger(family).build(torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -83,14 +84,14 @@ def cost(family: Family, repeats: int = 9, batch: int = 4, positions: int = 64) 
     return measured | {"plain, s": float(table["seconds"]["plain"])}
 
 
-def costs(names: list[str], repeats: int = 9, batch: int = 4, positions: int = 64) -> pd.DataFrame:
+def costs(names: list[str], repeats: int = 9, batch: int = 4, *, positions: int = 64) -> pd.DataFrame:
     """One row per family that has no part without a rule; raises RelevanceError for an unknown family."""
     rows = []
     for name in track(names, "families", disable=not watched(), transient=True, console=Console(stderr=True)):
         if name not in FAMILIES:
             raise RelevanceError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}")
         if not anatomy(FAMILIES[name].build(torch.float32)).uncovered:
-            rows.append({"family": FAMILIES[name].title, **cost(FAMILIES[name], repeats, batch, positions)})
+            rows.append({"family": FAMILIES[name].title, **cost(FAMILIES[name], repeats, batch, positions=positions)})
     return pd.DataFrame(rows, columns=["family", *_SINGLE, "deeplift", "plain, s"])
 
 
@@ -104,6 +105,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def main(
+    *,
     family: Annotated[list[str] | None, typer.Option(help="A family by name, several times if wanted; all if left out.")] = None,
     repeats: int = 9,
     batch: int = 4,
@@ -111,7 +113,7 @@ def main(
 ) -> None:
     """Print the table as Markdown."""
     logging.set_verbosity_error()
-    typer.echo(markdown(costs(family or list(FAMILIES), repeats, batch, positions)))
+    typer.echo(markdown(costs(family or list(FAMILIES), repeats, batch, positions=positions)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch, faithfulness
 from transformer_lens.tools.analysis.attribution_patching import Node as TransformerLensNode
@@ -44,6 +45,7 @@ def build(width: int) -> Any:
 
 
 def metric(logits: Tensor) -> Tensor:
+    """The logit difference that is explained."""
     return logits[0, -1, 3] - logits[0, -1, 4]
 
 
@@ -55,7 +57,7 @@ def name_of(node: TransformerLensNode) -> str:
     return str(Node(names.get(node.kind, node.kind[0]), node.layer or 0, head=node.head))
 
 
-def two_forwards_one_backward(model: Any, clean: Tensor, corrupt: Tensor) -> None:
+def two_forwards_one_backward(model: TransformerBridge, clean: Tensor, corrupt: Tensor) -> None:
     """What no method that compares two runs by one backward pass can do without: the gradient at the embeddings, no parameter's."""
     with frozen(model):
         with torch.no_grad():
@@ -65,6 +67,7 @@ def two_forwards_one_backward(model: Any, clean: Tensor, corrupt: Tensor) -> Non
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of processor time, and the result."""
     start = time.process_time()
     result = function()
     return time.process_time() - start, result
@@ -78,10 +81,10 @@ def compare(repeats: int, width: int) -> pd.DataFrame:
     ours: list[float] = []
     theirs: list[float] = []
     bare: list[float] = []
-    attribute_edges(model, corrupt, TARGET, "gradient", clean)
+    attribute_edges(model, corrupt, TARGET, rules="gradient", reference=clean)
     config = EdgeAttributionConfig(granularity="edge")
     for _ in range(repeats):
-        seconds, edges = timed(lambda: attribute_edges(model, corrupt, TARGET, "gradient", clean))
+        seconds, edges = timed(lambda: attribute_edges(model, corrupt, TARGET, rules="gradient", reference=clean))
         ours.append(seconds)
         seconds, result = timed(lambda: attribution_patch(model, clean, corrupt, metric, config))
         theirs.append(seconds)
@@ -120,7 +123,7 @@ def memory(width: int) -> pd.DataFrame:
     model = build(width)
     tokens = torch.randint(0, 50_000, (8, 64), generator=torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    seconds, edges = timed(lambda: attribute_edges(model, tokens, TARGET, "attnlrp"))
+    seconds, edges = timed(lambda: attribute_edges(model, tokens, TARGET, rules="attnlrp"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return pd.DataFrame([{"edges per position": edges.n_edges, "seconds": seconds, "GiB before": before, "GiB peak": peak}])
 

@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,7 +34,7 @@ def gpt2_shape(layers: int = 12, device: str = "cpu", dtype: torch.dtype = torch
     return bridge.eval()
 
 
-def plain_gradient(model: Any, tokens: Tensor) -> Tensor:
+def plain_gradient(model: TransformerBridge, tokens: Tensor) -> Tensor:
     """Forward, and the gradient of a logit difference at the token embeddings; parameters frozen, as in propagate."""
     kept: list[Tensor] = []
 
@@ -65,7 +66,7 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, device: str) -
     return pd.DataFrame(times)
 
 
-def saved_mebibytes(model: Any, run: Callable[[], Any]) -> float:
+def saved_mebibytes(model: TransformerBridge, run: Callable[[], Any]) -> float:
     """Size of what autograd saves for the backward pass, weights aside: the memory that a case adds to the model."""
     weights = {p.untyped_storage().data_ptr() for p in [*torch.nn.Module.parameters(model), *model.original_model.parameters()]}
     sizes: dict[int, int] = {}
@@ -87,6 +88,7 @@ def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
 
 
 def main(
+    *,
     layers: int = 12,
     batch: int = 4,
     positions: int = 64,

@@ -22,6 +22,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from analyses.benchmarks.tiny_models import FAMILIES, MORE
@@ -35,7 +36,8 @@ def families(names: Sequence[str] = tuple(FAMILIES), dtype: torch.dtype = torch.
 
     The error is NaN where a ruleset does not work, for the given reason, or does not apply to the family.
 
-    Raises RelevanceError for an unknown family.
+    Raises:
+        RelevanceError: an unknown family.
     """
     known, rows = FAMILIES | MORE, []
     for name in track(list(names), "families", disable=not watched(), transient=True, console=Console(stderr=True)):
@@ -45,7 +47,7 @@ def families(names: Sequence[str] = tuple(FAMILIES), dtype: torch.dtype = torch.
     return pd.DataFrame(rows, columns=["family", *rulesets(), "reason"])
 
 
-def _cells(model: Any) -> dict[str, Any]:
+def _cells(model: TransformerBridge) -> dict[str, Any]:
     """What `coverage` finds on a model, or why it is refused."""
     if uncovered := anatomy(model).uncovered:  # refused by `propagate`, whatever the ruleset
         return {"reason": _reasons(uncovered)}
@@ -86,6 +88,7 @@ def _in_a_cell(text: str) -> str:
 
 
 def main(
+    *,
     family: Annotated[list[str] | None, typer.Option(help="A family by name, several times if wanted; all if left out.")] = None,
     more: Annotated[bool, typer.Option("--more", help="The families that need next to no code of their own, instead.")] = False,
     dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",

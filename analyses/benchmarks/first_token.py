@@ -88,7 +88,7 @@ def sink_tokens(batch: int = 8, positions: int = 24, seed: int = 1) -> Int[Tenso
 
 
 @torch.no_grad()
-def continued(model: Any, n: int, positions: int, seed: int = 0) -> Int[Tensor, "batch pos"]:
+def continued(model: TransformerBridge, n: int, positions: int, *, seed: int = 0) -> Int[Tensor, "batch pos"]:
     """Texts that the model itself samples from its BOS token, or from token 0 where it has none."""
     first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None) or 0
     tokens, generator = torch.full((n, 1), first), torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def continued(model: Any, n: int, positions: int, seed: int = 0) -> Int[Tensor, 
     return tokens
 
 
-def first_token(model: Any, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
+def first_token(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
     """One row per ruleset: the first token's share of |relevance| at the embeddings, with the ruleset as it is (`before`) and with the
     plain gradient at q_norm and k_norm (`after`); means over the prompts. What is explained is each prompt's top prediction."""
     rows = []
@@ -112,7 +112,7 @@ def first_token(model: Any, tokens: Int[Tensor, "batch pos"]) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def attention_to_first(model: Any, tokens: Int[Tensor, "batch pos"]) -> list[float]:
+def attention_to_first(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> list[float]:
     """By layer: mean attention of later positions (from a quarter of the text on) to the first."""
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("attn.hook_pattern"))
     return [float(pattern[:, :, tokens.shape[1] // 4 :, 0].mean()) for pattern in cache.values()]

@@ -13,15 +13,16 @@ templates, and in which direction they were patched is not known here; expect th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import typer
 from rich.console import Console
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.cli.options import clean_errors
 from analyses.components import Direction, resolve_direction
-from analyses.describe.pattern_scores import KINDS, pattern_scores
+from analyses.describe.attention_patterns import KINDS, pattern_scores
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model
@@ -67,29 +68,31 @@ class Gpt2Check:
         return int(self.heads["in_top"].sum())
 
 
-def gpt2_check(model: Any, pairs: PromptPairs, top_k: int = 20, direction: Direction = "denoising", seed: int = 0) -> Gpt2Check:
+def gpt2_check(
+    model: TransformerBridge, pairs: PromptPairs, top_k: int = 20, *, direction: Direction = "denoising", seed: int = 0
+) -> Gpt2Check:
     """Rank heads by relevance and hold methods against patching on pairs of the ioi task. Raises RelevanceError for a top_k under 1."""
     if top_k < 1:
         raise RelevanceError(f"top_k is a number of heads, at least 1, not {top_k}")
     ranking = rank_heads(model, pairs, OWN)
     patterns = pattern_scores(model, induction(model, n=8, seed=seed))
     ranked = ranking.assign(rank=range(1, len(ranking) + 1)).merge(patterns, on=["layer", "head"])
-    table = compare_with_patching(model, pairs, [*PUBLISHED, OWN], ["resid", "attn", "mlp"], direction)
+    table = compare_with_patching(model, pairs, [*PUBLISHED, OWN], components=["resid", "attn", "mlp"], direction=direction)
     return Gpt2Check(_known(ranked, top_k), _beside_published(table), top_k)
 
 
 def _known(ranked: pd.DataFrame, top_k: int) -> pd.DataFrame:
     """The known heads with what was found for them."""
     known = pd.DataFrame([(role, *head) for role, heads in KNOWN_HEADS.items() for head in heads], columns=["role", "layer", "head"])
-    found = known.merge(ranked, on=["layer", "head"], how="left")
-    rank = found["rank"].fillna(0).astype(int)
+    known_heads = known.merge(ranked, on=["layer", "head"], how="left")
+    rank = known_heads["rank"].fillna(0).astype(int)
     return pd.DataFrame(
         {
-            "role": found["role"],
-            "head": found["layer"].astype(str) + "." + found["head"].astype(str),
+            "role": known_heads["role"],
+            "head": known_heads["layer"].astype(str) + "." + known_heads["head"].astype(str),
             "rank": rank,
             "in_top": rank.between(1, top_k),
-            **{name: found[name] for name in ("score", "standard_error", *KINDS)},
+            **{name: known_heads[name] for name in ("score", "standard_error", *KINDS)},
         }
     )
 
@@ -113,6 +116,7 @@ def _beside_published(table: pd.DataFrame) -> pd.DataFrame:
 
 @clean_errors
 def main(
+    *,
     model: Annotated[str, typer.Option(help="A hub name, or a folder with GPT-2 small in Hugging Face format.")] = "gpt2",
     n: Annotated[int, typer.Option("--n", min=2, help="How many pairs of the ioi task.")] = 64,
     top: Annotated[int, typer.Option(min=1, help="How many heads count as the top.")] = 20,
@@ -122,7 +126,7 @@ def main(
     """Which known heads of the IOI circuit are among the top by relevance, and our correlations beside the published ones."""
     loaded = load_model(model)
     pairs = ioi(loaded, n, seed, corruption="abc")
-    check = gpt2_check(loaded, pairs, top, resolve_direction(direction), seed)
+    check = gpt2_check(loaded, pairs, top, direction=resolve_direction(direction), seed=seed)
     console = Console()
     console.print(frame_table(check.heads, f"Heads of the IOI circuit (Wang et al. 2022), ranked by {OWN} over {len(pairs)} pairs"))
     absent = int((check.heads["rank"] == 0).sum())

@@ -18,6 +18,7 @@ import torch
 import transformer_lens.patching as tl_patching
 import typer
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.engine import gpt2_shape
 from analyses.patching import activation_patching
@@ -40,7 +41,7 @@ def make_pairs(n: int, positions: int, one_token: bool) -> PromptPairs:
     return PromptPairs(clean, corrupt, logit_diff(11, 22))
 
 
-def by_transformer_lens(model: Any, pairs: PromptPairs, component: str, sweep: Callable[..., Tensor]) -> Tensor:
+def by_transformer_lens(model: TransformerBridge, pairs: PromptPairs, component: str, *, sweep: Callable[..., Tensor]) -> Tensor:
     """[layer, head] or [layer, pos]: the patched metric, averaged over pairs."""
     metric = pairs.target.metric(model, pairs.clean, pairs.clean_mask)  # type: ignore[union-attr]
     hook = {"z": "attn.hook_z", "resid_pre": "hook_resid_pre"}[component]
@@ -58,12 +59,12 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return result, time.process_time() - started
 
 
-def measure(model: Any, pairs: PromptPairs, name: str, rounds: int) -> dict[str, Any]:
+def measure(model: TransformerBridge, pairs: PromptPairs, name: str, *, rounds: int) -> dict[str, Any]:
     """Processor seconds of both and the ratio, medians over rounds, with the largest difference of their numbers."""
     component, sweep = SWEEPS[name]
     times, differences = [], []
     for _ in range(rounds):
-        theirs, their_time = timed(lambda: by_transformer_lens(model, pairs, component, sweep))
+        theirs, their_time = timed(lambda: by_transformer_lens(model, pairs, component, sweep=sweep))
         ours, our_time = timed(lambda: torch.tensor(activation_patching(model, pairs, component).grid(component, "patched").to_numpy()))
         times.append({"transformer_lens (s)": their_time, "ours (s)": our_time, "times faster": their_time / our_time})
         differences.append((theirs - ours).abs().max())
@@ -74,7 +75,7 @@ def measure(model: Any, pairs: PromptPairs, name: str, rounds: int) -> dict[str,
     }
 
 
-def main(pairs: int = 4, positions: int = 16, layers: int = 12, rounds: int = 3, threads: int = 1) -> None:
+def main(*, pairs: int = 4, positions: int = 16, layers: int = 12, rounds: int = 3, threads: int = 1) -> None:
     """Print the table."""
     torch.set_num_threads(threads)
     tl_patching.tqdm = lambda items: items  # its bars would drown the table
@@ -83,7 +84,7 @@ def main(pairs: int = 4, positions: int = 16, layers: int = 12, rounds: int = 3,
     for differ, one_token in (("in one token", True), ("in all tokens", False)):
         made = make_pairs(pairs, positions, one_token)
         activation_patching(model, made, "z")  # warm up
-        rows += [{"pairs differ": differ, **measure(model, made, name, rounds)} for name in SWEEPS]
+        rows += [{"pairs differ": differ, **measure(model, made, name, rounds=rounds)} for name in SWEEPS]
     typer.echo(f"GPT-2-small shape, {layers} layers, {pairs} pairs of {positions} tokens, {threads} thread(s), {rounds} round(s)")
     formats = {"transformer_lens (s)": "{:.1f}".format, "ours (s)": "{:.1f}".format, "times faster": "{:.1f}".format}
     typer.echo(pd.DataFrame(rows).to_string(index=False, formatters=formats | {"largest difference": "{:.1e}".format}))

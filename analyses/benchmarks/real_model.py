@@ -80,7 +80,7 @@ def cases(model: Any, batch: int, positions: int) -> dict[str, Callable[[], Any]
     }
 
 
-def table(model: Any, batch: int, positions: int, repeats: int) -> pd.DataFrame:
+def table(model: Any, batch: int, positions: int, *, repeats: int) -> pd.DataFrame:
     """A row per case: its ratio to each of the two plain runs, and seconds of processor time."""
     times = interleaved(cases(model, batch, positions), repeats, "cpu")
     columns = {f"of {plain}": times.div(times[plain], axis=0).median() for plain in (PLAIN, SPARED)}
@@ -88,6 +88,7 @@ def table(model: Any, batch: int, positions: int, repeats: int) -> pd.DataFrame:
 
 
 def main(
+    *,
     model: Annotated[
         str | None, typer.Option(help="A name on the hub or a folder; GPT-2-small shape with random weights if left out.")
     ] = None,
@@ -97,7 +98,7 @@ def main(
 ) -> None:
     """Print the table of ratios."""
     loaded = gpt2_shape() if model is None else load_model(model)
-    found = table(loaded, batch, positions, repeats)
+    found = table(loaded, batch, positions, repeats=repeats)
     Console().print(f"{model or 'GPT-2-small shape'}, {batch} x {positions} tokens, float32 on cpu, medians of {repeats} rounds")
     Console().print(found.to_string(index=False, float_format="{:.3f}".format))
 

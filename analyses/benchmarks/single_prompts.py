@@ -14,7 +14,7 @@ ahead of 8 random references by more than 0.01, so the two simple ones are in th
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ import typer
 from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.methods import Estimator
 from analyses.models.loading import load_model
@@ -47,7 +48,7 @@ METHODS: dict[str, str | Estimator | Attribution] = {
 
 
 @torch.no_grad()
-def sampled_texts(model: Any, texts: int, length: int, seed: int) -> Int[Tensor, "text pos"]:
+def sampled_texts(model: TransformerBridge, texts: int, length: int, *, seed: int) -> Int[Tensor, "text pos"]:
     """Texts of the model's own, from BOS, at temperature 1."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.full((texts, 1), model.tokenizer.bos_token_id)
@@ -58,7 +59,7 @@ def sampled_texts(model: Any, texts: int, length: int, seed: int) -> Int[Tensor,
 
 
 @torch.no_grad()
-def targets(model: Any, tokens: Int[Tensor, "text pos"]) -> dict[str, Target]:
+def targets(model: TransformerBridge, tokens: Int[Tensor, "text pos"]) -> dict[str, Target]:
     """The logit of each text's top prediction, and its difference to the runner-up's."""
     top = model(tokens, return_type="logits", use_cache=False)[:, -1].topk(2, -1).indices
     return {"logit": logit(top[:, 0]), "difference": logit_diff(top[:, 0], top[:, 1])}
@@ -70,11 +71,13 @@ def with_occlusion(scores: Float[Tensor, "text pos"], effect: Float[Tensor, "tex
     return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean())
 
 
-def single_prompts(model: Any, tokens: Int[Tensor, "text pos"], methods: dict[str, str | Estimator | Attribution]) -> pd.DataFrame:
+def single_prompts(
+    model: TransformerBridge, tokens: Int[Tensor, "text pos"], methods: dict[str, str | Estimator | Attribution]
+) -> pd.DataFrame:
     """One row per method; columns (target, zero | mean | random | occlusion), and the mean of the six areas."""
     mask, columns = torch.ones_like(tokens), {}
     for name, target in targets(model, tokens).items():
-        frame = areas(perturbation_curves(model, tokens, target, methods, BASELINES))
+        frame = areas(perturbation_curves(model, tokens, target, methods=methods, baselines=BASELINES))
         table = frame.groupby(["method", "baseline"])["area"].mean().unstack()
         effect = attribution("occlusion")(model, tokens, target, mask)
         for baseline in BASELINES:
@@ -89,6 +92,7 @@ def single_prompts(model: Any, tokens: Int[Tensor, "text pos"], methods: dict[st
 
 
 def main(
+    *,
     model: Annotated[str, typer.Option(help="a folder with a model in Hugging Face format, a hub name, or 'embedded'")],
     texts: int = 96,
     length: int = 28,
@@ -100,7 +104,7 @@ def main(
         torch.set_num_threads(threads)
     started = time.perf_counter()
     bridge = load_model(model)
-    table = single_prompts(bridge, sampled_texts(bridge, texts, length, seed), METHODS)
+    table = single_prompts(bridge, sampled_texts(bridge, texts, length, seed=seed), METHODS)
     console = Console(width=160)
     console.print(table.round(2).to_string(), soft_wrap=True)
     console.print(f"{texts} texts of {length} tokens, seed {seed}; {time.perf_counter() - started:.0f} s")

@@ -6,11 +6,12 @@ Many circuits are evaluated in one forward, as rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.edge_ablation import EdgeHooks
 from analyses.circuits.items import Items, Level, list_items
@@ -31,20 +32,31 @@ _TOLERANCE = 1e-2
 class Ablation:
     """A model and prompt pairs, ready to evaluate circuits.
 
-    level: `node` sets the output of a removed head, MLP or embedding to its replacement; `edge` rebuilds the input of each reader as what
-        kept writers write now plus the replacement of what removed ones write. With a post-norm (Gemma2, OLMo2) a head's edge carries its
-        part of the norm's output at the scale of the run.
-    by_position: items at each position on their own, for prompts of one template.
-    replacement: `corrupt`: values of the paired corrupt run. `mean`: values averaged over `mean_tokens` [n, pos], position by position.
+    Args:
+        level: `node` sets the output of a removed head, MLP or embedding to its replacement; `edge` rebuilds the input of each reader as
+            what kept writers write now plus the replacement of what removed ones write. With a post-norm (Gemma2, OLMo2) a head's edge
+            carries its part of the norm's output at the scale of the run.
+        by_position: items at each position on their own, for prompts of one template.
+        replacement: `corrupt`: values of the paired corrupt run. `mean`: values averaged over `mean_tokens`, position by position.
+        mean_tokens: token ids [n, pos] of the prompts to average over.
+        bytes_at_once: memory for the circuits that are evaluated in one forward.
 
-    `items` are all there is to keep; `full` and `empty` [example] are the metric with every item kept and with none.
+    Attributes:
+        items: all there is to keep.
+        full, empty: the metric with every item kept and with none, [example].
+
+    Raises:
+        RelevanceError: no pairs, pairs padded differently, arguments that do not go together, or a model that is not itself with every item
+            kept (or is not its corrupt run with none).
+        CoverageError: a model whose residual stream is not the sum of what its components write.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: TransformerBridge,
         pairs: PromptPairs,
         level: Level = "edge",
+        *,
         by_position: bool = False,
         replacement: Replacement = "corrupt",
         mean_tokens: Int[Tensor, "n pos"] | None = None,
@@ -74,7 +86,7 @@ class Ablation:
         self.items: Items = list_items(self.wiring, level, pos if by_position else None)
         hooks = NodeHooks if level == "node" else EdgeHooks
         with torch.no_grad():
-            self._runs = [hooks(model, self.wiring, self.items, batch, mean_tokens) for batch in self._batches()]
+            self._runs = [hooks(model, self.wiring, self.items, pairs=batch, mean_tokens=mean_tokens) for batch in self._batches()]
         ends = self(torch.tensor([[True], [False]]).expand(2, len(self.items)))
         self.full, self.empty = ends[0], ends[1]
         self._check("every", self.full, pairs.clean, pairs.clean_mask)
@@ -82,7 +94,11 @@ class Ablation:
             self._check("no", self.empty, pairs.corrupt, pairs.corrupt_mask)
 
     def __call__(self, kept: Bool[Tensor, "circuit item"]) -> Float[Tensor, "circuit example"]:
-        """The metric of each circuit on each pair, in the target's units."""
+        """The metric of each circuit on each pair, in the target's units.
+
+        Args:
+            kept: True at the items of each circuit.
+        """
         if kept.ndim != 2 or kept.shape[1] != len(self.items):
             raise RelevanceError(f"masks must have shape [circuit, {len(self.items)}], got {tuple(kept.shape)}")
         columns = []
@@ -97,14 +113,14 @@ class Ablation:
     def _batches(self) -> Iterator[PromptPairs]:
         """Pairs in pieces of which at least two circuits fit at once."""
         pairs = self.pairs
-        return pairs.batches(rows_together(self.model, as_target(pairs.target), pairs.clean, pairs.clean_mask, 16))
+        return pairs.batches(rows_together(self.model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=16))
 
     def _metrics(self, run: NodeHooks | EdgeHooks, kept: Tensor, metric: Callable[[Tensor], Tensor], n: int) -> Tensor:
         with run.hooked(self.items.spread(kept)):
             logits = run.logits(len(kept))
         return torch.stack([metric(logits[i * n : (i + 1) * n]).expand(n) for i in range(len(kept))])
 
-    def _check(self, how_many: str, found: Float[Tensor, " example"], tokens: Tensor, mask: Tensor) -> None:
+    def _check(self, how_many: str, rebuilt: Float[Tensor, " example"], tokens: Tensor, mask: Tensor) -> None:
         """With everything kept the rebuilt model must be the model on the clean prompts, with nothing kept on the corrupt ones."""
         parts, start = [], 0
         with torch.no_grad():
@@ -112,7 +128,7 @@ class Ablation:
                 rows = slice(start, start := start + len(run.pairs))
                 parts.append(run.pairs.metric(self.model)(forward(self.model, tokens[rows], mask[rows])).expand(len(run.pairs)))
         true = torch.cat(parts)
-        gap = float((found - true).abs().max())
+        gap = float((rebuilt - true).abs().max())
         if not gap <= _TOLERANCE * max(1.0, float(true.abs().max())):
             raise RelevanceError(
                 f"with {how_many} item kept the metric is {gap:.1e} off the model's, so its inputs cannot be rebuilt from its parts"

@@ -18,7 +18,11 @@ from lens_relevance.errors import RelevanceError
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """A choice of items. kept: [item], in the order of `items.frame`."""
+    """A choice of items.
+
+    Attributes:
+        kept: True at the items of the circuit, [item], in the order of `items.frame`.
+    """
 
     items: Items
     kept: Bool[np.ndarray, " item"]
@@ -46,7 +50,11 @@ def top(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
 
 
 def above(scores: ItemScores, threshold: float, order: Order = "absolute") -> Circuit:
-    """Items of at least this score (`signed`) or |score| (`absolute`); raises RelevanceError where there are none."""
+    """Items of at least this score (`signed`) or |score| (`absolute`).
+
+    Raises:
+        RelevanceError: there are none.
+    """
     values = scores.values(order)
     kept = values >= threshold
     if not kept.any():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.items import Items
 from analyses.circuits.runs import forward, replacements
@@ -34,7 +35,7 @@ class EdgeHooks:
     Rows are ordered by member of a group, circuit, example. Tensors of the stream are [circuit, pos, ..., example, d_model].
     """
 
-    def __init__(self, model: Any, wiring: Wiring, items: Items, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
+    def __init__(self, model: TransformerBridge, wiring: Wiring, items: Items, *, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
         self.model, self.wiring, self.pairs = model, wiring, pairs
         self.place = {name: i for i, name in enumerate(items.writers)}
         self.reader = {name: i for i, name in enumerate(items.readers)}
@@ -42,7 +43,7 @@ class EdgeHooks:
         names = ["blocks.0.hook_in"]
         for layer in wiring.layers:
             names += [layer.z.output_name] + ([layer.mlp_write] if layer.has_mlp else [])
-        self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names, mean_tokens)
+        self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names=names, mean_tokens=mean_tokens)
         pos, d_model = pairs.clean.shape[1], int(model.cfg.d_model)
         readers = max(len(layer.attn_readers) for layer in wiring.layers)
         per_position = d_model * (len(items.writers) + 3 * readers) + self.copies * int(model.cfg.d_vocab)
@@ -72,6 +73,7 @@ class _Rebuild:
         self.queries: dict[str, Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
+        """HookPoints and what is done at each, in the order of the forward."""
         listed: list[tuple[str, Any]] = [("blocks.0.hook_in", self._hook(self._embedded))]
         for layer in self.run.wiring.layers:
             listed.append((layer.attn_input, self._hook(self._attention_reads, layer)))
@@ -187,7 +189,7 @@ def _written(layer: Layer, z: Float[Tensor, "row pos head d_head"]) -> Float[Ten
     parts = torch.einsum("bphe,dhe->hbpd", z, output.weight.to(z.dtype).unflatten(1, (-1, z.shape[-1])))
     if layer.attn_post is not None:
         total = parts.sum(0) if output.bias is None else parts.sum(0) + output.bias.to(z.dtype)
-        parts = push(layer.attn_post, LNRule(), total, None, parts)
+        parts = push(layer.attn_post, LNRule(), total, reference=None, parts=parts)
     return parts.permute(1, 2, 0, 3)
 
 

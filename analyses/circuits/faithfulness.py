@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
@@ -32,7 +33,13 @@ METHODS = ("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradi
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve:
-    """`frame`: columns k, share (k over the number of items), metric (mean over examples), faithfulness. cpr, cmd: its two areas."""
+    """Faithfulness of circuits of growing size.
+
+    Attributes:
+        frame: columns k, share (k over the number of items), metric (mean over examples), faithfulness.
+        method, order: how items were ordered.
+        cpr, cmd: the areas under f and under |1 - f|.
+    """
 
     frame: pd.DataFrame
     method: str
@@ -54,7 +61,11 @@ def areas(share: Float[np.ndarray, " k"], faithfulness: Float[np.ndarray, " k"])
 
 
 def faithfulness(ablation: Ablation, circuits: Sequence[Circuit]) -> np.ndarray:
-    """f of each circuit, [circuit]. Raises RelevanceError where full and empty circuit have the same metric, or one is empty."""
+    """f of each circuit, [circuit].
+
+    Raises:
+        RelevanceError: the full and the empty circuit have the same metric, or a circuit is empty.
+    """
     if not circuits:
         raise RelevanceError("there is no circuit to evaluate")
     if any(len(circuit) == 0 for circuit in circuits):
@@ -81,7 +92,7 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
 
 @left_as_found
 def faithfulness_table(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
     *,
@@ -91,9 +102,14 @@ def faithfulness_table(
 ) -> pd.DataFrame:
     """CMD and CPR of each method (see `score_items`): columns method, order, cmd, cpr, best CMD first. Edges leave `patching` out.
 
-    held_out: pairs that circuits are evaluated on, found on `pairs`. cmd and cpr are then those on held-out pairs, and a further column,
-    `selection_cmd`, is the CMD on `pairs`, by which rows are ordered: the first row is the method that one would have chosen, and its cmd
-    what it is worth. `random` is the mean over five seeds.
+    Args:
+        pairs: on which circuits are found, and evaluated unless there are held-out pairs.
+        methods: names or Estimators (see `score_items`); `random` is the mean over five seeds.
+        level: what circuits are made of, "node" or "edge".
+        seed: of the first random order.
+        held_out: pairs that circuits are evaluated on. cmd and cpr are then those on held-out pairs, and a further column, `selection_cmd`,
+            is the CMD on `pairs`, by which rows are ordered: the first row is the method that one would have chosen, and its cmd what it is
+            worth.
     """
     found_on = Ablation(model, pairs, level)
     evaluated_on = found_on if held_out is None else Ablation(model, held_out, level)

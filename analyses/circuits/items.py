@@ -24,8 +24,12 @@ _SAME_IN_BOTH = ("pos_embed", "bias")
 class Items:
     """All items of a model at one level, in the order of `frame`.
 
-    frame: columns node (and position), or source, target (and position). pos: positions told apart, or 1.
-    index: [item, 2 or 3]: position, writer among `writers`, and for edges the reader among `readers`.
+    Attributes:
+        level: "node" or "edge".
+        frame: columns node (and position), or source, target (and position).
+        writers, readers: names, in the order of the model's computation.
+        pos: how many positions have items of their own, or 1.
+        index: [item, 2 or 3]: position, writer among `writers`, and for edges the reader among `readers`.
     """
 
     level: Level
@@ -46,7 +50,12 @@ class Items:
         return result
 
     def gather(self, scores: Float[Tensor, "batch pos ..."], names: list[str]) -> Float[Tensor, "batch item"]:
-        """Scores [batch, pos, writer(, reader)] item by item; summed over positions where these are not told apart. names: the writers."""
+        """Scores item by item, summed over positions where these have no items of their own.
+
+        Args:
+            scores: [batch, pos, writer] or [batch, pos, writer, reader].
+            names: the writers of `scores`.
+        """
         at = torch.tensor([names.index(writer) for writer in self.writers])[torch.from_numpy(self.index[:, 1])]
         summed = scores.sum(1, keepdim=True) if self.pos == 1 else scores
         where = (torch.from_numpy(self.index[:, 0]), at, *(torch.from_numpy(c) for c in self.index.T[2:]))
@@ -54,7 +63,11 @@ class Items:
 
 
 def list_items(wiring: Wiring, level: Level, pos: int | None = None) -> Items:
-    """The items of a model; pos: tell this many positions apart, None for none."""
+    """The items of a model.
+
+    Args:
+        pos: how many positions have items of their own; None for items at all positions together.
+    """
     writers = [name for name in wiring.writers if name not in _SAME_IN_BOTH]
     available = wiring.available()
     skipped = len(wiring.writers) - len(writers)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.items import Items
 from analyses.circuits.runs import forward, replacements
@@ -21,12 +22,14 @@ Masks = Bool[Tensor, "circuit pos writer"]
 class NodeHooks:
     """Clean runs of some pairs, one per circuit, with what circuits leave out replaced."""
 
-    def __init__(self, model: Any, wiring: Wiring, items: Items, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
+    def __init__(self, model: TransformerBridge, wiring: Wiring, items: Items, *, pairs: PromptPairs, mean_tokens: Tensor | None) -> None:
         self.model, self.wiring, self.pairs = model, wiring, pairs
         self.place = {name: i for i, name in enumerate(items.writers)}
         heads = [layer.z.output_name for layer in wiring.layers]
         mlps = [layer.mlp_output for layer in wiring.layers if layer.has_mlp]
-        self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, ["blocks.0.hook_in", *heads, *mlps], mean_tokens)
+        self.other = replacements(
+            model, pairs.corrupt, pairs.corrupt_mask, names=["blocks.0.hook_in", *heads, *mlps], mean_tokens=mean_tokens
+        )
         widest = max(int(model.cfg.d_vocab), 8 * int(model.cfg.d_model))
         self.bytes_per_row = pairs.clean.shape[1] * widest * 8
 

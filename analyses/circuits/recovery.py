@@ -20,7 +20,12 @@ Key = str | Node | tuple[str | Node, ...]
 
 @dataclass(frozen=True)
 class Overlap:
-    """precision: share of the circuit that is known; recall: share of the known that is in the circuit."""
+    """How far a circuit and a known one agree.
+
+    Attributes:
+        precision: share of the circuit that is known.
+        recall: share of the known that is in the circuit.
+    """
 
     precision: float
     recall: float
@@ -35,7 +40,8 @@ class Overlap:
 def known_circuit(items: Items, known: Collection[Key]) -> Circuit:
     """The circuit of nodes (`"L0H1"`) or edges (`("embed", "L0H1.q")`), at all positions.
 
-    Raises RelevanceError for an empty one and for names that are no items.
+    Raises:
+        RelevanceError: an empty circuit, or a name that is no item.
     """
     if not known:
         raise RelevanceError("the known circuit is empty")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 Recorded = dict[str, Tensor]
 
 
-def forward(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]) -> Tensor:
+def forward(model: TransformerBridge, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]) -> Tensor:
     """Logits [row, pos, vocab]."""
     hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
     logits = model(tokens, return_type="logits", use_cache=False, **hidden)
@@ -19,22 +20,22 @@ def forward(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row p
     return logits
 
 
-def record(model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], names: list[str]) -> Recorded:
+def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], *, names: list[str]) -> Recorded:
     """Activations at `names` in a run of the model."""
-    found: Recorded = {}
+    recorded: Recorded = {}
 
     def keep(x: Tensor, hook: Any, name: str) -> Tensor:
-        found[name] = x.detach()
+        recorded[name] = x.detach()
         return x
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, lambda x, hook, name=name: keep(x, hook, name)) for name in names]):
         forward(model, tokens, mask)
-    return found
+    return recorded
 
 
-def replacements(model: Any, tokens: Tensor, mask: Tensor, names: list[str], mean_tokens: Tensor | None) -> Recorded:
+def replacements(model: TransformerBridge, tokens: Tensor, mask: Tensor, *, names: list[str], mean_tokens: Tensor | None) -> Recorded:
     """What removed items are set to: values of these (corrupt) prompts, or their mean over `mean_tokens`."""
     if mean_tokens is None:
-        return record(model, tokens, mask, names)
-    found = record(model, mean_tokens, torch.ones_like(mean_tokens), names)
-    return {name: x.mean(0, keepdim=True).expand(len(tokens), *x.shape[1:]) for name, x in found.items()}
+        return record(model, tokens, mask, names=names)
+    of_mean_prompts = record(model, mean_tokens, torch.ones_like(mean_tokens), names=names)
+    return {name: x.mean(0, keepdim=True).expand(len(tokens), *x.shape[1:]) for name, x in of_mean_prompts.items()}

@@ -30,8 +30,12 @@ _BATCH = 8
 class ItemScores:
     """One score per item, in the order of `items.frame`.
 
-    signed: mean over examples of the estimate of what the item adds to the target. strength: mean over examples of its absolute value.
-    downwards: whether the full circuit's metric is lower than the empty one's, so that a negative score carries it towards the full one.
+    Attributes:
+        items: what is scored.
+        method: its name.
+        signed: mean over examples of the estimate of what the item adds to the target.
+        strength: mean over examples of the absolute value of that estimate.
+        downwards: whether the full circuit's metric is lower than the empty one's, so that a negative score leads towards the full one.
     """
 
     items: Items
@@ -99,7 +103,7 @@ def _estimates(ablation: Ablation, method: Estimator, run: Run) -> Float[Tensor,
         wanted = "edges" if items.level == "edge" else "the embeddings, every head and every MLP" + (" by position" * (items.pos > 1))
         raise RelevanceError(f"{method.name} cannot order these items, which are {wanted}: {scored}; choose a ruleset or eap_ig")
     everything, batches = ablation.pairs, []
-    size = rows_together(ablation.model, as_target(everything.target), everything.clean, everything.clean_mask, _BATCH)
+    size = rows_together(ablation.model, as_target(everything.target), everything.clean, mask=everything.clean_mask, size=_BATCH)
     for batch in everything.batches(size):
         parts = [weight * _one_run(ablation, method, pairs) for weight, pairs in method.parts(batch, run)]
         batches.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
@@ -132,6 +136,6 @@ def _patching(ablation: Ablation) -> Tensor:
         return noising.T
     pairs = ablation.pairs
     swapped = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean, clean_mask=pairs.corrupt_mask, corrupt_mask=pairs.clean_mask)
-    corrupt = Ablation(ablation.model, swapped, "node", ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
+    corrupt = Ablation(ablation.model, swapped, "node", by_position=ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
     denoising = corrupt(alone) - corrupt.full
     return (denoising + noising).T / 2

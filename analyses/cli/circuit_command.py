@@ -26,6 +26,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def circuit(
+    *,
     model: Model = "embedded",
     methods: Annotated[str | None, typer.Option(help="Comma-separated rulesets, eap_ig, patching, random; all if left out.")] = None,
     level: Annotated[str, typer.Option(help="node or edge: what a circuit is made of.")] = "node",
@@ -51,7 +52,7 @@ def circuit(
     if level not in ("node", "edge"):
         raise RelevanceError(f"level is node or edge, not {level!r}")
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
-    question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
+    question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
     half = len(question.pairs) // 2
     if half == 0:

@@ -28,6 +28,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def compare(
+    *,
     model: Model = "embedded",
     methods: Annotated[
         str | None, typer.Option(help="Comma-separated rulesets, eap_ig, conductance, weighted_accumulation, ...; all if left out.")
@@ -58,20 +59,20 @@ def compare(
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
     here = processes()
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
-    question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
+    question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
     wanted = [name.strip() for name in components.split(",")]
-    found = compare_methods(loaded, question.pairs, chosen, wanted, yardstick, checkpoint=checkpoint)
+    comparison = compare_methods(loaded, question.pairs, chosen, components=wanted, direction=yardstick, checkpoint=checkpoint)
     if here.index:
         return  # every process has the result; the first one speaks
     if out.suffix == ".csv":
-        found.table.to_csv(out, index=False)
+        comparison.table.to_csv(out, index=False)
     else:
-        comparison_page(found, model, describe(question.pairs.target, loaded), question.words, typed_command()).save(out)
+        comparison_page(comparison, model, describe(question.pairs.target, loaded), words=question.words, command=typed_command()).save(out)
     console = Console()
     console.print(
-        frame_table(correlation_table(found.table, brief=True), f"Pearson with activation patching ({direction}), {question.words}")
+        frame_table(correlation_table(comparison.table, brief=True), f"Pearson with activation patching ({direction}), {question.words}")
     )
-    console.print(frame_table(best_methods(found.table), "Best"))
-    if found.table["pearson"].isna().any():
+    console.print(frame_table(best_methods(comparison.table), "Best"))
+    if comparison.table["pearson"].isna().any():
         console.print(UNDEFINED, markup=False, highlight=False)
-    console.print(f"patching itself: {found.patching_seconds:.1f} s; all figures: {out}", markup=False, highlight=False)
+    console.print(f"patching itself: {comparison.patching_seconds:.1f} s; all figures: {out}", markup=False, highlight=False)

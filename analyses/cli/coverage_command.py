@@ -21,6 +21,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def coverage(
+    *,
     model: Model = "embedded",
     sites: Annotated[bool, typer.Option("--sites", help="List every site too.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv with all sites and rulesets.")] = None,
@@ -33,14 +34,14 @@ def coverage(
     from analyses.report.terminal import frame_table
     from lens_relevance import coverage as covered
 
-    found = covered(load_model(model, trust_remote_code, dtype=dtype, device=device))
+    report = covered(load_model(model, trust_remote_code, dtype=dtype, device=device))
     console = Console()
-    console.print(frame_table(found.rulesets, f"Rulesets on {model}"))
-    for part, reason in found.uncovered.items():
+    console.print(frame_table(report.rulesets, f"Rulesets on {model}"))
+    for part, reason in report.uncovered.items():
         console.print(f"no site: {part}: {reason}", markup=False, highlight=False)
     if sites:
         console.print(
-            frame_table(found.sites[["site", "operation", "live", "off", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")
+            frame_table(report.sites[["site", "operation", "live", "off", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")
         )
     if out is not None:
-        found.sites.to_csv(out, index=False)
+        report.sites.to_csv(out, index=False)

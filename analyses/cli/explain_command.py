@@ -30,6 +30,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def explain(
+    *,
     model: Model = "embedded",
     rules: Rules = None,
     prompt: Prompt = None,
@@ -55,7 +56,10 @@ def explain(
 
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     if method is None:
-        show(find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules), Console())
+        question = asked_question(
+            loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed
+        )
+        show(find(loaded, question, rules), Console())
         return
     from analyses.models.structure import check_answers_text
     from analyses.report.token_explanation import explain_tokens, reads_two_sets, target_of
@@ -71,6 +75,6 @@ def explain(
     elif reads_two_sets(loaded):
         raise RelevanceError("this model has an encoder and a decoder, which no task fits: give a --prompt")
     else:
-        pair = asked_question(loaded, None, answer, wrong, None, task, pairs, n, seed).pairs[slice(0, 1)]
+        pair = asked_question(loaded, answer=answer, wrong=wrong, task=task, pairs=pairs, n=n, seed=seed).pairs[slice(0, 1)]
         asked, target = pair.clean, pair.target
-    Console().print(explain_tokens(loaded, asked, target, method, rules or "gradient"))
+    Console().print(explain_tokens(loaded, asked, target, method=method, rules=rules or "gradient"))

@@ -29,6 +29,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def graph(
+    *,
     model: Model = "embedded",
     rules: Rules = None,
     prompt: Prompt = None,
@@ -56,18 +57,18 @@ def graph(
         raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json or .graphml")
     files = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
-    question = asked_question(loaded, prompt, answer, wrong, against, task, None, 1, seed)
+    question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, n=1, seed=seed)
     pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
     counterpart = random_tokens(8) if question.baseline else pair.corrupt
     reference = counterpart if needs_reference(ruleset(chosen)) else None
-    found = flow_graph(loaded, pair.clean, pair.target, chosen, reference=reference).prune(top=top)
+    flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
     for file in files:
         if file.suffix == ".json":
-            found.to_json(file)
+            flow.to_json(file)
         elif file.suffix == ".graphml":
-            found.to_graphml(file)
+            flow.to_graphml(file)
         else:
-            found.show().save(file)
-    Console().print(frame_table(found.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
-    typer.echo("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(found.tokens)))
-    typer.echo(f"{', '.join(map(str, files))}: {len(found.edges)} edges, {len(found.nodes)} nodes, {question.target_in_words(loaded)}")
+            flow.show().save(file)
+    Console().print(frame_table(flow.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
+    typer.echo("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(flow.tokens)))
+    typer.echo(f"{', '.join(map(str, files))}: {len(flow.edges)} edges, {len(flow.nodes)} nodes, {question.target_in_words(loaded)}")

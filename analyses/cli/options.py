@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from analyses.report import Question
 
 # torch and transformers take seconds to import, so each command imports what it needs: --help answers at once.
@@ -64,13 +66,14 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def asked_question(
-    model: Any,
-    prompt: str | None,
-    answer: str | None,
-    wrong: str | None,
-    against: str | None,
-    task: str | None,
-    pairs: Path | None,
+    model: TransformerBridge,
+    *,
+    prompt: str | None = None,
+    answer: str | None = None,
+    wrong: str | None = None,
+    against: str | None = None,
+    task: str | None = None,
+    pairs: Path | None = None,
     n: int,
     seed: int,
 ) -> Question:
@@ -87,8 +90,8 @@ def asked_question(
     if prompt is None:
         if stray := [name for name, given in {"--answer": answer, "--wrong": wrong, "--against": against}.items() if given is not None]:
             raise RelevanceError(f"{stray[0]} goes with --prompt")
-        return from_task(model, task, n, seed) if pairs is None else from_pairs(PromptPairs.from_file(model, pairs), str(pairs))
-    return from_prompt(model, prompt, answer, wrong, against)
+        return from_task(model, task, n, seed=seed) if pairs is None else from_pairs(PromptPairs.from_file(model, pairs), str(pairs))
+    return from_prompt(model, prompt, answer, wrong=wrong, against=against)
 
 
 def typed_command() -> str:

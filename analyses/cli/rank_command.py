@@ -28,6 +28,7 @@ from analyses.cli.options import (
 @clean_errors
 def rank(
     what: Annotated[str, typer.Argument(help="heads or neurons")] = "heads",
+    *,
     model: Model = "embedded",
     method: Annotated[str, typer.Option(help="A ruleset, eap_ig, conductance, weighted_accumulation, ...")] = "deeplift",
     task: Task = None,
@@ -53,7 +54,7 @@ def rank(
         raise RelevanceError(f"rank heads or neurons, not {what!r}")
     here = processes()
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
-    question = asked_question(loaded, None, None, None, None, task, pairs, n, seed)
+    question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
     ranking = (rank_heads if what == "heads" else rank_neurons)(loaded, question.pairs, method, ablate=ablate, checkpoint=checkpoint)
     if here.index:
         return  # every process has the result; the first one speaks

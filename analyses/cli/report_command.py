@@ -31,6 +31,7 @@ from analyses.cli.options import (
 @app.command()
 @clean_errors
 def report(
+    *,
     model: Model = "embedded",
     rules: Rules = None,
     prompt: Prompt = None,
@@ -52,7 +53,8 @@ def report(
     from analyses.report import find, report_page
 
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
-    found = find(loaded, asked_question(loaded, prompt, answer, wrong, against, task, pairs, n, seed), rules, with_graph=True)
-    report_page(found, typed_command()).save(out)
-    pearson = correlation_in_words(found.pearson)
-    typer.echo(f"{out}: {found.target}, {found.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")
+    question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed)
+    findings = find(loaded, question, rules, with_graph=True)
+    report_page(findings, typed_command()).save(out)
+    pearson = correlation_in_words(findings.pearson)
+    typer.echo(f"{out}: {findings.target}, {findings.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")

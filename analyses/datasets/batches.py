@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, Target
@@ -21,7 +21,14 @@ AnyTarget = Target | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Consecutive prompts. start: index of the first among all prompts. reference: the corrupt prompts, where pairs were given."""
+    """Consecutive prompts.
+
+    Attributes:
+        start: index of the first among all prompts.
+        tokens, mask: ids, and 1 where they are real.
+        target: what is explained, of these rows.
+        reference: the corrupt prompts, where pairs were given.
+    """
 
     start: int
     tokens: Int[Tensor, "batch pos"]
@@ -30,10 +37,11 @@ class Batch:
     reference: Int[Tensor, "batch pos"] | None
 
 
-def batches(model: Any, prompts: PromptPairs | Inputs, target: AnyTarget | None = None) -> Iterator[Batch]:
+def batches(model: TransformerBridge, prompts: PromptPairs | Inputs, target: AnyTarget | None = None) -> Iterator[Batch]:
     """Batches of prompts (text or token ids, explained by `target`) or of pairs (clean against corrupt, with the target that they bring).
 
-    Raises RelevanceError for no prompts, and for a target beside pairs.
+    Raises:
+        RelevanceError: no prompts, or a target beside pairs.
     """
     if isinstance(prompts, PromptPairs):
         if target is not None:
@@ -51,7 +59,9 @@ def batches(model: Any, prompts: PromptPairs | Inputs, target: AnyTarget | None 
         yield Batch(start, tokens[rows], mask[rows], of_rows, None if reference is None else reference[rows])
 
 
-def rows_together(model: Any, target: Target, tokens: Int[Tensor, "n pos"], mask: Int[Tensor, "n pos"] | None, size: int) -> int:
+def rows_together(
+    model: TransformerBridge, target: Target, tokens: Int[Tensor, "n pos"], *, mask: Int[Tensor, "n pos"] | None, size: int
+) -> int:
     """How many rows a batch that should have `size` has: all of them, where the target is a function that needs them together."""
     n = len(tokens)
     if not isinstance(target, CallableTarget) or n <= size:
@@ -66,7 +76,7 @@ def rows_together(model: Any, target: Target, tokens: Int[Tensor, "n pos"], mask
     return size if apart else n
 
 
-def text_of(model: Any, tokens: Sequence[int]) -> str:
+def text_of(model: TransformerBridge, tokens: Sequence[int]) -> str:
     """Tokens as text; their ids where the model has no tokenizer."""
     ids = list(tokens)
     return " ".join(map(str, ids)) if getattr(model, "tokenizer", None) is None else str(model.tokenizer.decode(ids))

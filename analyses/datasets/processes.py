@@ -25,7 +25,9 @@ T = TypeVar("T")
 class Processes:
     """This process among all that work on a run.
 
-    index: its number, from 0. count: how many there are.
+    Attributes:
+        index: its number, from 0.
+        count: how many there are.
     """
 
     index: int = 0

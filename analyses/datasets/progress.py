@@ -1,4 +1,4 @@
-"""Progress bars on standard error; silent where nobody watches (pipes, files, continuous integration)."""
+"""Progress bars on standard error; none where that is no terminal (pipes, files, continuous integration)."""
 
 from __future__ import annotations
 

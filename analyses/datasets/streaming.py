@@ -21,6 +21,7 @@ from analyses.datasets.processes import processes
 from analyses.datasets.progress import progress_bar
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 
 _DONE, _SECONDS = "rows_done", "seconds"
 
@@ -42,16 +43,20 @@ class Running(Protocol):
 R = TypeVar("R", bound=Running)
 
 
-class Stream:
-    """The pairs of one run, in batches of `size`.
+class PairStream:
+    """The pairs of one run, batch by batch.
 
-    checkpoint: a folder for what is done so far; a run that was interrupted goes on from there, one that was completed is read from there.
-    settings: everything else that the results depend on (analysis, method, ...), as JSON can hold it.
+    Args:
+        size: pairs per batch.
+        checkpoint: a folder for what is done so far; a run that was interrupted goes on from there, one that was completed is read from
+            there.
+        settings: everything else that the results depend on (analysis, method, ...), as JSON can hold it.
 
-    Raises RelevanceError where there are no pairs, or the checkpoint is one of another run.
+    Raises:
+        RelevanceError: there are no pairs, or the checkpoint is one of another run.
     """
 
-    def __init__(self, model: Any, pairs: PromptPairs, size: int, checkpoint: str | Path | None = None, **settings: Any) -> None:
+    def __init__(self, model: HookedModel, pairs: PromptPairs, size: int, *, checkpoint: str | Path | None = None, **settings: Any) -> None:
         if not len(pairs):
             raise RelevanceError("there are no pairs to go through")
         if size < 1:
@@ -64,10 +69,12 @@ class Stream:
             run = fingerprint(model, pairs, **settings, batch_size=size, processes=self.processes.count)
             self.checkpoint = Checkpoint(checkpoint, run)
 
-    def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str, name: str = "sums") -> R:
+    def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str, *, name: str = "sums") -> R:
         """A `new()`, after it has taken in what `step` makes of every batch of every process; nothing is kept per pair.
 
-        name: by which the checkpoint knows these sums; another one for each fold of a run.
+        Args:
+            description: beside the progress bar.
+            name: by which the checkpoint knows these sums; another one for each fold of a run.
         """
         mine, name, done = new(), f"{name}-{self.processes.index}", 0
         if (saved := self._load(name)) is not None:
@@ -85,21 +92,27 @@ class Stream:
         return whole
 
     def collect(
-        self, name: str, step: Callable[[PromptPairs], dict[str, Tensor]], description: str, size: int | None = None
+        self, name: str, step: Callable[[PromptPairs], dict[str, Tensor]], description: str, *, size: int | None = None
     ) -> tuple[dict[str, Tensor], float]:
-        """What `step` makes of every batch, [pair, ...] by name, all pairs of all processes in order; and the seconds this took.
+        """What `step` makes of every batch, of all processes in order.
 
-        size: another batch size. The seconds are those of the slowest process, with those from before an interruption.
+        Args:
+            name: by which the checkpoint knows these results.
+            description: beside the progress bar.
+            size: another batch size.
+
+        Returns:
+            Tensors [pair, ...] by name, and the seconds this took: those of the slowest process, with those from before an interruption.
         """
         parts = []
         for start, batch in self._batches(size or self.size, description):
             part = f"{re.sub(r'[^0-9A-Za-z]+', '_', name)}-{self.first + start}"
-            if (found := self._load(part)) is None:
+            if (results := self._load(part)) is None:
                 began = time.perf_counter()
-                found = {key: values.detach().double().cpu() for key, values in step(batch).items()}
-                found[_SECONDS] = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-                self._save(part, found)
-            parts.append(found)
+                results = {key: values.detach().double().cpu() for key, values in step(batch).items()}
+                results[_SECONDS] = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+                self._save(part, results)
+            parts.append(results)
         everyone = self.processes.gather(parts)
         seconds = max(float(sum(part[_SECONDS] for part in mine)) for mine in everyone)
         whole = [part for mine in everyone for part in mine]

@@ -1,7 +1,8 @@
 """What a component does: where a head looks and what it writes, when a neuron fires, and how heads score on known patterns."""
 
-from analyses.describe.components_in_words import HeadDescription, NeuronDescription, describe_head, describe_neuron
+from analyses.describe.attention_patterns import pattern_scores
 from analyses.describe.direct_logits import DirectLogits
-from analyses.describe.pattern_scores import pattern_scores
+from analyses.describe.head_descriptions import HeadDescription, describe_head
+from analyses.describe.neuron_descriptions import NeuronDescription, describe_neuron
 
 __all__ = ["DirectLogits", "HeadDescription", "NeuronDescription", "describe_head", "describe_neuron", "pattern_scores"]

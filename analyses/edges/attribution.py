@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.edges.heads import Constants, HeadCoefficients, head_coefficients, rotary_constants
 from analyses.edges.readers import attention_readers, mlp_reader
-from analyses.edges.stream import Stream
+from analyses.edges.residual_stream import ResidualStream
 from analyses.edges.wiring import Wiring, points, wiring
 from analyses.edges.writers import sources, writes
 from lens_relevance.cache import RelevanceCache
@@ -78,9 +79,10 @@ class EdgeAttribution:
 
 @left_as_found
 def attribute_edges(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     reference: Any = None,
     attention_mask: Tensor | None = None,
@@ -95,38 +97,54 @@ def attribute_edges(
     With a post-norm (Gemma2, OLMo2) a contribution is the writer's part of the norm's output under the norm's rule; where the stream itself
     passes norms (BERT), every contribution in it does.
 
-    Raises RelevanceError for bad input, CoverageError for a model whose residual stream is not the sum of what is known to be written.
+    Args:
+        inputs, target, rules, reference, attention_mask: as for `propagate`.
+
+    Raises:
+        RelevanceError: bad input.
+        CoverageError: a model whose residual stream is not the sum of what is known to be written.
     """
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
-    table, found = ruleset(rules), wiring(model)
+    table, streams = ruleset(rules), wiring(model)
     results = [
-        edges_of(found, cache, constants, table)[0]
-        for cache, constants in passes(model, found, inputs, target, rules, reference, attention_mask)
+        edges_of(streams, cache, constants, table=table)[0]
+        for cache, constants in passes(
+            model, streams, inputs, target=target, rules=rules, reference=reference, attention_mask=attention_mask
+        )
     ]
     return results[0] if len(results) == 1 else _mean(results)
 
 
 def passes(
-    model: Any,
-    found: Wiring,
+    model: TransformerBridge,
+    streams: Wiring,
     inputs: Inputs,
+    *,
     target: Target | Callable[[Tensor], Tensor] | None,
     rules: str | Table,
     reference: Any,
     attention_mask: Tensor | None = None,
     flows: bool = False,
 ) -> Iterator[tuple[RelevanceCache, Constants]]:
-    """One backward pass per reference run, with everything kept that edges need; `flows`: also what flows inside heads and MLPs need."""
-    if flows and all(site.name != "unembed" for site in found.body.sites):
+    """One backward pass per reference run, with everything kept that edges need.
+
+    Args:
+        flows: also keep what flows inside heads and MLPs need.
+        inputs, target, rules, reference, attention_mask: as for `propagate`.
+
+    Raises:
+        CoverageError: the model lacks something that edges need.
+    """
+    if flows and all(site.name != "unembed" for site in streams.body.sites):
         raise CoverageError("flows end at the logits of tokens (unembed), and this model has none: it gives classes or a hidden state")
-    wanted = set(points(found, flows))
+    wanted = set(points(streams, flows))
     tokens, mask = tokenize(model, inputs, attention_mask)
     references = [reference]
     if getattr(reference, "n", 1) > 1:
         runs = reference_run(model, reference, Prompt(tokens, mask))
         references = [runs.prompt.tokens[i :: runs.n] for i in range(runs.n)]
     for each in references:
-        with rotary_constants(found) as constants:
+        with rotary_constants(streams) as constants:
             cache = propagate(
                 model, tokens, target, rules=rules, names_filter=lambda name: name in wanted, reference=each, attention_mask=mask
             )
@@ -137,36 +155,42 @@ def passes(
 
 
 def edges_of(
-    found: Wiring, cache: RelevanceCache, constants: Constants, table: Table, flows: bool = False, values: RelevanceCache | None = None
+    streams: Wiring, cache: RelevanceCache, constants: Constants, *, table: Table, flows: bool = False, values: RelevanceCache | None = None
 ) -> tuple[EdgeAttribution, list[HeadCoefficients]]:
     """Edges from one backward pass, walking up the layers, and what happens inside the heads of each.
 
-    values: another pass whose contributions meet the coefficients of `cache` (integrated gradients).
+    Args:
+        streams: who writes and who reads.
+        cache: the pass whose coefficients count; it holds what `passes` asks for.
+        constants: see `rotary_constants`.
+        table: the rules of that pass.
+        flows: also what passes inside heads.
+        values: another pass whose contributions meet the coefficients of `cache` (integrated gradients).
     """
     inside, values = [], cache if values is None else values
     with torch.no_grad():
-        stream = Stream(found, cache, values)
-        stream.write(sources(found, values, cache, table))
-        for layer in found.layers:
-            heads = head_coefficients(layer, cache, table, constants, flows)
+        stream = ResidualStream(streams, cache, values)
+        stream.write(sources(streams, values, cache, table=table))
+        for layer in streams.layers:
+            heads = head_coefficients(layer, cache, table, constants=constants, flows=flows)
             inside.append(heads)
-            stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads), layer.attn_input)
+            stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads=heads), layer.attn_input)
             if layer.has_mlp and layer.parallel:  # reads what attention reads
                 stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
-            for written, norm in zip(writes(layer, values, cache, table), (layer.attn_after, layer.mlp_after), strict=False):
+            for written, norm in zip(writes(layer, values, cache, table=table), (layer.attn_after, layer.mlp_after), strict=False):
                 stream.write(written)
                 if norm is not None:
                     stream.normalize(norm, rule_for(table, norm))
                 if written.names == layer.heads and layer.has_mlp and not layer.parallel:
                     stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
-        stream.read(["logits"], working(cache.coefficients[found.final]).unsqueeze(0), found.final)
-    available = found.available()
-    limit = torch.tensor([available[name] for name in found.readers])
+        stream.read(["logits"], working(cache.coefficients[streams.final]).unsqueeze(0), streams.final)
+    available = streams.available()
+    limit = torch.tensor([available[name] for name in streams.readers])
     edges = EdgeAttribution(
-        writers=found.writers,
-        readers=found.readers,
+        writers=streams.writers,
+        readers=streams.readers,
         scores=stream.scores,
-        exists=torch.arange(len(found.writers)).unsqueeze(1) < limit,
+        exists=torch.arange(len(streams.writers)).unsqueeze(1) < limit,
         writer_scores=stream.writer_scores,
         reader_scores=stream.reader_scores,
         value=cache.value,

@@ -26,11 +26,15 @@ Names = tuple[str, ...]
 class Flows:
     """Scores of one prompt.
 
-    edges: by (kind, sources, targets): `residual` [pos, writer, reader]; `within` a position [name, pos]; `between` positions
-        [name, destination, source], where sources and targets are given name by name.
-    nodes: by names, [name, pos]. sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation (of a mixture of
-        experts: all that stays inside it).
-    neurons: by MLP, [pos, neuron]. value: the target, less that of the reference run.
+    Attributes:
+        edges: by (kind, sources, targets): `residual` [pos, writer, reader]; `within` a position [name, pos]; `between` positions
+            [name, destination, source], where sources and targets are given name by name.
+        nodes: by names, [name, pos].
+        sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation (of a mixture of experts: all that stays
+            inside it).
+        neurons: by MLP, [pos, neuron].
+        value: the target, less that of the reference run.
+        info: model, ruleset, target, reference and versions.
     """
 
     edges: dict[tuple[str, Names, Names], Tensor]
@@ -41,7 +45,7 @@ class Flows:
     info: dict[str, str]
 
 
-def flows_of(wiring: Wiring, cache: RelevanceCache, edges: EdgeAttribution, heads: list[HeadCoefficients]) -> Flows:
+def flows_of(wiring: Wiring, cache: RelevanceCache, edges: EdgeAttribution, *, heads: list[HeadCoefficients]) -> Flows:
     """The flows of the first row of a pass that kept them (`passes(..., flows=True)`)."""
     reader = {name: i for i, name in enumerate(edges.readers)}
     entering = edges.reader_scores[0].T

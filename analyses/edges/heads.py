@@ -34,8 +34,11 @@ Constants = dict[str, Tensor]
 class HeadCoefficients:
     """Coefficients at q, k and v (before rotation and q_norm) per query head, and relevance carried by each within the head.
 
-    from_q: [batch, head, query]; from_k, from_v: [batch, head, query, key], from source token (key) to destination (query). None unless
-    flows were asked for. softmax, product: relevance that stays at those steps, [batch, head, query].
+    Attributes:
+        q, k, v: coefficients.
+        from_q: relevance that each query carries, [batch, head, query]; like what follows, None unless flows were asked for.
+        from_k, from_v: relevance carried from source token (key) to destination (query), [batch, head, query, key].
+        softmax, product: relevance that stays at those steps, [batch, head, query].
     """
 
     q: Heads
@@ -48,10 +51,12 @@ class HeadCoefficients:
     product: Tensor | None = None
 
 
-def head_coefficients(layer: Layer, cache: RelevanceCache, table: Table, constants: Constants, flows: bool) -> HeadCoefficients:
+def head_coefficients(layer: Layer, cache: RelevanceCache, table: Table, *, constants: Constants, flows: bool) -> HeadCoefficients:
     """The coefficients of one layer's heads, from those of a backward pass under `table`.
 
-    constants: raw tensors at hook_cos and hook_sin (see `rotary_constants`).
+    Args:
+        constants: tensors at hook_cos and hook_sin (see `rotary_constants`).
+        flows: also what passes from token to token.
     """
     q, k, v = (working(_coefficient(cache, site.output_name)) for site in (layer.q, layer.k, layer.v))
     group = layer.geometry.group
@@ -141,7 +146,7 @@ class _Attention:
             members = to_k.unflatten(1, (-1, geometry.group)).movedim(2, 0)  # the n-th query heads of all groups pass the norm together
             flat = x.ndim == 3
             upstream = members.transpose(2, 3).flatten(3) if flat else members
-            members = pull(layer.k_norm, rule_for(self.table, layer.k_norm), x, other, upstream)
+            members = pull(layer.k_norm, rule_for(self.table, layer.k_norm), x, reference=other, upstream=upstream)
             members = members.unflatten(-1, (-1, geometry.d_head)).transpose(2, 3) if flat else members
             to_k = members.movedim(0, 2).flatten(1, 2)
         return to_k.transpose(1, 2)
@@ -192,19 +197,19 @@ def rotary_constants(wiring: Wiring) -> Iterator[Constants]:
 
     Sites that need call arguments (masks, positions) of their module are handed those as well.
     """
-    found: Constants = {}
+    constants: Constants = {}
     handles = []
     for layer in wiring.layers:
         for attribute in ("hook_cos", "hook_sin"):
             point = getattr(layer.component, attribute, None)
             if point is not None:
-                handles.append(point.register_forward_hook(lambda m, _, out: found.__setitem__(str(m.name), out.detach())))
+                handles.append(point.register_forward_hook(lambda m, _, out: constants.__setitem__(str(m.name), out.detach())))
         site = layer.scores
         if site.caller is not None and site.on_call is not None:
             tell = site.on_call
             handles.append(site.caller.register_forward_pre_hook(lambda _, a, k, tell=tell: tell(a, k), with_kwargs=True))
     try:
-        yield found
+        yield constants
     finally:
         for handle in handles:
             handle.remove()

@@ -22,7 +22,7 @@ from lens_relevance.sites import Site
 Coefficients = Float[Tensor, "reader batch pos d_model"]
 
 
-def attention_readers(layer: Layer, cache: RelevanceCache, table: Table, heads: HeadCoefficients) -> Coefficients:
+def attention_readers(layer: Layer, cache: RelevanceCache, table: Table, *, heads: HeadCoefficients) -> Coefficients:
     """Coefficients of q of every head, then k, then v, at the stream that attention reads."""
     at_norm = []
     for site, coefficient in ((layer.q, heads.q), (layer.k, heads.k), (layer.v, heads.v)):
@@ -43,4 +43,4 @@ def mlp_reader(layer: Layer, cache: RelevanceCache, table: Table) -> Coefficient
 
 def _through(norm: Site | None, point: str, cache: RelevanceCache, table: Table, coefficients: Tensor) -> Coefficients:
     rule: Rule = PLAIN if norm is None else rule_for(table, norm)
-    return pull(norm, rule, cache.activations[point], cache.reference_activations.get(point), coefficients)
+    return pull(norm, rule, cache.activations[point], reference=cache.reference_activations.get(point), upstream=coefficients)

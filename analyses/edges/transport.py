@@ -16,11 +16,15 @@ from lens_relevance.sites import Site
 
 
 def pull(
-    site: Site | None, rule: Rule, x: Tensor, reference: Tensor | None, upstream: Float[Tensor, "*lead d"]
+    site: Site | None, rule: Rule, x: Tensor, *, reference: Tensor | None, upstream: Float[Tensor, "*lead d"]
 ) -> Float[Tensor, "*lead d"]:
-    """Coefficients at a norm's input from those at its output, under a rule. x: the norm's input; reference: the other run's.
+    """Coefficients at a norm's input from those at its output, under a rule.
 
-    A missing site (no norm) hands coefficients on.
+    Args:
+        site: the norm; None hands coefficients on.
+        x: the norm's input.
+        reference: the norm's input in the other run, where there is one.
+        upstream: coefficients at its output.
     """
     if site is None:
         return upstream
@@ -28,7 +32,7 @@ def pull(
     if rule.on_output:
         (scaled,) = rule.backward(site.operation, (), upstream)
         assert scaled is not None
-        return pull(site, Rule(), x, None, scaled)
+        return pull(site, Rule(), x, reference=None, upstream=scaled)
     if rule.is_plain:  # the pair form of two equal runs is the gradient
         rule, reference = PairNorm(), x
     coefficient = rule.backward(site.operation, _keep(site, rule, x, reference), upstream)[0]
@@ -36,7 +40,9 @@ def pull(
     return coefficient
 
 
-def push(site: Site | None, rule: Rule, x: Tensor, reference: Tensor | None, parts: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+def push(
+    site: Site | None, rule: Rule, x: Tensor, *, reference: Tensor | None, parts: Float[Tensor, "*lead d"]
+) -> Float[Tensor, "*lead d"]:
     """What a norm makes of parts of its input (their differences, between two runs) under a rule: the transpose of `pull`.
 
     As `pull` is linear in the coefficients, its transpose is its own derivative along them.
@@ -48,7 +54,7 @@ def push(site: Site | None, rule: Rule, x: Tensor, reference: Tensor | None, par
             tangents = torch.func.jvp(site.operation, (working(x).expand_as(parts).contiguous(),), (parts,))
             return tangents[1].detach()
         upstream = torch.zeros_like(parts).requires_grad_(True)
-        return torch.autograd.grad(pull(site, rule, x, reference, upstream), upstream, parts)[0]
+        return torch.autograd.grad(pull(site, rule, x, reference=reference, upstream=upstream), upstream, parts)[0]
 
 
 def _keep(site: Site, rule: Rule, x: Tensor, reference: Tensor | None) -> tuple[Tensor, ...]:

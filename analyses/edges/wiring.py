@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import MLP_INPUT, Node
 from lens_relevance.errors import CoverageError
@@ -24,8 +25,12 @@ from lens_relevance.sites.blocks import Block
 class Layer:
     """One block: its sites, None where it has no such part.
 
-    attn_norm, mlp_norm: what attention and MLP read through; attn_post, mlp_post: what their outputs pass before they are written;
-    attn_after, mlp_after: what the stream itself passes once they are (BERT).
+    Attributes:
+        attn_norm, mlp_norm: what attention and MLP read through.
+        attn_post, mlp_post: what their outputs pass before they are written.
+        attn_after, mlp_after: what the stream itself passes once they are (BERT).
+        parallel: whether attention and MLP read the same stream.
+        component: the bridge of its attention.
     """
 
     index: int
@@ -54,19 +59,23 @@ class Layer:
 
     @property
     def path(self) -> str:
+        """The block's name in the model."""
         return f"blocks.{self.index}"
 
     @cached_property
     def geometry(self) -> AttentionGeometry:
+        """Shapes of its heads."""
         assert isinstance(self.z.operation, Mix)
         return self.z.operation.geometry
 
     @cached_property
     def heads(self) -> list[str]:
+        """Names of its heads, which are writers."""
         return [str(Node("heads", self.index, head=h)) for h in range(self.geometry.n_heads)]
 
     @property
     def mlp_writer(self) -> list[str]:
+        """Name of its MLP as a writer, if it has one."""
         return [str(Node("mlp", self.index))] if self.has_mlp else []
 
     @cached_property
@@ -76,6 +85,7 @@ class Layer:
 
     @property
     def mlp_reader(self) -> list[str]:
+        """Name of its MLP's input, if it has one."""
         return [str(Node(MLP_INPUT, self.index))] if self.has_mlp else []
 
     @property
@@ -105,12 +115,20 @@ class Layer:
 
     @property
     def mlp_bias(self) -> Tensor | None:
+        """The bias that the MLP writes, if any."""
         return None if self.mlp_out is None else linear(self.mlp_out).bias
 
 
 @dataclass(frozen=True, eq=False)
 class Wiring:
-    """The residual stream of one model."""
+    """The residual stream of one model.
+
+    Attributes:
+        layers: its blocks.
+        positions: HookPoint of learned position embeddings, if any.
+        embed_norm: what the embeddings pass, if anything.
+        final: HookPoint of the stream that the output head reads.
+    """
 
     body: Anatomy
     layers: list[Layer]
@@ -130,17 +148,18 @@ class Wiring:
 
     @property
     def readers(self) -> list[str]:
+        """In the order in which they read; `logits` last."""
         return [name for layer in self.layers for name in (*layer.attn_readers, *layer.mlp_reader)] + ["logits"]
 
     def available(self) -> dict[str, int]:
         """How many of `writers` each reader can read."""
-        count, found = len(self.sources), {}
+        count, counts = len(self.sources), {}
         for layer in self.layers:
-            found.update(dict.fromkeys(layer.attn_readers, count))
+            counts.update(dict.fromkeys(layer.attn_readers, count))
             after = count + len(layer.heads)
-            found.update(dict.fromkeys(layer.mlp_reader, count if layer.parallel else after))
+            counts.update(dict.fromkeys(layer.mlp_reader, count if layer.parallel else after))
             count = after + len(layer.mlp_writer)
-        return found | {"logits": count}
+        return counts | {"logits": count}
 
 
 def linear(site: Site) -> Linear:
@@ -149,17 +168,21 @@ def linear(site: Site) -> Linear:
     return site.operation
 
 
-def wiring(model: Any) -> Wiring:
-    """The wiring of a model whose every component has sites; raises CoverageError where it has not."""
-    body = anatomy(model)
-    if body.uncovered:
-        raise CoverageError(f"edges need every component to have a site: {next(iter(body.uncovered.values()))}")
-    if not body.blocks:
+def wiring(model: TransformerBridge) -> Wiring:
+    """The wiring of a model whose every component has sites.
+
+    Raises:
+        CoverageError: a component without a site, or a model without one stack of blocks.
+    """
+    model_anatomy = anatomy(model)
+    if model_anatomy.uncovered:
+        raise CoverageError(f"edges need every component to have a site: {next(iter(model_anatomy.uncovered.values()))}")
+    if not model_anatomy.blocks:
         raise CoverageError("edges need a TransformerBridge with one stack of blocks (model.blocks); encoder-decoder models have two")
-    sites = {site.name: site for site in body.sites}
-    positions = next((leaf for leaf in body.leaves[1:] if leaf.startswith("pos")), None)
-    layers = [_layer(i, block, sites) for i, block in enumerate(body.blocks)]
-    return Wiring(body, layers, positions, sites.get("embed_ln"), f"blocks.{body.n_layers - 1}.hook_out")
+    sites = {site.name: site for site in model_anatomy.sites}
+    positions = next((leaf for leaf in model_anatomy.leaves[1:] if leaf.startswith("pos")), None)
+    layers = [_layer(i, block, sites) for i, block in enumerate(model_anatomy.blocks)]
+    return Wiring(model_anatomy, layers, positions, sites.get("embed_ln"), f"blocks.{model_anatomy.n_layers - 1}.hook_out")
 
 
 def _layer(index: int, block: Block, sites: dict[str, Site]) -> Layer:
@@ -169,12 +192,12 @@ def _layer(index: int, block: Block, sites: dict[str, Site]) -> Layer:
         return next((sites[f"{path}.{n}"] for n in names if f"{path}.{n}" in sites), None)
 
     def need(name: str) -> Site:
-        found = find(name)
-        if found is None:
+        site = find(name)
+        if site is None:
             raise CoverageError(
                 f"{path} has no site {name!r} (its attention is a {block.attention}), so the edges into single heads cannot be told apart"
             )
-        return found
+        return site
 
     attn_norm, mlp_norm, mlp_post = find("ln1"), find("ln2"), find("ln2_post")
     after: tuple[Site | None, Site | None] = (None, None)
@@ -209,12 +232,12 @@ def _layer(index: int, block: Block, sites: dict[str, Site]) -> Layer:
     )
 
 
-def points(found: Wiring, flows: bool) -> list[str]:
+def points(wired: Wiring, flows: bool) -> list[str]:
     """HookPoints whose activations and coefficients edges need; `flows`: also those of the flows inside heads and MLPs."""
-    names = ["blocks.0.hook_in", found.final]
-    names += [] if found.positions is None else [found.positions]
-    names += _inputs(found.embed_norm)
-    for layer in found.layers:
+    names = ["blocks.0.hook_in", wired.final]
+    names += [] if wired.positions is None else [wired.positions]
+    names += _inputs(wired.embed_norm)
+    for layer in wired.layers:
         names += [layer.attn_input, layer.attn_write, layer.q.output_name, layer.k.output_name, layer.v.output_name, layer.z.output_name]
         names += _inputs(layer.attn_post)
         for norm in (layer.attn_after, layer.mlp_after):

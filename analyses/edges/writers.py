@@ -19,7 +19,12 @@ from lens_relevance.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """Contributions of writers at one HookPoint; rest: what else was written there, if anything (a bias, what a rule gives nobody)."""
+    """Contributions of writers at one HookPoint.
+
+    Attributes:
+        rest: what else was written there, if anything (a bias, what a rule gives to none of the writers).
+        point: the HookPoint.
+    """
 
     names: list[str]
     parts: Float[Tensor, "writer batch pos d_model"]
@@ -32,7 +37,7 @@ def change(cache: RelevanceCache, name: str) -> Tensor:
     return difference(cache.activations[name], cache.reference_activations.get(name))
 
 
-def sources(wiring: Wiring, values: RelevanceCache, cache: RelevanceCache, table: Table) -> Written:
+def sources(wiring: Wiring, values: RelevanceCache, cache: RelevanceCache, *, table: Table) -> Written:
     """Contributions of `embed` and `pos_embed`, and the HookPoint where they have entered the stream.
 
     `embed` is what enters the first block less the position embeddings: so it holds any scale a model puts on its embeddings, and BERT's
@@ -47,8 +52,13 @@ def sources(wiring: Wiring, values: RelevanceCache, cache: RelevanceCache, table
     return Written(names, *_past(norm, parts, point, values, cache, table), point)
 
 
-def writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, table: Table) -> Iterator[Written]:
-    """What attention, then the MLP of a layer writes. values: the pass that says what is written; cache: the pass whose rules hold."""
+def writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, *, table: Table) -> Iterator[Written]:
+    """What attention, then the MLP of a layer writes.
+
+    Args:
+        values: the pass that says what is written.
+        cache: the pass whose rules hold.
+    """
     z, output = change(values, layer.z.output_name), linear(layer.o)
     weight = output.weight.to(z.dtype).unflatten(1, (-1, z.shape[-1]))
     heads, point = torch.einsum("bphe,dhe->hbpd", z, weight), layer.attn_write
@@ -78,5 +88,5 @@ def _past(
     if norm is None:
         return parts, None
     name = str(norm.inputs[0].name)
-    parts = push(norm, rule_for(table, norm), cache.activations[name], cache.reference_activations.get(name), parts)
+    parts = push(norm, rule_for(table, norm), cache.activations[name], reference=cache.reference_activations.get(name), parts=parts)
     return parts, change(values, point) - parts.sum(0)

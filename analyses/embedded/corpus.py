@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 from analyses.tasks.fitting import token_lengths
-from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, ioi
+from analyses.tasks.ioi_task import NAMES, OBJECTS, PLACES, TEMPLATES, ioi
 from lens_relevance.inputs.targets import TokenTarget
 
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -71,7 +71,7 @@ def ioi_sequences(reader: TransformerBridge, per_template: int, seed: int) -> li
     return sequences
 
 
-def repeated_sequences(reader: TransformerBridge, n: int, length: int, seed: int) -> Int[Tensor, "n pos"]:
+def repeated_sequences(reader: TransformerBridge, n: int, length: int, *, seed: int) -> Int[Tensor, "n pos"]:
     """ "<bos> x1 ... xL, then neighbours x_i x_i+1 of it in random order": the second of each can only be known by induction.
 
     Repeated in order, a model finds the answer by counting back L positions, and never looks for the token itself. No sequence has a

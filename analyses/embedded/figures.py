@@ -38,7 +38,7 @@ def figures(model: TransformerBridge, n: int = 400, seed: int = 1) -> dict[str, 
 
 @torch.no_grad()
 def accuracies(
-    model: TransformerBridge, pairs: PromptPairs, without: tuple[int, int] | None = None, kind: str = "mean"
+    model: TransformerBridge, pairs: PromptPairs, without: tuple[int, int] | None = None, *, kind: str = "mean"
 ) -> dict[str, float]:
     """Accuracy on the clean prompts, or with one head (layer, head) set to its values on the corrupt prompts or to their mean."""
     if without is None:

@@ -114,10 +114,10 @@ class Corpus:
 
     def __init__(self, reader: TransformerBridge, seed: int) -> None:
         self.sentences = ioi_sequences(reader, per_template=600, seed=seed)
-        self.repeated = {length: repeated_sequences(reader, 3000, length, seed) for length in REPEATED_LENGTHS}
+        self.repeated = {length: repeated_sequences(reader, 3000, length, seed=seed) for length in REPEATED_LENGTHS}
         self.rng = random.Random(seed)
 
-    def step(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, schedule: Any, report: int | None) -> None:
+    def step(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, schedule: Any, *, report: int | None) -> None:
         """The losses that count are those of the name and of the second halves; `report` is the number of the step to print."""
         group = self.rng.choices(self.sentences, [len(group) for group in self.sentences])[0]
         losses = next_token_losses(model, group[torch.randint(len(group), (BATCH_IOI,))])

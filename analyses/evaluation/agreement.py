@@ -17,9 +17,11 @@ _SIGN_FLOOR = 0.01
 class Agreement:
     """Agreement of two score vectors over components.
 
-    pearson, spearman: correlation; NaN where a side is constant. sign_agreement: share of components with the same sign, among those whose
-    effect is at least 1 % of the largest. top_k_overlap: share of the k largest magnitudes that both have. magnitude_error: sum of
-    |estimate - effect| over sum of |effect| (0 is best; a wrong scale shows here and not in the correlations).
+    Attributes:
+        pearson, spearman: correlation; NaN where a side is constant.
+        sign_agreement: share of components with the same sign, among those whose effect is at least 1 % of the largest.
+        top_k_overlap: share of the k largest magnitudes that both have.
+        magnitude_error: sum of |estimate - effect| over sum of |effect| (0 is best; a wrong scale shows here and not in the correlations).
     """
 
     pearson: float
@@ -44,20 +46,25 @@ def agreement(estimate: Array, effect: Array, top_k: int) -> Agreement:
     )
 
 
-def intervals(estimates: Array, effects: Array, resamples: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(estimates: Array, effects: Array, resamples: int, *, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of Pearson and Spearman: pairs are drawn with replacement, scores averaged anew, correlations taken.
 
-    estimates, effects: [component, pair], NaN where a pair has no such component.
+    Args:
+        estimates, effects: [component, pair], NaN where a pair has no such component.
+        resamples: how often pairs are drawn.
+
+    Returns:
+        (low, high) by the name of the correlation; NaN for fewer than two pairs.
     """
     n = estimates.shape[1]
     if n < 2 or resamples < 1:
         return {name: (float("nan"), float("nan")) for name in ("pearson", "spearman")}
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)  # [resample, pair]
     means = [_weighted(values, drawn) for values in (estimates, effects)]
-    found = {"pearson": correlation(*means), "spearman": correlation(*map(_ranks, means))}
+    correlations = {"pearson": correlation(*means), "spearman": correlation(*map(_ranks, means))}
     return {
         name: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist()) if np.isfinite(values).any() else (float("nan"),) * 2
-        for name, values in found.items()
+        for name, values in correlations.items()
     }
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.batches import rows_together
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_layers
@@ -64,9 +65,10 @@ class Comparison:
 
 
 def compare_with_patching(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
+    *,
     components: Sequence[str] = COMPONENTS,
     direction: Direction = "mean",
     run: Run = "corrupt",
@@ -87,7 +89,7 @@ def compare_with_patching(
         pooled: correlate over components x pairs instead of over components of scores averaged over pairs.
         resamples: bootstrap resamples of the pairs for the 95 % intervals; 0 for none.
         batch_size: pairs per pass of the estimates.
-        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
+        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
 
     Columns: method, component; pearson, spearman, sign_agreement, top_k_overlap, magnitude_error (see `evaluation.agreement`); completeness
     (the largest error at any layer of "the residual stream's scores add up to m(clean) - m(corrupt)", as a share of that); forwards and
@@ -95,16 +97,30 @@ def compare_with_patching(
 
     Under `accelerate launch` each process takes its share of the pairs, and all return the whole table.
 
-    Raises RelevanceError for unknown methods and components, and for no pairs. Warns where the metric cannot tell clean from corrupt.
+    Raises:
+        RelevanceError: unknown methods or components, two methods of one name, or no pairs.
     """
-    return compare(model, pairs, methods, components, direction, run, top_k, pooled, resamples, batch_size, checkpoint).table
+    return compare(
+        model,
+        pairs,
+        methods,
+        components=components,
+        direction=direction,
+        run=run,
+        top_k=top_k,
+        pooled=pooled,
+        resamples=resamples,
+        batch_size=batch_size,
+        checkpoint=checkpoint,
+    ).table
 
 
 @left_as_found
 def compare(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     methods: Sequence[str | Estimator] = METHODS,
+    *,
     components: Sequence[str] = COMPONENTS,
     direction: Direction = "mean",
     run: Run = "corrupt",
@@ -125,11 +141,11 @@ def compare(
     named = [method.name for method in chosen]
     if twice := [name for name in named if named.count(name) > 1]:
         raise RelevanceError(f"two methods are called {twice[0]!r}, so the table could not tell them apart; give one another name")
-    stream = Stream(
+    stream = PairStream(
         model,
         pairs,
         batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1]),
-        checkpoint,
+        checkpoint=checkpoint,
         analysis="comparison",
         methods=named,
         components=components,
@@ -141,8 +157,8 @@ def compare(
     columns: dict[tuple[str, str], np.ndarray] = {}
     for number, method in enumerate(chosen):
         wanted = [name for name in dict.fromkeys(("resid", *components)) if name in method.components]
-        found, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
-        scores = {name: values.permute(1, 2, 0).numpy() for name, values in found.items()}  # [layer, index, pair]
+        scores_by_component, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
+        scores = {name: values.permute(1, 2, 0).numpy() for name, values in scores_by_component.items()}  # [layer, index, pair]
         if together:
             scores = {name: values.sum(2, keepdims=True) for name, values in scores.items()}
         shared = {
@@ -170,7 +186,9 @@ def compare(
     return Comparison(table, _scores(effects, columns, components, chosen, n_layers(model)), patching_seconds, len(pairs), direction)
 
 
-def _estimate(model: Any, method: Estimator, components: Sequence[str], run: Run) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
+def _estimate(
+    model: TransformerBridge, method: Estimator, components: Sequence[str], run: Run
+) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
     """What a method says of a batch."""
     return lambda batch: method(model, batch, components, run=run)
 
@@ -183,7 +201,7 @@ def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
 
 
 def _effects(
-    model: Any, stream: Stream, components: Sequence[str], direction: Direction
+    model: TransformerBridge, stream: PairStream, components: Sequence[str], direction: Direction
 ) -> tuple[dict[str, np.ndarray], float, bool, float]:
     """Effects [component, pair] of each kind of component, layer by layer, and the mean gap between the runs; whether the metric is one
     number, and has one effect, for all pairs together; and the seconds it took."""
@@ -197,12 +215,12 @@ def _effects(
         return {name: patched.effect[rows[name]].T for name in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
 
     pairs = stream.pairs  # there can be more processes than pairs
-    size = rows_together(model, as_target(pairs.target), pairs.clean, pairs.clean_mask, _PAIRS_PATCHED) if len(pairs) else 1
-    found, seconds = stream.collect("patching", step, "activation patching", size)
-    clean, corrupt = found.pop("clean"), found.pop("corrupt")
+    size = rows_together(model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=_PAIRS_PATCHED) if len(pairs) else 1
+    effects_by_component, seconds = stream.collect("patching", step, "activation patching", size=size)
+    clean, corrupt = effects_by_component.pop("clean"), effects_by_component.pop("corrupt")
     if stream.processes.index == 0:
         check_gap(clean, corrupt)
-    effects = {name: values.T.numpy() for name, values in found.items()}
+    effects = {name: values.T.numpy() for name, values in effects_by_component.items()}
     return effects, float((clean - corrupt).mean()), len(clean) == 1 < len(pairs), seconds
 
 
@@ -211,14 +229,14 @@ def _cell(estimate: np.ndarray, effect: np.ndarray, top_k: int | None, pooled: b
     k = top_k or max(3, len(effect) // 10)
     if pooled:
         there = ~np.isnan(effect)
-        found = agreement(estimate[there], effect[there], k * effect.shape[1])
+        measures = agreement(estimate[there], effect[there], k * effect.shape[1])
     else:
         means = [mean_over_pairs(values) for values in (estimate, effect)]
         there = ~np.isnan(means[1])
-        found = agreement(means[0][there], means[1][there], k)
+        measures = agreement(means[0][there], means[1][there], k)
     bounds = intervals(estimate, effect, resamples)
     return {
-        **vars(found),
+        **vars(measures),
         "pearson_low": bounds["pearson"][0],
         "pearson_high": bounds["pearson"][1],
         "spearman_low": bounds["spearman"][0],

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Run, resolve_component, resolve_run
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.evaluation.ranking_check import Replacement, ablate_top
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import d_mlp, n_heads, n_layers
@@ -25,9 +25,10 @@ _FLOATS_PER_PASS = 2**27
 
 
 def rank_heads(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     method: str | Estimator = "deeplift",
+    *,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
@@ -44,12 +45,13 @@ def rank_heads(
         batch_size: pairs per pass; None for about 2048 tokens.
         ablate: verify the ranking by ablating its top k, and k random heads, to their values in the corrupt run ("corrupt", or True) or
             to their mean over the clean prompts ("mean"): the result's `attrs["ablation"]`, an `AblationCheck`.
-        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `Stream`).
+        checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
         component: what of a head is scored: what it gives ("heads"), or its queries, keys or values (under grouped-query attention there
             is a row per key-value head). `method="atp_star"` recomputes the softmax for queries and keys.
 
-    Returns a row per head: layer, head, score (mean over pairs, in the units of the target), standard_error, top_share (share of pairs in
-    which the head is among the top k).
+    Returns:
+        A row per head: layer, head, score (mean over pairs, in the units of the target), standard_error, top_share (share of pairs in
+        which the head is among the top k).
 
     Under `accelerate launch` each process takes its share of the pairs, and all return the whole ranking.
     """
@@ -61,9 +63,10 @@ def rank_heads(
 
 
 def rank_neurons(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     method: str | Estimator = "deeplift",
+    *,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
@@ -82,7 +85,7 @@ def rank_neurons(
 
 @left_as_found
 def _rank(
-    model: Any,
+    model: TransformerBridge,
     pairs: PromptPairs,
     method: Estimator,
     run: Run,
@@ -97,7 +100,7 @@ def _rank(
     if ablate not in (False, True, "corrupt", "mean"):
         raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
     kind, run = resolve_component(name), resolve_run(run)
-    stream = Stream(model, pairs, size, checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
+    stream = PairStream(model, pairs, size, checkpoint=checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
     totals = stream.fold(
         lambda: _Totals(top_k),
         lambda batch: method(model, batch, [kind.name], run=run)[kind.name],
@@ -107,7 +110,7 @@ def _rank(
     if ablate:
         ranked = list(zip(ranking["layer"].tolist(), ranking[kind.index].tolist(), strict=True))
         replacement: Replacement = "corrupt" if ablate is True else ablate
-        ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked, top_k, replacement)
+        ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked=ranked, k=top_k, replacement=replacement)
     return ranking
 
 
@@ -118,17 +121,20 @@ class _Totals:
         self.top_k, self.count = top_k, 0
 
     def add(self, scores: Float[Tensor, "batch layer index"]) -> None:
+        """Take in the scores of a batch."""
         scores = scores.detach().double().cpu()
         flat, mean = scores.flatten(1), scores.mean(0)
         top = torch.zeros_like(flat).scatter_(1, flat.abs().topk(min(self.top_k, flat.shape[1])).indices, 1.0).sum(0).reshape(mean.shape)
         self.merge({"count": torch.tensor(len(scores)), "mean": mean, "deviations": ((scores - mean) ** 2).sum(0), "top": top})
 
     def state(self) -> dict[str, Tensor]:
+        """The sums so far, as tensors."""
         if not self.count:
             return {}
         return {"count": torch.tensor(self.count), "mean": self.mean, "deviations": self.deviations, "top": self.top}
 
     def merge(self, state: dict[str, Tensor]) -> None:
+        """Take in the sums of other pairs."""
         count, mean, deviations, top = int(state["count"]), state["mean"], state["deviations"], state["top"]
         if not self.count:
             self.count, self.mean, self.deviations, self.top = count, mean, deviations, top
@@ -140,6 +146,7 @@ class _Totals:
         self.top, self.count = self.top + top, total
 
     def frame(self, name: str) -> pd.DataFrame:
+        """The ranking, with the column `name` for the index within a layer."""
         layers, index = (axis.flatten().tolist() for axis in torch.meshgrid(*map(torch.arange, self.mean.shape), indexing="ij"))
         # One pair has no spread, and so no standard error.
         variance = self.deviations / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, torch.nan)

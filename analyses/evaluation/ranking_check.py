@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Component
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.patching.pieces import pieces_of
 from analyses.patching.readout import evaluate
 from analyses.patching.recording import forward
@@ -51,7 +52,9 @@ class AblationCheck:
         )
 
 
-def ablate_top(model: Any, stream: Stream, kind: Component, ranked: Chosen, k: int, replacement: Replacement = "corrupt") -> AblationCheck:
+def ablate_top(
+    model: TransformerBridge, stream: PairStream, kind: Component, *, ranked: Chosen, k: int, replacement: Replacement = "corrupt"
+) -> AblationCheck:
     """Ablation of the first k of `ranked` (all components, best first) and of random sets; the same random sets for the same model.
 
     The mean is taken over all pairs, of all processes, at each position over the prompts that have a token there (Wang et al. 2022): it
@@ -65,15 +68,17 @@ def ablate_top(model: Any, stream: Stream, kind: Component, ranked: Chosen, k: i
     needed = {layer: _indices(i for chosen in sets for at, i in chosen if at == layer) for layer in sorted({at for at, _ in sum(sets, [])})}
     means = None
     if replacement == "mean":
-        sums = stream.fold(_Sums, lambda pairs: _clean_values(model, pairs, kind, needed), "mean over the clean prompts", "clean-values")
+        sums = stream.fold(
+            _Sums, lambda pairs: _clean_values(model, pairs, kind, needed), "mean over the clean prompts", name="clean-values"
+        )
         means = _split(sums.mean(), kind, needed)
-    found, _ = stream.collect(
+    results, _ = stream.collect(
         f"ablation {replacement} {k}", lambda pairs: _losses(model, pairs, kind, sets, needed, means), f"ablating {k} at a time"
     )
-    top, random = found["losses"][:, 0], found["losses"][:, 1:].mean(0)
+    top, random = results["losses"][:, 0], results["losses"][:, 1:].mean(0)
     # One pair has no spread, and so no standard error.
     error = float(top.std() / len(top) ** 0.5) if len(top) > 1 else float("nan")
-    return AblationCheck(k, float(found["gap"].mean()), float(top.mean()), error, float(random.mean()), float(random.std()), replacement)
+    return AblationCheck(k, float(results["gap"].mean()), float(top.mean()), error, float(random.mean()), float(random.std()), replacement)
 
 
 Values = dict[int, Float[Tensor, "pair pos ..."]]
@@ -82,10 +87,10 @@ Values = dict[int, Float[Tensor, "pair pos ..."]]
 
 @torch.no_grad()
 def _losses(
-    model: Any, pairs: PromptPairs, kind: Component, sets: Sequence[Chosen], needed: dict[int, Tensor], means: Values | None
+    model: TransformerBridge, pairs: PromptPairs, kind: Component, sets: Sequence[Chosen], needed: dict[int, Tensor], means: Values | None
 ) -> dict[str, Tensor]:
     """What each set costs, losses [pair, set], and what there is to lose, gap [pair]."""
-    (piece,) = pieces_of(model, pairs, None, len(pairs))
+    (piece,) = pieces_of(model, pairs, None, batch_size=len(pairs))
     new = means or {}
 
     def setter(layer: int, indices: Int[Tensor, " chosen"]) -> Any:
@@ -116,23 +121,29 @@ class _Sums:
         self._sums: Tensor | None = None
 
     def add(self, scores: Float[Tensor, "pair pos value"]) -> None:
+        """Take in the values of a batch."""
         self.merge({"sums": scores.double().sum(0)})
 
     def state(self) -> dict[str, Tensor]:
+        """The sums so far."""
         return {} if self._sums is None else {"sums": self._sums}
 
     def merge(self, state: dict[str, Tensor]) -> None:
+        """Take in the sums of other prompts."""
         self._sums = state["sums"] if self._sums is None else self._sums + state["sums"]
 
     def mean(self) -> Float[Tensor, "pos value"]:
+        """The mean over the prompts that have a token at each position."""
         assert self._sums is not None
         return self._sums[:, :-1] / self._sums[:, -1:].clamp(min=1)
 
 
 @torch.no_grad()
-def _clean_values(model: Any, pairs: PromptPairs, kind: Component, needed: dict[int, Tensor]) -> Float[Tensor, "pair pos value"]:
+def _clean_values(
+    model: TransformerBridge, pairs: PromptPairs, kind: Component, needed: dict[int, Tensor]
+) -> Float[Tensor, "pair pos value"]:
     """What `_Sums` takes in of a batch."""
-    (piece,) = pieces_of(model, pairs, None, len(pairs))
+    (piece,) = pieces_of(model, pairs, None, batch_size=len(pairs))
     kept: Values = {}
     with model.hooks(fwd_hooks=_keepers(kind, needed, kept)):
         forward(model, piece.clean, piece.mask)

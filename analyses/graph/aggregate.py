@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from analyses.components import owner
+from analyses.graph.tables import EDGE_KEYS, Tables
 from lens_relevance.errors import RelevanceError
 
-if TYPE_CHECKING:
-    from analyses.graph.flow import FlowGraph
-
-EDGE = ["source", "target", "position", "source_position"]
-_KEYS = {"edges": EDGE, "nodes": ["node", "component", "layer", "head", "position", "token"], "sinks": ["node", "position", "sink"]}
+_KEYS = {"edges": EDGE_KEYS, "nodes": ["node", "component", "layer", "head", "position", "token"], "sinks": ["node", "position", "sink"]}
 _KEYS["neurons"] = ["node", "position", "neuron"]
 
 
-def sum_positions(graph: FlowGraph) -> FlowGraph:
+def sum_positions(graph: Tables) -> Tables:
     """See `FlowGraph.sum_positions`."""
     edges = graph.edges.assign(position=-1, source_position=-1)
     nodes = graph.nodes.assign(position=-1, token="(all)")
     return _joined(graph, edges, nodes, graph.sinks.assign(position=-1), graph.neurons.assign(position=-1))
 
 
-def group(graph: FlowGraph, groups: Mapping[str, Sequence[str]]) -> FlowGraph:
+def group(graph: Tables, groups: Mapping[str, Sequence[str]]) -> Tables:
     """See `FlowGraph.group`."""
     member: dict[str, str] = {}
     known = set(graph.nodes["node"]) | set(graph.edges["source"]) | set(graph.edges["target"])
@@ -53,16 +49,21 @@ def group(graph: FlowGraph, groups: Mapping[str, Sequence[str]]) -> FlowGraph:
     return _joined(graph, edges[~inside], nodes, sinks, neurons[~neurons["node"].isin(list(groups))])
 
 
-def average(graphs: Sequence[FlowGraph], by_position: bool = False) -> FlowGraph:
+def average(graphs: Sequence[Tables], by_position: bool = False) -> Tables:
     """The mean graph of a data set; its edges have a further column `frequency`, in what part of the graphs an edge is there.
 
-    by_position: keep positions apart, for prompts of one length and template; tokens are then those of the first prompt where all agree,
-    and the position's number elsewhere. Prune or threshold the graphs first to make the frequency say something.
+    Args:
+        graphs: one or more; prune or threshold them first, or every edge is in every graph.
+        by_position: keep positions apart, for prompts of one length and template; tokens are then those of the first prompt where all
+            agree, and the position's number elsewhere.
+
+    Raises:
+        RelevanceError: no graph, or prompts of several lengths by position.
     """
     if not graphs:
         raise RelevanceError("there is no graph to average")
     if not by_position:
-        graphs = [g.sum_positions() if g.by_position else g for g in graphs]
+        graphs = [sum_positions(g) if g.by_position else g for g in graphs]
     elif len({len(g.tokens) for g in graphs}) > 1:
         raise RelevanceError("the prompts differ in length, so positions do not correspond; average with by_position=False")
     n = len(graphs)
@@ -91,7 +92,7 @@ def average(graphs: Sequence[FlowGraph], by_position: bool = False) -> FlowGraph
     )
 
 
-def diff(first: FlowGraph, second: FlowGraph) -> FlowGraph:
+def diff(first: Tables, second: Tables) -> Tables:
     """See `FlowGraph.diff`. Its tables have further columns `first` and `second`, the two scores."""
     if first.by_position != second.by_position:
         raise RelevanceError("one graph is by position and the other is not; call sum_positions() on it")
@@ -113,7 +114,7 @@ def diff(first: FlowGraph, second: FlowGraph) -> FlowGraph:
     return replace(first, **tables, tokens=tokens, value=first.value - second.value, info=info)
 
 
-def _joined(graph: FlowGraph, edges: pd.DataFrame, nodes: pd.DataFrame, sinks: pd.DataFrame, neurons: pd.DataFrame) -> FlowGraph:
+def _joined(graph: Tables, edges: pd.DataFrame, nodes: pd.DataFrame, sinks: pd.DataFrame, neurons: pd.DataFrame) -> Tables:
     """Rows with the same keys added up."""
     tables = {"edges": edges, "nodes": nodes, "sinks": sinks, "neurons": neurons}
     summed = {name: frame.groupby(_KEYS[name], sort=False, observed=True)["score"].sum().reset_index() for name, frame in tables.items()}

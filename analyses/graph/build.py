@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.edges.attribution import edges_of, passes
 from analyses.edges.flows import Flows, flows_of
 from analyses.edges.wiring import wiring
-from analyses.graph.flow import FlowGraph, nodes_frame
+from analyses.graph.flow import FlowGraph
+from analyses.graph.tables import nodes_frame
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
@@ -26,9 +28,10 @@ NEURONS_KEPT = 10
 
 @left_as_found
 def flow_graph(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     reference: Any = None,
     by_position: bool = True,
@@ -36,22 +39,28 @@ def flow_graph(
 ) -> FlowGraph:
     """The graph over which relevance flows from the embeddings of one prompt to the target, exact on every edge.
 
-    model, inputs, target, rules, reference: as in `propagate`; a single prompt. by_position: one node per component and position; otherwise
-    edges are summed over positions. threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never
-    kept); `FlowGraph.prune` chooses with more care.
+    Args:
+        inputs: a single prompt, as for `propagate`.
+        target, rules, reference: as for `propagate`.
+        by_position: one node per component and position; otherwise edges are summed over positions.
+        threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never kept); `FlowGraph.prune`
+            chooses with more care.
 
-    Raises RelevanceError for several prompts, for scores that are not finite, and where the threshold leaves no edge; CoverageError for a
-    model whose edges cannot be told apart.
+    Raises:
+        RelevanceError: several prompts, scores that are not finite, or a threshold that leaves no edge.
+        CoverageError: a model whose edges cannot be separated.
     """
     tokens, mask = tokenize(model, inputs)
     if len(tokens) != 1:
         raise RelevanceError(f"a flow graph is that of one prompt, got {len(tokens)}; flow_graphs makes one for each, average joins them")
     rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
-    found, table = wiring(model), ruleset(rules)
+    streams, table = wiring(model), ruleset(rules)
     parts = []
-    for cache, constants in passes(model, found, tokens, target, rules, reference, mask, flows=True):
-        edges, heads = edges_of(found, cache, constants, table, flows=True)
-        parts.append(flows_of(found, cache, edges, heads))
+    for cache, constants in passes(
+        model, streams, tokens, target=target, rules=rules, reference=reference, attention_mask=mask, flows=True
+    ):
+        edges, heads = edges_of(streams, cache, constants, table=table, flows=True)
+        parts.append(flows_of(streams, cache, edges, heads=heads))
     flows = parts[0] if len(parts) == 1 else _mean(parts)
     graph = _assemble(flows, _strings(model, tokens[0]))
     if graph.edges.empty:
@@ -62,9 +71,10 @@ def flow_graph(
 
 @left_as_found
 def flow_graphs(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     rules: str | Table | None = None,
     reference: Any = None,
     by_position: bool = True,
@@ -83,7 +93,9 @@ def flow_graphs(
         real = mask[row].bool()
         one = None if whole is None else whole.select([row])
         other = reference if given is None else given[row : row + 1, real]
-        graphs.append(flow_graph(model, tokens[row : row + 1, real], one, rules, other, by_position, threshold))
+        graphs.append(
+            flow_graph(model, tokens[row : row + 1, real], one, rules=rules, reference=other, by_position=by_position, threshold=threshold)
+        )
     return graphs
 
 
@@ -169,7 +181,7 @@ def _finite(score: Tensor, what: str) -> np.ndarray:
     return values
 
 
-def _strings(model: Any, tokens: Tensor) -> list[str]:
+def _strings(model: TransformerBridge, tokens: Tensor) -> list[str]:
     """Tokens as text, or their ids where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     return [str(int(t)) if tokenizer is None else tokenizer.decode([int(t)]) for t in tokens]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import networkx as nx
 import pandas as pd
 
+from analyses.graph.tables import FlowTables, Tables
 from lens_relevance.errors import RelevanceError
-
-if TYPE_CHECKING:
-    from analyses.graph.flow import FlowGraph
 
 _TABLES = ("edges", "nodes", "sinks", "neurons")
 _FORMAT = "lens_relevance flow graph 1"
 
 
-def to_networkx(graph: FlowGraph) -> nx.DiGraph:
+def to_networkx(graph: FlowTables) -> nx.DiGraph:
     """See `FlowGraph.to_networkx`."""
     result = nx.DiGraph(value=graph.value, **graph.info)
     for row in graph.nodes.to_dict("records"):
@@ -29,12 +26,12 @@ def to_networkx(graph: FlowGraph) -> nx.DiGraph:
     return result
 
 
-def to_graphml(graph: FlowGraph, path: str | Path) -> None:
+def to_graphml(graph: FlowTables, path: str | Path) -> None:
     """See `FlowGraph.to_graphml`."""
     nx.write_graphml(to_networkx(graph), str(path))
 
 
-def to_json(graph: FlowGraph, path: str | Path | None) -> str:
+def to_json(graph: FlowTables, path: str | Path | None) -> str:
     """See `FlowGraph.to_json`. Floats are written with all their digits."""
     content = {"format": _FORMAT, "tokens": list(graph.tokens), "value": graph.value, "info": graph.info}
     content |= {name: {str(c): getattr(graph, name)[c].tolist() for c in getattr(graph, name).columns} for name in _TABLES}
@@ -44,7 +41,7 @@ def to_json(graph: FlowGraph, path: str | Path | None) -> str:
     return text
 
 
-def from_json(kind: type[FlowGraph], source: str | Path) -> FlowGraph:
+def from_json(kind: type[Tables], source: str | Path) -> Tables:
     """See `FlowGraph.from_json`."""
     text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8")
     content = json.loads(text)

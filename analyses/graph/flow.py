@@ -3,58 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import numpy as np
 import pandas as pd
 
-from analyses.components import Node, find_node
-from analyses.graph import aggregate, exchange, paths, prune
+from analyses.graph import aggregate, exchange, paths, prune, tables
+from analyses.graph.tables import EVERYWHERE, FlowTables
 from lens_relevance.errors import RelevanceError
-
-KEYS = ["source", "target", "position", "source_position"]
-EVERYWHERE = -1
 
 
 @dataclass(frozen=True, eq=False)
-class FlowGraph:
-    """A graph of signed relevance. Scores have the units of the target.
-
-    Attributes:
-        edges: columns source, target, position, source_position, score. From writers (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`) to
-            readers (`L4H1.q`, `.k`, `.v`, `L4.mlp.in`, `logits`) at one position; and inside components from readers to `L4H1` and
-            `L4.mlp`, where k and v lead from `source_position` to `position`.
-        nodes: columns node, component, layer, head (-1 where there is none), position, token, score: relevance at the output of a writer,
-            relevance that enters a reader.
-        sinks: columns node, position, sink, score: what stays (`bias`, `norm`, `softmax`, `product`, `activation`). A head's, MLP's or the
-            logits' score is the sum of the edges that enter it plus its sinks; what leaves a reader is its score plus its sinks.
-        neurons: columns node, position, neuron, score: the strongest neurons of each MLP.
-        tokens: one string per position. value: the target, less that of the reference run where there is one.
-        info: model, ruleset, target, reference and versions.
-
-    Where positions are summed over, `position` is -1.
-    """
-
-    edges: pd.DataFrame
-    nodes: pd.DataFrame
-    sinks: pd.DataFrame
-    neurons: pd.DataFrame
-    tokens: tuple[str, ...]
-    value: float
-    info: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("edges", "nodes"):
-            bad = getattr(self, name).loc[lambda frame: ~np.isfinite(frame["score"])]
-            if len(bad):
-                raise RelevanceError(f"{len(bad)} {name} have a score that is NaN or infinite, the first is {bad.iloc[0].to_dict()}")
-
-    @property
-    def by_position(self) -> bool:
-        return not bool((self.nodes["position"] == EVERYWHERE).all())
+class FlowGraph(FlowTables):
+    """A graph of signed relevance, with the questions one asks of it. Its tables are described in `FlowTables`."""
 
     def __repr__(self) -> str:
         return f"FlowGraph({len(self.edges)} edges, {len(self.nodes)} nodes, {self.info.get('ruleset', '')}, {self.info.get('target', '')})"
@@ -62,7 +25,11 @@ class FlowGraph:
     # ---- choosing
 
     def above(self, threshold: float) -> FlowGraph:
-        """Edges with |score| of at least `threshold`; raises RelevanceError where there are none."""
+        """Edges with |score| of at least `threshold`.
+
+        Raises:
+            RelevanceError: there are none.
+        """
         kept = self.edges[self.edges["score"].abs() >= threshold]
         if kept.empty:
             strongest = float(self.edges["score"].abs().max()) if len(self.edges) else 0.0
@@ -72,38 +39,39 @@ class FlowGraph:
     def prune(self, keep: float | None = None, top: int | None = None, min_share: float | None = None) -> FlowGraph:
         """A connected subgraph, grown from the target downwards; every edge left lies on a path from an input to the target.
 
-        Give one of: keep, for each node the strongest edges that enter it, until they carry this share of the |relevance| entering;
-        top, the strongest edges one by one, each into a node that is there already (at most this many: dead ends are taken off);
-        min_share, edges with at least this share of the |relevance| that enters the target.
+        Args:
+            keep: for each node the strongest edges that enter it, until they carry this share of the |relevance| entering.
+            top: the strongest edges one by one, each into a node that is there already (at most this many: dead ends are taken off).
+            min_share: edges with at least this share of the |relevance| that enters the target.
 
-        Raises RelevanceError for an empty graph, a target that nothing enters, and where nothing would be left.
+        Exactly one of the three is given.
+
+        Raises:
+            RelevanceError: an empty graph, a target that nothing enters, or nothing would be left.
         """
-        return self.with_edges(self.edges[prune.mask(self, keep, top, min_share)])
+        return self.with_edges(self.edges[prune.mask(self, keep, top, min_share=min_share)])
 
     def with_edges(self, edges: pd.DataFrame) -> FlowGraph:
         """The graph of some of its edges and the nodes at their ends. Scores of nodes stay those of the whole graph."""
-        ends = pd.concat([_ends(edges, "source", "source_position"), _ends(edges, "target", "position")]).drop_duplicates()
-
-        def here(frame: pd.DataFrame) -> pd.DataFrame:
-            return frame.merge(ends, on=["node", "position"]).reset_index(drop=True)
-
-        return replace(self, edges=edges.reset_index(drop=True), nodes=here(self.nodes), sinks=here(self.sinks), neurons=here(self.neurons))
+        return tables.with_edges(self, edges)
 
     # ---- asking
 
     def paths(self, n: int = 10) -> pd.DataFrame:
-        """The n strongest paths from an input to the target: columns path, share, weakest.
+        """The n strongest paths from an input to the target.
 
-        share: of all relevance by its absolute value, the part that takes this path, if each node passes on what enters it in proportion to
-        |score| (over all paths shares add up to 1). weakest: the signed score of its weakest edge.
+        Returns:
+            Columns path; share (of all relevance by its absolute value, the part that takes this path, if each node passes on what enters
+            it in proportion to |score|; over all paths shares add up to 1); weakest (the signed score of the path's weakest edge).
         """
         return paths.strongest(self, n)
 
     def bottlenecks(self, n: int = 10) -> pd.DataFrame:
-        """Nodes through which most flows: columns node, position, through, dominates.
+        """Nodes through which most flows. Prune first: with millions of edges this takes minutes.
 
-        through: share of all paths, weighted as in `paths`, that pass the node. dominates: how many nodes reach the target only through it
-        (dominator tree from the target). Prune first: dominators of millions of edges take minutes.
+        Returns:
+            Columns node; position; through (share of all paths, weighted as in `paths`, that pass the node); dominates (how many nodes
+            reach the target only through it, by the dominator tree from the target).
         """
         return paths.bottlenecks(self, n)
 
@@ -171,7 +139,11 @@ class FlowGraph:
         return exchange.from_json(cls, source)
 
     def show(self, shown: int = 100) -> Any:
-        """The flow view: tokens along x, layers up y. shown: how many of the strongest edges are drawn at first."""
+        """The flow view: tokens along x, layers up y.
+
+        Args:
+            shown: how many of the strongest edges are drawn at first.
+        """
         from analyses.views import flow_view
 
         place: Callable[[pd.Series], pd.Series] = lambda column: column.clip(lower=0)  # noqa: E731  # summed positions stand in one column
@@ -204,27 +176,6 @@ class FlowGraph:
         stays = self.sinks[(self.sinks["node"] == row.node) & (self.sinks["position"] == row.position)]
         stays = stays[stays["score"].abs() > 1e-4 * abs(row.score)]  # less is rounding
         return {"stays": stays[["sink", "score"]]} if len(stays) else None
-
-
-def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:
-    """Columns node, component, layer, head, position, token, score from node, position, score."""
-    parsed = {name: find_node(name) or Node("group") for name in nodes["node"].unique()}
-    token = {i: text for i, text in enumerate(tokens)} | {EVERYWHERE: "(all)"}
-    return pd.DataFrame(
-        {
-            "node": nodes["node"].to_numpy(),
-            "component": [parsed[n].component for n in nodes["node"]],
-            "layer": [parsed[n].layer for n in nodes["node"]],
-            "head": [-1 if parsed[n].head is None else parsed[n].head for n in nodes["node"]],
-            "position": nodes["position"].to_numpy(),
-            "token": [token[p] for p in nodes["position"]],
-            "score": nodes["score"].to_numpy(),
-        }
-    )
-
-
-def _ends(edges: pd.DataFrame, name: str, position: str) -> pd.DataFrame:
-    return edges[[name, position]].drop_duplicates().set_axis(["node", "position"], axis=1)
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from analyses.components import LOGITS, SOURCES, Node, find_node
+from analyses.graph.tables import FlowTables
 from lens_relevance.errors import RelevanceError
-
-if TYPE_CHECKING:
-    from analyses.graph.flow import FlowGraph
 
 Nodes = Float[np.ndarray, " node"]
 
@@ -21,12 +18,17 @@ Nodes = Float[np.ndarray, " node"]
 class Network:
     """Nodes are (name, position) pairs, numbered; edges keep the order of the graph's table.
 
-    source, target: node at each end of an edge; size: its |score|; share: of all that enters its target node.
-    stage: [node], the order of computation. targets: nodes of the logits that something enters.
-    inputs: [node], True at embeddings and biases.
+    Attributes:
+        keys: the pair of each node.
+        source, target: node at each end of an edge.
+        size: |score| of each edge.
+        share: of each edge, of all that enters its target node.
+        stage: of each node, its place in the order of computation.
+        targets: nodes of the logits that something enters.
+        inputs: of each node, True at embeddings and biases.
     """
 
-    def __init__(self, graph: FlowGraph) -> None:
+    def __init__(self, graph: FlowTables) -> None:
         edges = graph.edges
         if edges.empty:
             raise RelevanceError("the graph has no edges")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 import numpy as np
 import pandas as pd
 
 from analyses.graph.network import Network
+from analyses.graph.tables import FlowTables
 from lens_relevance.errors import RelevanceError
 
-if TYPE_CHECKING:
-    from analyses.graph.flow import FlowGraph
 
-
-def strongest(graph: FlowGraph, n: int) -> pd.DataFrame:
+def strongest(graph: FlowTables, n: int) -> pd.DataFrame:
     """See `FlowGraph.paths`. Best-first search from the target; the bound is the best that any path below a node can do, so it is exact."""
     if n < 1:
         raise RelevanceError(f"paths takes how many paths are wanted, got {n}")
@@ -59,7 +57,7 @@ def strongest(graph: FlowGraph, n: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def bottlenecks(graph: FlowGraph, n: int) -> pd.DataFrame:
+def bottlenecks(graph: FlowTables, n: int) -> pd.DataFrame:
     """See `FlowGraph.bottlenecks`."""
     network = Network(graph)
     through = network.through()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool
 
 from analyses.graph.network import Network
+from analyses.graph.tables import FlowTables
 from lens_relevance.errors import RelevanceError
-
-if TYPE_CHECKING:
-    from analyses.graph.flow import FlowGraph
 
 Kept = Bool[np.ndarray, " edge"]
 
 
-def mask(graph: FlowGraph, keep: float | None, top: int | None, min_share: float | None) -> Kept:
+def mask(graph: FlowTables, keep: float | None, top: int | None, *, min_share: float | None) -> Kept:
     """Edges that stay; exactly one of the three criteria is given (see `FlowGraph.prune`)."""
     if sum(x is not None for x in (keep, top, min_share)) != 1:
         raise RelevanceError("prune takes one of keep=, top= and min_share=")
@@ -117,6 +114,7 @@ class _Growth:
         return len(self.edges) == count
 
     def first(self, count: int) -> Kept:
+        """The first edges that were taken, as a mask."""
         kept = np.zeros(len(self.network.size), dtype=bool)
         kept[self.edges[:count]] = True
         return kept

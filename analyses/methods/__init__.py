@@ -25,7 +25,7 @@ from analyses.methods.base import Estimator, Scores, TokenScores, collect, point
 from analyses.methods.conductance_method import conductance
 from analyses.methods.direct_logit_method import direct_logit_attribution
 from analyses.methods.eap_ig_method import eap_ig, integrated_edges
-from analyses.methods.registry import estimator, methods, register_method
+from analyses.methods.registry import estimator, method_names, register_method
 from analyses.methods.ruleset_method import by_ruleset
 from analyses.methods.token_relevance_method import by_attention
 from lens_relevance.attention_methods.methods import ALIASES
@@ -51,7 +51,7 @@ __all__ = [
     "eap_ig",
     "estimator",
     "integrated_edges",
-    "methods",
+    "method_names",
     "points",
     "register_method",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.methods.base import Estimator, Scores, collect, hidden, points
 from analyses.tasks import PromptPairs
@@ -28,7 +29,7 @@ def atp_star() -> Estimator:
     its group. v and all other components get plain attribution patching; the paper's GradDrop is not included.
     """
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         corrected = [component for component in components if component in ("q", "k")]
         plain = [component for component in components if component not in corrected]
         heads = points(model, ["heads"]) if corrected else []
@@ -42,21 +43,21 @@ def atp_star() -> Estimator:
             reference=pairs.clean,
             attention_mask=pairs.corrupt_mask,
         )
-        found = collect(model, plain, lambda point: -cache[point])
+        by_component = collect(model, plain, lambda point: -cache[point])
         z = {point: cache.activations[cache.canonical(point)] for point in heads}
         g_z = {point: cache.coefficients[cache.canonical(point)] for point in heads}
         for component in corrected:
             clean = {point: cache.reference_activations[cache.canonical(point)] for point in points(model, [component])}
             anew, n_nodes = _outputs(model, pairs, clean, z), next(iter(clean.values())).shape[2]
             effects = {point: (anew[point] - z[point]) * g_z[point] for point in heads}
-            found[component] = collect(model, ["heads"], effects.__getitem__)["heads"].unflatten(2, (n_nodes, -1)).sum(3)
-        return {component: found[component] for component in components}
+            by_component[component] = collect(model, ["heads"], effects.__getitem__)["heads"].unflatten(2, (n_nodes, -1)).sum(3)
+        return {component: by_component[component] for component in components}
 
     return Estimator("atp_star", scores, forwards=4, backwards=1)
 
 
 @torch.no_grad()
-def _outputs(model: Any, pairs: PromptPairs, clean: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
+def _outputs(model: TransformerBridge, pairs: PromptPairs, clean: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
     """What every head would give in the corrupt run with the clean run's q or k, by the point of its z.
 
     One forward for all layers: each one's q or k is exchanged, and its z set back before the next layer reads it. Heads do not look at

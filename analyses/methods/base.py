@@ -9,12 +9,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS, SCORED, Run, resolve_component, resolve_run
 from analyses.edges import EdgeAttribution
 from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 
 Scores = dict[str, Float[Tensor, "batch layer index"]]
 """Per component: [batch, layer, position] for resid, attn, mlp; [batch, layer, head] and [batch, layer, neuron], summed over positions."""
@@ -26,7 +28,7 @@ class TokenScores(Protocol):
 
     def __call__(
         self,
-        model: Any,
+        model: HookedModel,
         inputs: Any,
         target: Any,
         *,
@@ -84,7 +86,7 @@ class Estimator:
         turned = PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)
         return [(-1.0, turned)] if where == "clean" else [(0.5, pairs), (-0.5, turned)]
 
-    def __call__(self, model: Any, pairs: PromptPairs, components: Sequence[str], *, run: Run = "corrupt") -> Scores:
+    def __call__(self, model: TransformerBridge, pairs: PromptPairs, components: Sequence[str], *, run: Run = "corrupt") -> Scores:
         """Scores of each component for each pair, in the units of the target, by the components' names (not their aliases).
 
         Raises:
@@ -94,11 +96,11 @@ class Estimator:
         for name in names:
             if name not in self.components:
                 raise RelevanceError(f"{self.name} scores {', '.join(self.components)}, not {name}; for these choose a ruleset")
-        found = [(weight, self.one_run(model, part, names)) for weight, part in self.parts(pairs, run)]
-        return {name: sum(weight * scores[name] for weight, scores in found) for name in found[0][1]}  # type: ignore[misc]  # not the int 0
+        weighted = [(weight, self.one_run(model, part, names)) for weight, part in self.parts(pairs, run)]
+        return {name: sum(weight * scores[name] for weight, scores in weighted) for name in weighted[0][1]}  # type: ignore[misc]  # not the int 0
 
 
-def points(model: Any, components: Sequence[str]) -> list[str]:
+def points(model: TransformerBridge, components: Sequence[str]) -> list[str]:
     """The HookPoints of the components, in TransformerLens's short names."""
     return [COMPONENTS[name].read_at(layer) for name in components for layer in range(n_layers(model))]
 
@@ -106,7 +108,7 @@ def points(model: Any, components: Sequence[str]) -> list[str]:
 _AXES = {"position": "pos", "head": "head", "neuron": "neuron"}
 
 
-def collect(model: Any, components: Sequence[str], relevance: Callable[[str], Tensor]) -> Scores:
+def collect(model: TransformerBridge, components: Sequence[str], relevance: Callable[[str], Tensor]) -> Scores:
     """Relevance by HookPoint as scores by component."""
     scores: Scores = {}
     for name in components:
@@ -117,9 +119,12 @@ def collect(model: Any, components: Sequence[str], relevance: Callable[[str], Te
 
 
 @torch.no_grad()
-def activations(model: Any, tokens: Int[Tensor, "batch pos"], names: Sequence[str], pairs: PromptPairs) -> dict[str, Tensor]:
+def activations(
+    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: Sequence[str], *, pairs: PromptPairs
+) -> dict[str, Tensor]:
     """Activations of one plain run."""
-    _, cache = model.run_with_cache(tokens, names_filter=list(names), **hidden(pairs))
+    arguments: dict[str, Any] = {"names_filter": list(names), **hidden(pairs)}
+    _, cache = model.run_with_cache(tokens, **arguments)
     return {name: cache[name] for name in names}
 
 

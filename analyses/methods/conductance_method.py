@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.methods.base import Estimator, Scores, activations, collect, points
 from analyses.methods.integrated_path import DEFAULT_STEPS, check_steps, embeddings_moved, embeddings_of, named
@@ -21,9 +21,9 @@ def conductance(steps: int = DEFAULT_STEPS) -> Estimator:
     """
     check_steps(steps)
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         names, leaf = points(model, components), embeddings_of(model)
-        clean, corrupt = (activations(model, tokens, [leaf], pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
+        clean, corrupt = (activations(model, tokens, [leaf], pairs=pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
 
         def at(share: float) -> dict[str, tuple[Tensor, Tensor]]:
             with embeddings_moved(model, clean - corrupt, share):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS
 from analyses.methods.base import Estimator, Scores, activations, collect, points
@@ -23,13 +23,13 @@ def direct_logit_attribution() -> Estimator:
     constant. Components that act through later ones get next to nothing: that is the point of showing it beside the others.
     """
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         final = COMPONENTS["resid_post"].read_at(n_layers(model) - 1)
         cache = propagate(
             model, pairs.corrupt, pairs.target, rules={"norm": LNRule()}, names_filter=final, attention_mask=pairs.corrupt_mask
         )
         g, names = cache.coefficients[cache.canonical(final)], points(model, components)
-        clean, corrupt = activations(model, pairs.clean, names, pairs), activations(model, pairs.corrupt, names, pairs)
+        clean, corrupt = activations(model, pairs.clean, names, pairs=pairs), activations(model, pairs.corrupt, names, pairs=pairs)
 
         def written(point: str) -> Tensor:
             change = clean[point] - corrupt[point]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.edges.attribution import EdgeAttribution, edges_of, passes
 from analyses.edges.wiring import wiring
@@ -26,9 +26,9 @@ def eap_ig(steps: int = DEFAULT_STEPS) -> Estimator:
     """
     check_steps(steps)
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         names, leaf = points(model, components), embeddings_of(model)
-        clean, corrupt = (activations(model, tokens, [*names, leaf], pairs) for tokens in (pairs.clean, pairs.corrupt))
+        clean, corrupt = (activations(model, tokens, [*names, leaf], pairs=pairs) for tokens in (pairs.clean, pairs.corrupt))
         total: dict[str, Tensor] = {}
         for share in midpoints(steps):
             with embeddings_moved(model, clean[leaf] - corrupt[leaf], share):
@@ -39,13 +39,13 @@ def eap_ig(steps: int = DEFAULT_STEPS) -> Estimator:
                 total[name] = total.get(name, 0) + cache.coefficients[cache.canonical(name)]
         return collect(model, components, lambda point: (clean[point] - corrupt[point]) * total[point] / steps)
 
-    def edges(model: Any, pairs: PromptPairs) -> EdgeAttribution:
+    def edges(model: TransformerBridge, pairs: PromptPairs) -> EdgeAttribution:
         return integrated_edges(model, pairs, steps)
 
     return Estimator(named("eap_ig", steps), scores, forwards=steps + 2, backwards=steps, edges=edges)
 
 
-def integrated_edges(model: Any, pairs: PromptPairs, steps: int = DEFAULT_STEPS) -> EdgeAttribution:
+def integrated_edges(model: TransformerBridge, pairs: PromptPairs, steps: int = DEFAULT_STEPS) -> EdgeAttribution:
     """Edges (u_clean - u_corrupt) . g_v, g_v averaged as `eap_ig` does. One forward and backward per step.
 
     Raises:
@@ -53,14 +53,18 @@ def integrated_edges(model: Any, pairs: PromptPairs, steps: int = DEFAULT_STEPS)
     """
     check_steps(steps)
     streams, plain, leaf = wiring(model), ruleset("gradient"), embeddings_of(model)
-    clean, corrupt = (activations(model, tokens, [leaf], pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
+    clean, corrupt = (activations(model, tokens, [leaf], pairs=pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
     # what is written is that of the two runs themselves
-    ((values, _),) = passes(model, streams, pairs.clean, pairs.target, "gradient", pairs.corrupt, pairs.clean_mask)
+    ((values, _),) = passes(
+        model, streams, pairs.clean, target=pairs.target, rules="gradient", reference=pairs.corrupt, attention_mask=pairs.clean_mask
+    )
     total: EdgeAttribution | None = None
     for share in midpoints(steps):
         with embeddings_moved(model, clean - corrupt, share):
-            ((cache, constants),) = passes(model, streams, pairs.corrupt, pairs.target, "gradient", None, pairs.clean_mask)
-        edges = edges_of(streams, cache, constants, plain, values=values)[0]
+            ((cache, constants),) = passes(
+                model, streams, pairs.corrupt, target=pairs.target, rules="gradient", reference=None, attention_mask=pairs.clean_mask
+            )
+        edges = edges_of(streams, cache, constants, table=plain, values=values)[0]
         total = edges if total is None else replace(total, **{name: getattr(total, name) + getattr(edges, name) for name in _SCORES})
     assert total is not None
     return replace(total, **{name: getattr(total, name) / steps for name in _SCORES})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from lens_relevance import RelevanceError
 from lens_relevance.sites import anatomy
@@ -15,13 +15,13 @@ from lens_relevance.sites import anatomy
 DEFAULT_STEPS = 20
 
 
-def embeddings_of(model: Any) -> str:
+def embeddings_of(model: TransformerBridge) -> str:
     """The HookPoint of the token embeddings."""
     return anatomy(model).leaves[0]
 
 
 @contextmanager
-def embeddings_moved(model: Any, change: Float[Tensor, "batch pos d_model"], share: float) -> Iterator[None]:
+def embeddings_moved(model: TransformerBridge, change: Float[Tensor, "batch pos d_model"], share: float) -> Iterator[None]:
     """Inside, every run has its token embeddings moved by a share of `change`: from the corrupt ones on, all of it gives the clean ones."""
     with model.hooks(fwd_hooks=[(embeddings_of(model), lambda embeddings, hook: embeddings + share * change)]):
         yield

@@ -27,12 +27,12 @@ def register_method(name: str, method: Estimator | Callable[[], Estimator]) -> N
     Raises:
         RelevanceError: the name is taken, by a method, a ruleset or a baseline.
     """
-    if name in methods() or name in BASELINES:
+    if name in method_names() or name in BASELINES:
         raise RelevanceError(f"a method named {name!r} exists already; choose another name")
     _METHODS[name] = (lambda: method) if isinstance(method, Estimator) else method
 
 
-def methods() -> list[str]:
+def method_names() -> list[str]:
     """Names of all methods: every ruleset is one."""
     return [*rulesets(), *_METHODS]
 
@@ -51,4 +51,4 @@ def estimator(method: str | Table | Estimator) -> Estimator:
         return replace(_METHODS[method](), name=method)
     if method in rulesets():
         return by_ruleset(method)
-    raise RelevanceError(f"unknown method {method!r}; choose one of {', '.join(methods())}, or register_method one of your own")
+    raise RelevanceError(f"unknown method {method!r}; choose one of {', '.join(method_names())}, or register_method one of your own")

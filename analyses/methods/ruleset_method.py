@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS
 from analyses.edges import EdgeAttribution, attribute_edges
 from analyses.methods.base import Estimator, Scores, collect, points
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceCache, mean_embedding, propagate
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import anatomy
 
@@ -30,7 +32,7 @@ def by_ruleset(rules: str | Table, name: str | None = None) -> Estimator:
     pair = needs_reference(ruleset(rules))
     complete = isinstance(rules, str) and rules == "deeplift"
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
         names, first = points(model, components), COMPONENTS["resid"].read_at(0)
         cache = propagate(
             model,
@@ -45,14 +47,20 @@ def by_ruleset(rules: str | Table, name: str | None = None) -> Estimator:
             _warn_if_incomplete(cache, first)
         return collect(model, components, lambda point: -cache[point])  # the clean run less the corrupt one, where g is taken
 
-    def edges(model: Any, pairs: PromptPairs) -> EdgeAttribution:
+    def edges(model: TransformerBridge, pairs: PromptPairs) -> EdgeAttribution:
         corrupt = attribute_edges(model, pairs.corrupt, pairs.target, rules=rules, reference=pairs.clean, attention_mask=pairs.corrupt_mask)
         return replace(
             corrupt, scores=-corrupt.scores, writer_scores=-corrupt.writer_scores, reader_scores=-corrupt.reader_scores
         )  # clean less corrupt
 
     def tokens(
-        model: Any, inputs: Any, target: Any, *, attention_mask: Tensor | None = None, reference: Any = None, stack: str | None = None
+        model: HookedModel,
+        inputs: Any,
+        target: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        reference: Any = None,
+        stack: str | None = None,
     ) -> Tensor:
         if pair and reference is None:
             reference = mean_embedding()

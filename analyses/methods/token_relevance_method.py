@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.methods.base import Estimator, Scores
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 from lens_relevance.attention_methods import TokenSetsRelevance, token_relevance
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.ruleset_tables import Table
 
 
@@ -23,20 +25,26 @@ def by_attention(method: str, importance: str = "relevance", rules: str | Table 
         method, importance, rules: as for `token_relevance`.
     """
 
-    def scores(model: Any, pairs: PromptPairs, components: Sequence[str]) -> Scores:
-        found = token_relevance(
+    def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
+        result = token_relevance(
             model, pairs.clean, pairs.target, method=method, importance=importance, rules=rules, attention_mask=pairs.clean_mask
         )
-        return {"heads": found.heads} if components else {}
+        return {"heads": result.heads} if components else {}
 
     def tokens(
-        model: Any, inputs: Any, target: Any, *, attention_mask: Tensor | None = None, reference: Any = None, stack: str | None = None
+        model: HookedModel,
+        inputs: Any,
+        target: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        reference: Any = None,
+        stack: str | None = None,
     ) -> Tensor:
-        found = token_relevance(model, inputs, target, method=method, importance=importance, rules=rules, attention_mask=attention_mask)
-        if not isinstance(found, TokenSetsRelevance):
-            return found.scores
-        if stack not in found.scores:
-            raise RelevanceError(f"this model has the token sets {', '.join(found.scores)}: say which is meant (stack=...)")
-        return found.scores[stack]
+        result = token_relevance(model, inputs, target, method=method, importance=importance, rules=rules, attention_mask=attention_mask)
+        if not isinstance(result, TokenSetsRelevance):
+            return result.scores
+        if stack not in result.scores:
+            raise RelevanceError(f"this model has the token sets {', '.join(result.scores)}: say which is meant (stack=...)")
+        return result.scores[stack]
 
     return Estimator(method, scores, forwards=1, backwards=1, components=("heads",), single_run=True, tokens=tokens)

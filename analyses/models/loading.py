@@ -85,10 +85,10 @@ def _source(name: str) -> str:
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    of_weights = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(of_weights, torch.dtype) or not of_weights.is_floating_point:
         raise RelevanceError(f"{dtype!r} is not a dtype for weights: take float32, bfloat16, float16 or float64")
-    return found
+    return of_weights
 
 
 def _device(device: str | None) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformer_lens.model_bridge import TransformerBridge
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.class_labels import class_names, is_headless
 
 
-def n_layers(model: Any) -> int:
+def n_layers(model: TransformerBridge) -> int:
     """Number of blocks of a model with one stack of blocks.
 
     Raises:
@@ -23,7 +23,7 @@ def n_layers(model: Any) -> int:
     return len(blocks)
 
 
-def n_heads(model: Any) -> int:
+def n_heads(model: TransformerBridge) -> int:
     """Number of attention heads in each block.
 
     Raises:
@@ -33,7 +33,7 @@ def n_heads(model: Any) -> int:
     return int(model.cfg.n_heads)
 
 
-def d_mlp(model: Any) -> int:
+def d_mlp(model: TransformerBridge) -> int:
     """Number of MLP neurons in each block.
 
     Raises:
@@ -46,7 +46,7 @@ def d_mlp(model: Any) -> int:
     return int(width)
 
 
-def check_answers_text(model: Any) -> None:
+def check_answers_text(model: TransformerBridge) -> None:
     """Refuse a model that cannot be asked about a text: one of images, or one that gives no answer.
 
     Raises:
@@ -64,7 +64,7 @@ def check_answers_text(model: Any) -> None:
         )
 
 
-def check_answers_words(model: Any) -> None:
+def check_answers_words(model: TransformerBridge) -> None:
     """Refuse a model whose answers are not words.
 
     Raises:

@@ -17,6 +17,7 @@ from analyses.patching.readout import Readout, evaluate
 from analyses.patching.recording import Recording, record
 from analyses.patching.results import PatchedRuns, PatchingResult, joined
 from analyses.patching.selection import Selection, layers_of, nodes_of
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 
@@ -25,8 +26,9 @@ from lens_relevance.hooks.model_state import left_as_found
 @left_as_found
 def activation_patching(
     model: TransformerBridge,
-    pairs: Any,
+    pairs: PromptPairs,
     components: Selection = ("resid", "attn", "mlp", "heads"),
+    *,
     direction: Direction = "denoising",
     by_position: bool | None = None,
     metric: Any = None,
@@ -40,6 +42,7 @@ def activation_patching(
     of the denoising direction is what `transformer_lens.patching` returns.
 
     Args:
+        model: in eval mode.
         pairs: a `PromptPairs`: clean and corrupt token ids [n, pos] of equal length, their masks, and a target.
         components: names (see `analyses.components`), each for all layers and heads, or single nodes (`Node`s or text such as `L3H5`).
         direction: denoising, noising, or mean (of both effects).
@@ -47,33 +50,36 @@ def activation_patching(
             all together for heads. Single nodes name their own position.
         metric: a target, or a callable logits [n, pos, d_vocab] -> [n] (or a scalar); None takes the pairs' target.
         batch_size: rows (patches x pairs) per forward pass; None for about 2048 tokens. Pairs are split only where the metric is a target.
-        progress: show a progress bar where somebody watches standard error.
+        progress: show a progress bar, if standard error is a terminal.
 
-    Returns the patched metric, the baseline and the effect of each node, per pair (`effect`) and averaged (`to_dataframe`).
+    Returns:
+        The patched metric, the baseline and the effect of each node, per pair (`effect`) and averaged (`to_dataframe`). A warning names
+        the pairs on which the metric is the same on clean and corrupt.
 
-    Raises RelevanceError for a model in train mode, prompts of unequal length, an unknown component and one that this model lacks or does
-    not go on with, and OutOfRangeError for a layer, head, neuron or position out of range. Warns where the metric cannot tell clean from
-    corrupt.
+    Raises:
+        RelevanceError: a model in train mode, prompts of unequal length, an unknown component, or one that this model lacks or whose value
+            it does not use.
+        OutOfRangeError: a layer, head, neuron or position out of range.
     """
     resolve_direction(direction)
     check_pairs(pairs)
     keys = _prepare(model, components, batch_size)
-    ways: list[Literal["denoising", "noising"]] = ["denoising", "noising"] if direction == "mean" else [direction]
+    directions: list[Literal["denoising", "noising"]] = ["denoising", "noising"] if direction == "mean" else [direction]
     pieces = []
     with bar_if(progress) as bar:
         task = bar.add_task("activation patching", total=None)
-        for piece in pieces_of(model, pairs, metric, batch_size):
-            clean = record(model, piece.clean, piece.mask, keys, with_calls="noising" in ways)
-            corrupt = record(model, piece.corrupt, piece.mask, keys, with_calls="denoising" in ways)
+        for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
+            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls="noising" in directions)
+            corrupt = record(model, piece.corrupt, piece.mask, wanted=keys, with_calls="denoising" in directions)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
-            bar.update(task, total=len(nodes) * len(ways) * -(-len(pairs.clean) // clean.n))
+            bar.update(task, total=len(nodes) * len(directions) * -(-len(pairs.clean) // clean.n))
             first, runs = piece.first_difference(), []
-            for way in ways:
-                base, source = (corrupt, clean) if way == "denoising" else (clean, corrupt)
+            for one_way in directions:
+                base, source = (corrupt, clean) if one_way == "denoising" else (clean, corrupt)
                 readout = Readout(piece.metric, base.logits)
                 patcher = Patcher(model, base, readout, first, batch_size, lambda count: bar.advance(task, count))
-                runs.append(_runs(way, patcher, nodes, _values(base, source.values)))
+                runs.append(_runs(one_way, patcher, nodes, _values(base, source.values)))
             m_clean, m_corrupt = (evaluate(piece.metric, recording.logits).cpu() for recording in (clean, corrupt))
             pieces.append(PatchingResult(tuple(nodes), tuple(runs), m_clean, m_corrupt, patcher.shortcut or "none"))
     result = joined(pieces)
@@ -85,8 +91,9 @@ def activation_patching(
 @left_as_found
 def ablation(
     model: TransformerBridge,
-    pairs: Any,
+    pairs: PromptPairs,
     components: Selection = ("resid", "attn", "mlp", "heads"),
+    *,
     value: Literal["zero", "mean"] = "zero",
     by_position: bool | None = None,
     metric: Any = None,
@@ -98,7 +105,10 @@ def ablation(
     Effect: m(clean) - m(clean with the node ablated). The mean is taken at each position over the pairs that have a token there, as in Wang
     et al. 2022: it keeps what all prompts share, and needs prompts that are aligned. Only the clean prompts are read.
 
-    Args, returns and errors: as `activation_patching`.
+    Args:
+        value: what a node is set to.
+
+    Other arguments, what is returned and what is raised are those of `activation_patching`.
     """
     if value not in ("zero", "mean"):
         raise RelevanceError(f'a node is ablated to "zero" or "mean", not {value!r}')
@@ -108,8 +118,8 @@ def ablation(
     pieces = []
     with bar_if(progress) as bar:
         task = bar.add_task(f"{value} ablation", total=None)
-        for piece in pieces_of(model, pairs, metric, batch_size):
-            clean = record(model, piece.clean, piece.mask, keys, with_calls=True)
+        for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
+            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls=True)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * -(-len(pairs.clean) // clean.n))
@@ -158,14 +168,14 @@ def _check_live(model: TransformerBridge, recording: Recording, keys: list[tuple
         check_pattern_live(model, recording, layers[0])
 
 
-def _mean_values(model: TransformerBridge, pairs: Any, metric: Any, keys: list[tuple[str, int]], batch_size: int | None) -> Values:
+def _mean_values(model: TransformerBridge, pairs: PromptPairs, metric: Any, keys: list[tuple[str, int]], batch_size: int | None) -> Values:
     """Mean of each activation over the clean prompts, [1, ...], at each position over the rows that have a token there."""
     totals: Values = {}
     count: Tensor | float = 0.0
-    for piece in pieces_of(model, pairs, metric, batch_size):
+    for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
         mask = (torch.ones_like(piece.clean) if piece.mask is None else piece.mask).bool()
         count = count + mask.sum(0)
-        for (name, layer), value in record(model, piece.clean, piece.mask, keys).values.items():
+        for (name, layer), value in record(model, piece.clean, piece.mask, wanted=keys).values.items():
             at = COMPONENTS[name].axes.index("pos")
             kept = mask.to(value.device).reshape([len(mask)] + [mask.shape[1] if axis == at else 1 for axis in range(1, value.ndim)])
             totals[name, layer] = totals.get((name, layer), 0.0) + value.where(kept, 0.0).sum(0, keepdim=True)

@@ -1,4 +1,4 @@
-"""What is checked before anything is patched: the input, that a HookPoint is live, and what patched runs may skip."""
+"""What is checked before anything is patched: the input, that the model uses a HookPoint's value, and what patched runs may skip."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from analyses.patching.plan import Patch, Values, edits_of, rows_of
 from analyses.patching.readout import Readout
 from analyses.patching.recording import Recording, forward
 from analyses.patching.sweep import Shortcut, run_rows, to_logits
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 
 SAMPLES = 3
@@ -31,7 +32,7 @@ def check_eval(model: TransformerBridge) -> None:
                 raise RelevanceError(f"patching compares runs, but {name or 'the model'} is in train mode; call model.eval() first")
 
 
-def check_pairs(pairs: Any) -> None:
+def check_pairs(pairs: PromptPairs) -> None:
     """Refuse pairs whose prompts differ in length: a position would mean two things."""
     if pairs.clean.shape != pairs.corrupt.shape or pairs.clean.ndim != 2:
         raise RelevanceError(
@@ -60,7 +61,7 @@ def check_gap(clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"] | N
 
 
 def check_pattern_live(model: TransformerBridge, recording: Recording, layer: int) -> None:
-    """Refuse to patch patterns where the model does not go on with them (attention delegated to Hugging Face)."""
+    """Refuse to patch patterns whose value the model does not use (attention computed by Hugging Face)."""
     heads: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -77,12 +78,14 @@ def check_pattern_live(model: TransformerBridge, recording: Recording, layer: in
             forward(model, tokens, mask)
     if torch.equal(heads["plain"], heads["zeroed"]):
         raise RelevanceError(
-            f"the pattern of block {layer} is only shown, the model does not go on with it ({type(model.blocks[layer].attn).__name__} "
-            "leaves attention to Hugging Face), so patching it would do nothing; patch q, k or heads instead"
+            f"the pattern of block {layer} is shown but not used ({type(model.blocks[layer].attn).__name__} leaves attention to Hugging "
+            "Face), so patching it would do nothing; patch q, k or heads instead"
         )
 
 
-def find_shortcut(model: TransformerBridge, recording: Recording, patches: Sequence[Patch], values: Values, readout: Readout) -> Shortcut:
+def find_shortcut(
+    model: TransformerBridge, recording: Recording, patches: Sequence[Patch], *, values: Values, readout: Readout
+) -> Shortcut:
     """The furthest shortcut that gives the logits of whole forward passes on some of the patches to be run.
 
     Families differ in what a block needs and in what happens between and after the blocks, so this is measured, not assumed. Hooks that
@@ -104,14 +107,15 @@ def find_shortcut(model: TransformerBridge, recording: Recording, patches: Seque
     for number, patch in enumerate(samples):
         base = torch.tensor([number % recording.n], device=recording.tokens.device)
         own = replace(patch, offset=patch.offset + number % recording.n)
-        batches.append((rows_of([own], base), edits_of([own], values, 1)))
-        expected.append(run_rows(model, recording, *batches[-1], readout.columns, "none"))
+        rows, edits = rows_of([own], base), edits_of([own], values, 1)
+        batches.append((rows, edits))
+        expected.append(run_rows(model, recording, rows, edits=edits, columns=readout.columns, shortcut="none"))
 
     def right(shortcut: Shortcut) -> bool:
         try:
             for (rows, edits), one in zip(batches, expected, strict=True):
-                outcome = run_rows(model, recording, rows, edits, readout.columns, shortcut)
-                two = to_logits(model, recording, rows, outcome, readout, shortcut)
+                outcome = run_rows(model, recording, rows, edits=edits, columns=readout.columns, shortcut=shortcut)
+                two = to_logits(model, recording, rows, outcome=outcome, readout=readout, shortcut=shortcut)
                 one = one if readout.tokens is None else one[:, :, readout.tokens]
                 if one.shape != two.shape or bool((one - two).abs().max() > rounding):
                     return False

@@ -27,7 +27,7 @@ class Patcher:
     Attributes:
         first: first position [pos] at which the values to be set differ from the recorded ones; earlier patches change nothing.
         batch_size: rows per pass, None for a size that suits most machines.
-        done: told how many patches have been run, as they are.
+        done: called with the number of patches that have been run, pass by pass.
         shortcut: what patched runs may skip; found out on the first patches.
     """
 
@@ -50,9 +50,9 @@ class Patcher:
         self.done(len(patches) - len(effective))
         where = {id(patch): number for number, patch in enumerate(patches)}
         base = torch.arange(n, device=self.recording.tokens.device)
-        for group in passes(effective, self.recording, self.batch_size, shortcut):
+        for group in passes(effective, self.recording, self.batch_size, shortcut=shortcut):
             rows, edits = rows_of(group, base), edits_of(group, values, n)
-            outcome = run_rows(self.model, self.recording, rows, edits, self.readout.columns, shortcut)
+            outcome = run_rows(self.model, self.recording, rows, edits=edits, columns=self.readout.columns, shortcut=shortcut)
             result[[where[id(patch)] for patch in group]] = self.read(rows, outcome)
             self.done(len(group))
         return result
@@ -61,7 +61,7 @@ class Patcher:
         """The shortcut for these and all later patches of this recording."""
         if self.shortcut is None:
             effective = [patch for patch in patches if patch.start >= self.first]
-            self.shortcut = find_shortcut(self.model, self.recording, effective, values, self.readout)
+            self.shortcut = find_shortcut(self.model, self.recording, effective, values=values, readout=self.readout)
         return self.shortcut
 
     def read(self, rows: Rows, outcome: Tensor) -> Float[Tensor, "patch n_or_1"]:
@@ -73,7 +73,9 @@ class Patcher:
         assert self.shortcut is not None
         for start in range(0, len(rows.base), step):
             piece = slice(start, start + step)
-            logits = to_logits(self.model, self.recording, rows[piece], outcome[piece], self.readout, self.shortcut)
+            logits = to_logits(
+                self.model, self.recording, rows[piece], outcome=outcome[piece], readout=self.readout, shortcut=self.shortcut
+            )
             read += [self.readout(logits[row : row + n]) for row in range(0, len(logits), n)]
         values = torch.stack(read)
         if self.readout.tokens is not None and bool(values.isnan().any()):

@@ -22,6 +22,7 @@ from analyses.patching.recording import record, take_rows
 from analyses.patching.results import PatchedRuns, join_runs
 from analyses.patching.selection import Selection, as_list, layers_of, nodes_of
 from analyses.patching.sweep import Edits, Rows, run_rows
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 
@@ -43,6 +44,7 @@ class PathPatchingResult:
 
     @property
     def effect(self) -> Float[Tensor, "path pair"]:
+        """Effect of each path on each pair, positive where it carries what makes the clean metric larger."""
         return self.run.effect
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -71,8 +73,9 @@ class PathPatchingResult:
 @left_as_found
 def path_patching(
     model: TransformerBridge,
-    pairs: Any,
+    pairs: PromptPairs,
     senders: Selection,
+    *,
     receivers: Selection,
     direction: Literal["denoising", "noising"] = "denoising",
     freeze: Sequence[Literal["heads", "mlps"]] = ("heads", "mlps"),
@@ -91,9 +94,11 @@ def path_patching(
         senders: "heads" for all of them, or nodes such as "L0H3".
         receivers: "q", "k", "v" or "heads" (all three inputs of a head) for all heads in later layers, "logits", or nodes. Under
             grouped-query attention q and heads count query heads, k and v key-value heads.
+        freeze: what keeps its value between sender and receiver.
         direction, metric, batch_size, progress: as in `activation_patching`.
 
-    Raises RelevanceError as `activation_patching`, and where no receiver lies above a sender.
+    Raises:
+        RelevanceError: as `activation_patching`, and where no receiver lies above a sender.
     """
     if resolve_direction(direction) == "mean":
         raise RelevanceError("paths are patched in one direction, denoising or noising; call path_patching for each and average")
@@ -107,9 +112,9 @@ def path_patching(
     pieces = []
     with bar_if(progress) as bar:
         task = bar.add_task("path patching", total=None)
-        for piece in pieces_of(model, pairs, metric, batch_size):
+        for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
             recordings = [
-                record(model, ids, piece.mask, keys, with_calls=base)
+                record(model, ids, piece.mask, wanted=keys, with_calls=base)
                 for ids, base in ((piece.clean, direction == "noising"), (piece.corrupt, direction == "denoising"))
             ]
             base, source = recordings if direction == "noising" else recordings[::-1]
@@ -158,10 +163,10 @@ def _patched(
     sending = [patch(sender) for sender in senders]
     shortcut = patcher.settle(sending, source)
     patched: dict[tuple[Node, Node], Tensor] = {}
-    for group in passes(sending, recording, patcher.batch_size, shortcut):
+    for group in passes(sending, recording, patcher.batch_size, shortcut=shortcut):
         rows, received = rows_of(group, base), Values()
         edits = _sending(patcher, group, rows, source, receivers, freeze, received)
-        outcome = run_rows(patcher.model, recording, rows, edits, patcher.readout.columns, shortcut)
+        outcome = run_rows(patcher.model, recording, rows, edits=edits, columns=patcher.readout.columns, shortcut=shortcut)
         for receiver in receivers:
             if receiver.component == LOGITS:
                 patched |= {(member.node, receiver): value for member, value in zip(group, patcher.read(rows, outcome), strict=True)}

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.batches import rows_together
 from analyses.datasets.progress import progress_bar
 from analyses.patching.plan import TOKENS_PER_PASS
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.targets import as_target
@@ -35,7 +36,7 @@ class Piece:
         return int(differ[0]) if len(differ) else self.clean.shape[1] - 1
 
 
-def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, batch_size: int | None) -> Iterator[Piece]:
+def pieces_of(model: TransformerBridge, pairs: PromptPairs, metric: Any, *, batch_size: int | None) -> Iterator[Piece]:
     """The pairs in pieces of at most `batch_size` rows (None: TOKENS_PER_PASS tokens).
 
     A function that needs all rows together gets them in one piece.
@@ -45,7 +46,7 @@ def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, batch_size: int
     if target.point is not None:
         raise RelevanceError(f"the target is a latent at {target.point}; patching reads the logits: give a target of logits as `metric`")
     masks = [torch.ones_like(pairs.clean) if mask is None else mask for mask in (pairs.clean_mask, pairs.corrupt_mask)]
-    size = rows_together(model, target, pairs.clean, masks[0], batch_size or max(1, TOKENS_PER_PASS // n_pos))
+    size = rows_together(model, target, pairs.clean, mask=masks[0], size=batch_size or max(1, TOKENS_PER_PASS // n_pos))
     for start in range(0, n, size):
         rows = slice(start, start + size)
         clean, corrupt, mask, same = (ids[rows].to(model.cfg.device) for ids in (pairs.clean, pairs.corrupt, *masks))
@@ -55,7 +56,7 @@ def pieces_of(model: TransformerBridge, pairs: Any, metric: Any, batch_size: int
 
 
 def bar_if(progress: bool) -> Progress:
-    """A progress bar, which shows nothing unless it is asked for and somebody watches."""
+    """A progress bar, which shows nothing unless it is asked for and standard error is a terminal."""
     bar = progress_bar()
     bar.disable = bar.disable or not progress
     return bar

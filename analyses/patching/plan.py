@@ -103,7 +103,7 @@ def _edit(numbers: list[int], patches: list[Patch], values: Tensor, n: int) -> E
     return edit
 
 
-def passes(patches: Sequence[Patch], recording: Recording, batch_size: int | None, shortcut: Shortcut) -> Iterator[list[Patch]]:
+def passes(patches: Sequence[Patch], recording: Recording, batch_size: int | None, *, shortcut: Shortcut) -> Iterator[list[Patch]]:
     """`patches` in groups for one pass each, in layer order within a group.
 
     Args:

@@ -49,7 +49,8 @@ class Readout:
 def evaluate(metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> Float[Tensor, " n_or_1"]:
     """The metric of one run: one value per row, or one in all if the metric returns a scalar.
 
-    Raises RelevanceError if it returns anything else.
+    Raises:
+        RelevanceError: it returns anything else.
     """
     value = metric(logits)
     if not isinstance(value, Tensor) or value.shape not in ((), (1,), (len(logits),)):

@@ -39,10 +39,12 @@ class Recording:
 
     @property
     def n(self) -> int:
+        """Number of rows."""
         return self.tokens.shape[0]
 
     @property
     def n_pos(self) -> int:
+        """Number of positions."""
         return self.tokens.shape[1]
 
     def resid_pre(self, layer: int) -> Float[Tensor, "n pos d_model"]:
@@ -50,16 +52,17 @@ class Recording:
         args, kwargs = self.calls[layer]
         return args[0] if args else kwargs["hidden_states"]
 
-    def call(self, layer: int, rows: Int[Tensor, " rows"], positions: slice, cache: DynamicCache | None) -> Call:
+    def call(self, layer: int, rows: Int[Tensor, " rows"], positions: slice, *, cache: DynamicCache | None) -> Call:
         """The rest of the arguments of block `layer` for a batch of these `rows` at these `positions`, with this cache of earlier ones.
 
-        Returns (args after the residual stream, kwargs without it).
+        Returns:
+            (args after the residual stream, kwargs without it).
         """
         args, kwargs = self.calls[layer]
         rest = tuple(self._fit(value, rows, positions, cache) for value in args[1:])
         return rest, {name: self._fit(value, rows, positions, cache) for name, value in kwargs.items() if name != "hidden_states"}
 
-    def prefix(self, layer: int, rows: Int[Tensor, " rows"], start: int, into: DynamicCache) -> DynamicCache:
+    def prefix(self, layer: int, rows: Int[Tensor, " rows"], start: int, *, into: DynamicCache) -> DynamicCache:
         """`into`, an empty cache, with the keys and values before `start`: a block adds to the cache it is given."""
         assert self.cache is not None, "a run can only go on from a position if its keys and values were kept"
         kept = self.cache.layers[layer]
@@ -108,6 +111,7 @@ def record(
     model: TransformerBridge,
     tokens: Int[Tensor, "n pos"],
     mask: Int[Tensor, "n pos"] | None,
+    *,
     wanted: Sequence[tuple[str, int]],
     with_calls: bool = False,
 ) -> Recording:
@@ -116,7 +120,8 @@ def record(
     Args:
         with_calls: also keep what is needed to go on from any block: how each block was called, and its keys and values.
 
-    Raises RelevanceError if a HookPoint that was asked for does not fire.
+    Raises:
+        RelevanceError: a HookPoint that was asked for does not fire.
     """
     values: dict[tuple[str, int], Tensor] = {}
 

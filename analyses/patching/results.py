@@ -63,12 +63,12 @@ class PatchingResult:
 
     @property
     def patched(self) -> Float[Tensor, "node pair"]:
-        """The metric with each node patched. Raises RelevanceError for direction="mean", which has two (see `runs`)."""
+        """The metric with each node patched; an error for direction="mean", which has two (see `runs`)."""
         return self._only_run().patched
 
     @property
     def baseline(self) -> Float[Tensor, " pair"]:
-        """The metric of the run that was patched, before patching. Raises RelevanceError for direction="mean" (see `runs`)."""
+        """The metric of the run that was patched, before patching; an error for direction="mean", which has two (see `runs`)."""
         return self._only_run().baseline
 
     def _only_run(self) -> PatchedRuns:
@@ -113,9 +113,11 @@ class PatchingResult:
         """One component as a table for a heatmap: layers down; heads, positions, neurons or (position, head) across.
 
         Args:
+            name: the component.
             values: a column of `to_dataframe`.
 
-        Raises RelevanceError if the component was not patched.
+        Raises:
+            RelevanceError: the component was not patched.
         """
         frame = self.to_dataframe()
         frame = frame[frame["component"] == resolve_component(name).name]

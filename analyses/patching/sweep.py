@@ -53,7 +53,7 @@ class Rows:
 
 
 def run_rows(
-    model: TransformerBridge, recording: Recording, rows: Rows, edits: Edits, columns: Int[Tensor, " column"], shortcut: Shortcut
+    model: TransformerBridge, recording: Recording, rows: Rows, *, edits: Edits, columns: Int[Tensor, " column"], shortcut: Shortcut
 ) -> Float[Tensor, "rows late_column d_model_or_d_vocab"]:
     """One pass with edits. Returns what `to_logits` turns into the logits of each row at `columns`.
 
@@ -111,7 +111,7 @@ class _Run:
         base = rows.base[: rows.joined(layer)]
         if cache is None and self.start > 0:
             cache = self.recording.prefix(layer, base, self.start, into=DynamicCache())
-        args, kwargs = self.recording.call(layer, base, slice(self.start, self.start + residual.shape[1]), cache)
+        args, kwargs = self.recording.call(layer, base, slice(self.start, self.start + residual.shape[1]), cache=cache)
         output = self.blocks[layer](residual, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -126,6 +126,7 @@ class _KeysAndValuesOnly(DynamicCache):
     full = False
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values as DynamicCache keeps them; ends the block here until the cache is `full`."""
         both = super().update(*args, **kwargs)
         if not self.full:
             raise _Stop
@@ -133,7 +134,7 @@ class _KeysAndValuesOnly(DynamicCache):
 
 
 def to_logits(
-    model: TransformerBridge, recording: Recording, rows: Rows, outcome: Tensor, readout: Readout, shortcut: Shortcut
+    model: TransformerBridge, recording: Recording, rows: Rows, *, outcome: Tensor, readout: Readout, shortcut: Shortcut
 ) -> Float[Tensor, "rows column token"]:
     """The logits that are read, of the outcome of `run_rows`; before the first patched position those of the run without patches."""
     columns, tokens = readout.columns, slice(None) if readout.tokens is None else readout.tokens

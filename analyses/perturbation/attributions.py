@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.methods import Estimator, TokenScores, by_ruleset, estimator
 from analyses.perturbation.removal_runs import one_by_one
@@ -59,7 +60,7 @@ def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
         raise RelevanceError("against() needs at least one reference, such as mean_embedding() or random_tokens(8)")
     tokens_under = token_scores(by_ruleset(rules))
 
-    def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
+    def scores(model: TransformerBridge, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
         return torch.stack([tokens_under(model, tokens, target, attention_mask=mask, reference=one) for one in references]).mean(0)
 
     return scores
@@ -68,8 +69,8 @@ def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
 def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
     """Fall of the target when one token alone is removed: one forward per token."""
 
-    def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
-        return one_by_one(TextRemoval(model, tokens, mask, target, baseline, seed), mask.bool())
+    def scores(model: TransformerBridge, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
+        return one_by_one(TextRemoval(model, tokens, mask, target=target, baseline=baseline, seed=seed), mask.bool())
 
     return scores
 
@@ -77,7 +78,7 @@ def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
 def random_order(seed: int = 0) -> Attribution:
     """Scores without meaning: what every method must beat."""
 
-    def scores(model: Any, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
+    def scores(model: TransformerBridge, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
         return torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     return scores

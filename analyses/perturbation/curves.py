@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.progress import progress_bar
 from analyses.methods import Estimator
@@ -26,9 +27,10 @@ from lens_relevance.inputs.targets import as_target, top_prediction
 
 @left_as_found
 def perturbation_curves(
-    model: Any,
+    model: TransformerBridge,
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | Attribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_embedding",),
     attention_mask: Tensor | None = None,
@@ -38,14 +40,24 @@ def perturbation_curves(
 ) -> pd.DataFrame:
     """MoRF and LeRF curves of each method with each baseline, and of a random order on the same prompts.
 
-    model, inputs, target, attention_mask: as for `propagate`; None explains each prompt's top prediction against its runner-up.
-    methods: names or Estimators (see `attribution`), or name -> one of these or a callable (model, tokens, target, mask) -> [batch, pos],
-        for example
-        `{"deeplift, 8 random": against(random_tokens(8))}`.
-    baselines: of `BASELINES`: what stands where a token was removed. steps: in how many steps all tokens go (default one by one).
+    Each prompt's first token (BOS) is never removed.
 
-    Each prompt's first token (BOS) is never removed. Returns a DataFrame with columns method, baseline, example, order (MoRF, LeRF),
-    removed, share, value (units of the target), same_prediction; `areas` and `summary` condense it.
+    Args:
+        inputs, target, attention_mask: as for `propagate`; without a target each prompt's top prediction is explained against the
+            runner-up.
+        methods: names or Estimators (see `attribution`), or name -> one of these or a callable (model, tokens, target, mask) ->
+            [batch, pos], for example `{"deeplift, 8 random": against(random_tokens(8))}`.
+        baselines: of `BASELINES`: what stands where a token was removed.
+        steps: in how many steps all tokens go; None for one by one.
+        seed: of the random order and of random tokens.
+        batch_size: rows per forward pass.
+
+    Returns:
+        Columns method, baseline, example, order (MoRF, LeRF), removed, share, value (units of the target), same_prediction; `areas` and
+        `summary` condense it.
+
+    Raises:
+        RelevanceError: no method or no baseline, an unknown one, or scores that do not fit the prompts.
     """
     named = named_methods(methods)
     if not named or not baselines:
@@ -61,8 +73,10 @@ def perturbation_curves(
     removable = (mask.bool() & (mask.cumsum(1) > 1)).cpu()
     with progress_bar() as bar:
         scores = {n: chosen[n](model, tokens, resolved, mask).detach().cpu() for n in bar.track(chosen, description="attributions")}
-    removals = [TextRemoval(model, tokens, mask, resolved, baseline, seed, batch_size) for baseline in baselines]
-    return curves_of(scores, removable, removals, steps)
+    removals = [
+        TextRemoval(model, tokens, mask, target=resolved, baseline=baseline, seed=seed, batch_size=batch_size) for baseline in baselines
+    ]
+    return curves_of(scores, removable, removals, steps=steps)
 
 
 def named_methods(methods: Sequence[str | Estimator] | Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +87,7 @@ def named_methods(methods: Sequence[str | Estimator] | Mapping[str, Any]) -> dic
 
 
 def curves_of(
-    scores: Mapping[str, Tensor], removable: Bool[Tensor, "batch item"], removals: Sequence[Removal], steps: int | None = None
+    scores: Mapping[str, Tensor], removable: Bool[Tensor, "batch item"], removals: Sequence[Removal], *, steps: int | None = None
 ) -> pd.DataFrame:
     """MoRF and LeRF curves of scores [batch, item] by name, with every evaluator of removals: text tokens, image patches, embeddings.
 
@@ -82,7 +96,7 @@ def curves_of(
     frames = []
     with progress_bar() as bar:
         for name, removal in bar.track([(n, r) for n in scores for r in removals], description="removing"):
-            frame = removal_curves(scores[name].detach().cpu(), removable.cpu(), removal, steps)
+            frame = removal_curves(scores[name].detach().cpu(), removable.cpu(), removal, steps=steps)
             frame.insert(0, "baseline", removal.baseline)
             frame.insert(0, "method", name)
             frames.append(frame)
@@ -99,4 +113,4 @@ def curves_view(curves: pd.DataFrame, baseline: str | None = None) -> View:
     binned = shown.assign(share=(shown["share"] * 20).round() / 20)
     grouped = binned.groupby(["method", "order"], sort=False)
     series = {f"{method}, {order}": part.groupby("share")["value"].mean() for (method, order), part in grouped}
-    return curve_view(series, "share of tokens removed", "target", f"Perturbation ({baseline})")
+    return curve_view(series, "share of tokens removed", "target", title=f"Perturbation ({baseline})")

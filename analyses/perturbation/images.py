@@ -15,6 +15,7 @@ from analyses.perturbation.curves import curves_of, named_methods
 from analyses.perturbation.inputs import PatchRemoval, fillers
 from analyses.perturbation.removal_runs import one_by_one
 from lens_relevance import RelevanceError, Target
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.prompt import read_inputs
 from lens_relevance.inputs.targets import as_target, top_prediction
 
@@ -22,9 +23,10 @@ ImageAttribution = Callable[[Any, Mapping[str, Tensor], Target], Tensor]
 
 
 def image_curves(
-    model: Any,
+    model: HookedModel,
     inputs: Tensor | Mapping[str, Tensor],
     target: Target | Callable[[Tensor], Tensor] | None = None,
+    *,
     methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | ImageAttribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_patch",),
     image: str = "pixel_values",
@@ -35,13 +37,22 @@ def image_curves(
 ) -> pd.DataFrame:
     """MoRF and LeRF curves of patches, of each method with each baseline, and of a random order on the same pictures.
 
-    model, inputs, target: as for `propagate`; None explains each picture's top class against the next. image: the argument that holds the
-        pictures [batch, channel, height, width], patch: the side of a patch in pixels, stack: the token set of the patches, where there
-        are several.
-    methods: rulesets (pair rules against the picture of its own mean patch), methods of `token_relevance`, `occlusion`, or name ->
-        callable (model, inputs, target) -> [batch, patch]. baselines: of `PATCH_BASELINES`. steps: in how many steps all patches go.
+    Args:
+        inputs, target: as for `propagate`; without a target each picture's top class is explained against the next.
+        methods: rulesets (pair rules against the picture of its own mean patch), methods of token relevance, `occlusion`, Estimators, or
+            name -> one of these or a callable (model, inputs, target) -> [batch, patch].
+        baselines: of `PATCH_BASELINES`.
+        image: the argument that holds the pictures [batch, channel, height, width].
+        patch: the side of a patch in pixels.
+        stack: the token set of the patches, where there are several.
+        steps: in how many steps all patches go; None for one by one.
+        seed: of the random order.
 
-    Returns the DataFrame that `perturbation_curves` gives for prompts; `areas` and `summary` condense it.
+    Returns:
+        The DataFrame that `perturbation_curves` gives for prompts; `areas` and `summary` condense it.
+
+    Raises:
+        RelevanceError: as `perturbation_curves`.
     """
     given: Mapping[str, Tensor] = inputs if isinstance(inputs, Mapping) else {image: inputs}
     named = named_methods(methods)
@@ -53,7 +64,7 @@ def image_curves(
         resolved: Target = top_prediction(logits.reshape(len(logits), -1, logits.shape[-1])[:, -1:], positions, None)
     else:
         resolved = as_target(target)
-    removals = [PatchRemoval(model, given, resolved, baseline, image, patch) for baseline in baselines]
+    removals = [PatchRemoval(model, given, resolved, baseline=baseline, image=image, patch=patch) for baseline in baselines]
     if not removals or not named:
         raise RelevanceError("give at least one method and one baseline")
     everything = torch.ones(len(prompt.tokens), removals[0].n_patches, dtype=torch.bool)
@@ -63,8 +74,8 @@ def image_curves(
         if method == "occlusion":
             scores[name] = one_by_one(removals[0], everything)
         elif isinstance(method, str | Estimator):
-            found = token_scores(method)(model, given, resolved, reference=blank, stack=stack)
-            scores[name] = found[:, -everything.shape[1] :]  # a class token stands before the patches
+            of_tokens = token_scores(method)(model, given, resolved, reference=blank, stack=stack)
+            scores[name] = of_tokens[:, -everything.shape[1] :]  # a class token stands before the patches
         else:
             scores[name] = method(model, given, resolved)
-    return curves_of(scores, everything, removals, steps)
+    return curves_of(scores, everything, removals, steps=steps)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.prompt import Prompt, read_inputs
 from lens_relevance.inputs.targets import as_target
 from lens_relevance.inputs.token_ids import positions
@@ -26,11 +27,14 @@ EMBEDDING_BASELINES = ("mean_embedding", "zero_embedding", "other_example")
 class _InputRemoval(Removal):
     """Holds the call whose parts are removed."""
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor], target: Target, baseline: str, known: tuple[str, ...], batch: int) -> None:
+    def __init__(
+        self, model: HookedModel, inputs: Mapping[str, Tensor], target: Target, baseline: str, known: tuple[str, ...], batch: int
+    ) -> None:
         if baseline not in known:
             raise RelevanceError(f"unknown baseline {baseline!r}; choose one of {', '.join(known)}")
         super().__init__(baseline, batch)
-        self.model, self.prompt = model, read_inputs(model, inputs)
+        self.model: Any = model  # bridges and HookedRootModules have hooks(), which HookedModel does not name
+        self.prompt = read_inputs(model, inputs)
         self.target = as_target(target).made_for(len(self.prompt.tokens))
 
     def rows(self, rows: Tensor, **changed: Tensor) -> Prompt:
@@ -54,15 +58,19 @@ class _InputRemoval(Removal):
 class PatchRemoval(_InputRemoval):
     """Evaluates pictures without some of their square patches, row by row.
 
-    inputs: keyword arguments of the model; image: the one that holds the pictures [batch, channel, height, width]. baseline: `zero`,
-    `mean_patch` (the mean over the picture's own patches) or `blur` (a Gaussian as wide as a patch).
+    Args:
+        inputs: keyword arguments of the model.
+        baseline: `zero`, `mean_patch` (the mean over the picture's own patches) or `blur` (a Gaussian as wide as a patch).
+        image: the argument that holds the pictures [batch, channel, height, width].
+        patch: the side of a patch in pixels.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: HookedModel,
         inputs: Mapping[str, Tensor],
         target: Target,
+        *,
         baseline: str,
         image: str = "pixel_values",
         patch: int = 16,
@@ -81,6 +89,7 @@ class PatchRemoval(_InputRemoval):
         self._filler = fillers(pictures, baseline, patch)
 
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n patch"]) -> tuple[Tensor, Tensor]:
+        """The target [n] and the most likely answer [n] of these pictures without these patches."""
         if removed.shape[1] != self.n_patches:
             raise RelevanceError(f"{removed.shape[1]} patches were named, the pictures have {self.n_patches}")
         grid = rearrange(removed, "n (y x) -> n 1 y x", x=self.pictures.shape[3] // self.patch).to(self.pictures.device)
@@ -104,18 +113,22 @@ def fillers(pictures: Float[Tensor, "batch c h w"], baseline: str, patch: int) -
 class EmbeddingRemoval(_InputRemoval):
     """Evaluates inputs without some tokens of one stack: their embeddings are replaced, their positions stay.
 
-    stack: whose embeddings (a token set of a declared model, `encoder` or `decoder`). baseline: `mean_embedding` (over the tokens of all
-    examples), `zero_embedding`, or `other_example` (the same position of the example before).
+    Args:
+        baseline: `mean_embedding` (over the tokens of all examples), `zero_embedding`, or `other_example` (the same position of the example
+            before).
+        stack: whose embeddings (a token set of a declared model, `encoder` or `decoder`).
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor], target: Target, baseline: str, stack: str, batch_size: int = 512) -> None:
+    def __init__(
+        self, model: HookedModel, inputs: Mapping[str, Tensor], target: Target, *, baseline: str, stack: str, batch_size: int = 512
+    ) -> None:
         super().__init__(model, inputs, target, baseline, EMBEDDING_BASELINES, batch_size)
         stacks = anatomy(model).stacks.roles
         if stack not in stacks:
             raise RelevanceError(f"this model has no stack {stack!r}; it has {', '.join(stacks)}")
         self._point = stacks[stack]["embeddings"][0]
         kept: dict[str, Tensor] = {}
-        with torch.no_grad(), model.hooks(fwd_hooks=[(self._point, lambda x, hook: kept.update(x=x.detach()))]):
+        with torch.no_grad(), self.model.hooks(fwd_hooks=[(self._point, lambda x, hook: kept.update(x=x.detach()))]):
             self.prompt.call(model)
         embeddings = kept["x"]
         self.n_tokens = embeddings.shape[1]
@@ -126,6 +139,7 @@ class EmbeddingRemoval(_InputRemoval):
         }[baseline]
 
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n token"]) -> tuple[Tensor, Tensor]:
+        """The target [n] and the most likely answer [n] of these inputs without these tokens."""
         if removed.shape[1] != self.n_tokens:
             raise RelevanceError(f"{removed.shape[1]} tokens were named, the inputs have {self.n_tokens}")
         filler = self._filler[rows]

@@ -26,7 +26,8 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def removal_ranks(scores: Tensor, removable: Bool[Tensor, "batch item"], order: Literal["MoRF", "LeRF"]) -> Int[Tensor, "batch item"]:
     """When each item is removed, by scores [batch, item], 0 first; what may not be removed comes last. Ties go by position.
 
-    Raises RelevanceError for scores of another shape than the items, or that are not finite.
+    Raises:
+        RelevanceError: scores of another shape than the items, or that are not finite.
     """
     if scores.shape != removable.shape:
         raise RelevanceError(f"the attribution has shape {tuple(scores.shape)}, the inputs {tuple(removable.shape)}; give one per item")
@@ -36,11 +37,20 @@ def removal_ranks(scores: Tensor, removable: Bool[Tensor, "batch item"], order: 
     return signed.masked_fill(~removable, float("inf")).sort(dim=-1, stable=True).indices.argsort(-1)
 
 
-def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evaluate: Evaluate, steps: int | None = None) -> pd.DataFrame:
-    """Both curves of every example, for scores [batch, item].
+def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evaluate: Evaluate, *, steps: int | None = None) -> pd.DataFrame:
+    """Both curves of every example.
 
-    Columns example, order, removed (count), share (of what is removable), value, same_prediction.
-    steps: in how many steps everything goes, equal in size as far as can be; by default one item at a time.
+    Args:
+        scores: [batch, item].
+        removable: which items may be removed.
+        evaluate: see `Evaluate`.
+        steps: in how many steps everything goes, equal in size as far as can be; None for one item at a time.
+
+    Returns:
+        Columns example, order, removed (count), share (of what is removable), value, same_prediction.
+
+    Raises:
+        RelevanceError: an example from which nothing can be removed, and as `removal_ranks`.
     """
     count = removable.sum(1)
     if bool((count == 0).any()):
@@ -68,11 +78,13 @@ def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evalua
 
 
 def areas(curves: pd.DataFrame) -> pd.DataFrame:
-    """One row per method, baseline and example, from curves: areas under both curves over the share removed, in units of the target.
+    """Areas under both curves over the share removed, in units of the target.
 
-    morf, lerf: area under the target's curve; area: lerf - morf (higher is better). positive, negative: the same under the share of
-    predictions that stay, most (least) relevant first: the positive and negative tests of Chefer et al. 2021 (lower, higher is better).
-    above_random: area less that of the random order on the same example, where the curves hold one.
+    Returns:
+        One row per method, baseline and example. Columns morf, lerf: area under the target's curve; area: lerf - morf (higher is better);
+        positive, negative: the same under the share of predictions that stay, most (least) relevant first, which are the positive and
+        negative tests of Chefer et al. 2021 (lower, higher is better); above_random: area less that of the random order on the same
+        example, where the curves hold one.
     """
     keys = [name for name in ("method", "baseline") if name in curves] + ["example"]
     parts = []
@@ -98,7 +110,7 @@ def areas(curves: pd.DataFrame) -> pd.DataFrame:
     return result
 
 
-def summary(table: pd.DataFrame, confidence: float = 0.95, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def summary(table: pd.DataFrame, confidence: float = 0.95, draws: int = 1000, *, seed: int = 0) -> pd.DataFrame:
     """Means over examples of what `areas` gave, with a bootstrap interval over examples for the area (area_low, area_high)."""
     keys = [name for name in ("method", "baseline") if name in table]
     rng, rows = np.random.default_rng(seed), []

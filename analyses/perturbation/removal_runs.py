@@ -12,7 +12,9 @@ from torch import Tensor
 class Removal(ABC):
     """Evaluates inputs without some of their items: (rows, removed) -> (target, whether the prediction is still that of the whole input).
 
-    baseline: what stands where an item was removed.
+    Attributes:
+        baseline: what stands where an item was removed.
+        batch_size: rows per forward pass.
     """
 
     def __init__(self, baseline: str, batch_size: int) -> None:

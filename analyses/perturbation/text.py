@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.perturbation.removal_runs import Removal
 from lens_relevance import RelevanceError, Target
@@ -23,16 +24,20 @@ BASELINES = ("mean_embedding", "zero_embedding", "random_tokens", "pad_token", "
 class TextRemoval(Removal):
     """Evaluates prompts without some of their tokens.
 
-    baseline: what stands where a token was removed: the mean embedding of the vocabulary, a zero embedding, a random token (one draw per
-    position, the same for every method and order), the tokenizer's pad (or unk) token, or nothing at all (`delete`: the prompt closes up).
-    `delete` moves tokens, so it needs a target at a position counted from the end.
+    Args:
+        baseline: what stands where a token was removed: the mean embedding of the vocabulary, a zero embedding, a random token (one draw
+            per position, the same for every method and order), the tokenizer's pad (or unk) token, or nothing at all (`delete`: the tokens
+            that are left move together, so it needs a target at a position counted from the end).
+        seed: of the random tokens.
+        batch_size: rows per forward pass.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: TransformerBridge,
         tokens: Int[Tensor, "batch pos"],
         mask: Int[Tensor, "batch pos"],
+        *,
         target: Target,
         baseline: str,
         seed: int = 0,
@@ -51,6 +56,7 @@ class TextRemoval(Removal):
             self._filler = self._fillers(seed)
 
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> tuple[Tensor, Tensor]:
+        """The target [n] and the most likely answer [n] of these prompts without these tokens."""
         gone = removed.to(self.tokens.device)
         return self._closed_up(rows, gone) if self.baseline == "delete" else self._filled(rows, gone)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits import Ablation, faithfulness_curve, score_items
 from analyses.datasets.progress import progress_bar
@@ -23,8 +23,10 @@ class CircuitCheck:
         curves: columns method, k, share, metric, faithfulness; one row per method and size.
         areas: one row per method: method, cmd (0 is best), cpr (higher is better), edges_for_90 (the smallest k from which on
             faithfulness stays at 0.9 or above).
-        n_edges: edges of the model. n_found, n_tried: pairs of prompts on which edges were ordered, and others on which the circuits were
-            tried; n_found is 0 where there are too few pairs to keep them apart. sizes: how many sizes were tried.
+        n_edges: edges of the model.
+        n_found, n_tried: pairs of prompts on which edges were ordered, and others on which the circuits were tried; n_found is 0 where
+            there are too few pairs to keep them apart.
+        sizes: how many sizes were tried.
     """
 
     curves: pd.DataFrame
@@ -39,12 +41,13 @@ class CircuitCheck:
         return int(self.areas["edges_for_90"][self.areas["method"] == method].iloc[0])
 
 
-def check_circuits(model: Any, pairs: PromptPairs, rules: str) -> CircuitCheck:
+def check_circuits(model: TransformerBridge, pairs: PromptPairs, rules: str) -> CircuitCheck:
     """Order the model's edges by |relevance| under `rules`, by attribution patching (`gradient`) and at random; grow circuits from each.
 
     Circuits are tried on the first `N_TRIED` pairs and found on the others, or on the same ones where there are no others.
 
-    Raises RelevanceError where edges cannot be told apart or the pairs do not differ in the target.
+    Raises:
+        RelevanceError: a model whose edges cannot be separated, or pairs that do not differ in the target.
     """
     ablation = Ablation(model, pairs[slice(0, N_TRIED)], "edge")
     n_found = max(len(pairs) - N_TRIED, 0)

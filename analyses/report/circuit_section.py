@@ -8,22 +8,22 @@ from analyses.report.summary import pairs_in_words
 from analyses.views import Page, curve_view
 
 
-def circuit_section(page: Page, found: Findings) -> None:
+def circuit_section(page: Page, findings: Findings) -> None:
     """The sentence, the curves and the areas; the reason where there are none; nothing where they were not asked for."""
-    if found.circuit is None and "circuit" not in found.missing:
+    if findings.circuit is None and "circuit" not in findings.missing:
         return
     page.heading("Are the strongest edges enough?")
-    if found.circuit is None:
+    if findings.circuit is None:
         page.prose("Circuits cannot be tested here:")
-        page.quote(found.missing["circuit"])
+        page.quote(findings.missing["circuit"])
         return
-    check, labels = found.circuit, _circuit_labels(found)
-    other = "random words" if found.question.baseline else "the counterpart"
+    check, labels = findings.circuit, _circuit_labels(findings)
+    other = "random words" if findings.question.baseline else "the counterpart"
     page.prose(
         f"A claim about edges can be tested: keep only the strongest ones, give the rest of the model the values that it has on {other}, "
         "and see how much of the difference between the two comes back. "
-        f"Of {check.n_edges} edges, **the strongest {check.enough(found.rules)} bring back nine tenths of it**; taken in random order, it "
-        f"takes {check.enough('random')}" + ("." if _every_size(check) else f" ({check.sizes} sizes were tried).")
+        f"Of {check.n_edges} edges, **the strongest {check.enough(findings.rules)} bring back nine tenths of it**; taken in random order, "
+        f"it takes {check.enough('random')}" + ("." if _every_size(check) else f" ({check.sizes} sizes were tried).")
     )
     curves = {label: check.curves[check.curves["method"] == name].set_index("k")["faithfulness"] for name, label in labels.items()}
     page.view(
@@ -31,7 +31,7 @@ def circuit_section(page: Page, found: Findings) -> None:
             curves,
             f"edges kept, of {check.n_edges}",
             "share that comes back",
-            "Faithfulness of circuits of the strongest edges",
+            title="Faithfulness of circuits of the strongest edges",
             log_x=True,
             baseline=1,
         ),
@@ -39,20 +39,20 @@ def circuit_section(page: Page, found: Findings) -> None:
         "that work against the answer are still missing.",
     )
     areas = check.areas.assign(method=[labels[name] for name in check.areas["method"]])
-    page.table(areas.rename(columns={"cmd": "CMD", "cpr": "CPR", "edges_for_90": "edges for 0.9"}), _circuit_caption(found, check))
+    page.table(areas.rename(columns={"cmd": "CMD", "cpr": "CPR", "edges_for_90": "edges for 0.9"}), _circuit_caption(findings, check))
 
 
-def _circuit_labels(found: Findings) -> dict[str, str]:
+def _circuit_labels(findings: Findings) -> dict[str, str]:
     names = {"gradient": "gradient (attribution patching)", "random": "random order"}
-    return {name: names.get(name, name) for name in found.circuit.areas["method"]} if found.circuit else {}
+    return {name: names.get(name, name) for name in findings.circuit.areas["method"]} if findings.circuit else {}
 
 
 def _every_size(check: CircuitCheck) -> bool:
     return check.sizes > check.n_edges
 
 
-def _circuit_caption(found: Findings, check: CircuitCheck) -> str:
-    apart = f"tried on {pairs_in_words(found, check.n_tried)}"
+def _circuit_caption(findings: Findings, check: CircuitCheck) -> str:
+    apart = f"tried on {pairs_in_words(findings, check.n_tried)}"
     apart += f" and found on {check.n_found} others" if check.n_found else ""
     sizes = "every size" if _every_size(check) else f"{check.sizes} sizes"
     return (

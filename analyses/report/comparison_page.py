@@ -44,7 +44,7 @@ def _intervals(table: pd.DataFrame) -> pd.Series:
     return pd.Series(texts, index=table.index)
 
 
-def comparison_page(found: Comparison, model: str, target: str, words: str, command: str) -> Page:
+def comparison_page(comparison: Comparison, model: str, target: str, *, words: str, command: str) -> Page:
     """The page: the table, the heads side by side, and each component's best method against patching."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
     page = Page("Which method can be trusted here?", f"{'The embedded model' if name == 'embedded' else name}: {words}.")
@@ -52,46 +52,46 @@ def comparison_page(found: Comparison, model: str, target: str, words: str, comm
     page.prose(
         "Activation patching measures what each component does to the target by running the model again for each of them. The methods "
         "below estimate it from a few passes. The table shows how closely: Pearson's correlation with patching "
-        f"({_YARDSTICKS[found.direction]}, {found.n_pairs} pairs; 1 is perfect) and its 95 % bootstrap interval; how far the scores are "
-        "from adding up (completeness, 0 is best); and the cost, in forward + backward passes over each pair and in seconds for all. "
-        f"Patching itself took {found.patching_seconds:.1f} seconds."
+        f"({_YARDSTICKS[comparison.direction]}, {comparison.n_pairs} pairs; 1 is perfect) and its 95 % bootstrap interval; how far the "
+        "scores are from adding up (completeness, 0 is best); and the cost, in forward + backward passes over each pair and in seconds. "
+        f"Patching itself took {comparison.patching_seconds:.1f} seconds."
     )
-    page.table(correlation_table(found.table), "Pearson's correlation with activation patching, best method first.")
-    page.table(best_methods(found.table), "The best method for each kind of component.")
-    if "heads" in set(found.table["component"]):
+    page.table(correlation_table(comparison.table), "Pearson's correlation with activation patching, best method first.")
+    page.table(best_methods(comparison.table), "The best method for each kind of component.")
+    if "heads" in set(comparison.table["component"]):
         page.heading("The heads, side by side")
         page.prose("All on one scale: a method that is right about the ranking but wrong about the size looks paler or darker.")
-        page.view(heads_view(found))
+        page.view(heads_view(comparison))
     page.heading("Component by component")
-    best_by_component = best_methods(found.table).set_index("component")["method"]
-    if found.table["pearson"].isna().any():
+    best_by_component = best_methods(comparison.table).set_index("component")["method"]
+    if comparison.table["pearson"].isna().any():
         page.prose(UNDEFINED)
-    for component in dict.fromkeys(found.table["component"]):
+    for component in dict.fromkeys(comparison.table["component"]):
         if _WORDS[component] not in best_by_component:
             continue
         best = best_by_component[_WORDS[component]]
         page.view(
-            _scatter(found, component, str(best)),
+            _scatter(comparison, component, str(best)),
             f"One point per layer and {COMPONENTS[component].index}; on the dashed line both say the same.",
         )
     page.heading("All figures")
-    page.details("Every measure, method and component", found.table)
-    page.details("Every score", found.scores)
+    page.details("Every measure, method and component", comparison.table)
+    page.details("Every score", comparison.scores)
     page.facts({"Target": target, "To do it again": command})
     return page
 
 
-def heads_view(found: Comparison) -> View:
+def heads_view(comparison: Comparison) -> View:
     """Patching and the best methods as heat maps of the heads on one scale."""
-    heads = found.table[found.table["component"] == "heads"]
+    heads = comparison.table[comparison.table["component"] == "heads"]
     names = ["patching", *heads["method"]][: _SHOWN_MAPS + 1]
-    grids = {name: found.heads(name) for name in names}
+    grids = {name: comparison.heads(name) for name in names}
     limit = largest_limit(list(grids.values()))
     return heat_map_view("Heads by patching and by each method", [head_heat_map(grid, name, limit) for name, grid in grids.items()])
 
 
-def _scatter(found: Comparison, component: str, method: str) -> View:
-    rows = found.scores[found.scores["component"] == component]
+def _scatter(comparison: Comparison, component: str, method: str) -> View:
+    rows = comparison.scores[comparison.scores["component"] == component]
     axis = COMPONENTS[component].index
     names = [str(Node(component, layer, **{axis: index})) for layer, index in zip(rows["layer"], rows["index"], strict=True)]
     named = rows.assign(name=names)
@@ -100,6 +100,6 @@ def _scatter(found: Comparison, component: str, method: str) -> View:
         named[["name", "patching", method]],
         "patching",
         method,
-        "name",
-        title,
+        label="name",
+        title=title,
     )

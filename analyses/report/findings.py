@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Node
 from analyses.datasets.progress import watched
@@ -82,6 +83,7 @@ class Findings:
 
     @property
     def n_pairs(self) -> int:
+        """How many pairs the question has."""
         return len(self.question.pairs)
 
     @property
@@ -104,11 +106,12 @@ class Findings:
 
 
 @left_as_found
-def find(model: Any, question: Question, rules: str | None = None, with_graph: bool = False) -> Findings:
+def find(model: TransformerBridge, question: Question, rules: str | None = None, *, with_graph: bool = False) -> Findings:
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 
-    rules: a ruleset by name; `deeplift` by default, since every question comes with something to compare with.
-    with_graph: also the flow graph and the circuits of its strongest edges, which take longest.
+    Args:
+        rules: a ruleset by name; `deeplift` by default, since every question comes with something to compare with.
+        with_graph: also the flow graph and the circuits of its strongest edges, which take longest.
     """
     rules = rules or "deeplift"
     pair_rules = needs_reference(ruleset(rules))
@@ -177,28 +180,28 @@ def _or_reason(missing: dict[str, str], part: str, compute: Callable[[], _Part])
         return None
 
 
-def _propagate(model: Any, question: Question, rules: str, pair_rules: bool) -> RelevanceCache:
+def _propagate(model: TransformerBridge, question: Question, rules: str, pair_rules: bool) -> RelevanceCache:
     """The example under the rules, against its counterpart where the rules compare two runs."""
     rows = question.pairs[question.example if pair_rules else slice(0, 1)]
     reference = rows.corrupt if pair_rules else None
     return propagate(model, rows.clean, rows.target, rules=rules, reference=reference, attention_mask=rows.clean_mask, audit=True)
 
 
-def _flow(model: Any, question: Question, rules: str, pair_rules: bool) -> Tensor:
+def _flow(model: TransformerBridge, question: Question, rules: str, pair_rules: bool) -> Tensor:
     """The heads' flow in the example."""
     rows = question.pairs[question.example if pair_rules else slice(0, 1)]
     reference = rows.corrupt if pair_rules else None
     return head_flow(model, rows.clean, rows.target, rules=rules, reference=reference, attention_mask=rows.clean_mask)
 
 
-def _graph(model: Any, question: Question, rules: str, pair_rules: bool) -> FlowGraph:
+def _graph(model: TransformerBridge, question: Question, rules: str, pair_rules: bool) -> FlowGraph:
     """The example's flow graph, cut down to what an eye can take in."""
     row = question.pairs[slice(0, 1)]
     reference = None if not pair_rules else random_tokens(N_REFERENCES) if question.baseline else row.corrupt
-    return flow_graph(model, row.clean, row.target, rules, reference=reference).prune(top=_EDGES_SHOWN)
+    return flow_graph(model, row.clean, row.target, rules=rules, reference=reference).prune(top=_EDGES_SHOWN)
 
 
-def _words(model: Any, question: Question, rules: str, pair_rules: bool, cache: RelevanceCache) -> dict[str, Tensor]:
+def _words(model: TransformerBridge, question: Question, rules: str, pair_rules: bool, cache: RelevanceCache) -> dict[str, Tensor]:
     """The example's tokens as one sees them on their own, and against the counterpart if there is one."""
     if not pair_rules:
         return {f"{rules}: the prompt on its own": cache.tokens()[0]}
@@ -231,11 +234,11 @@ def _averaged(account: pd.DataFrame) -> pd.DataFrame:
     return account.drop(columns="example").groupby("layer", sort=False).mean().reset_index()
 
 
-def _predictions(model: Any, logits: Float[Tensor, "*pos vocab"], k: int = 5) -> list[tuple[str, float]]:
+def _predictions(model: TransformerBridge, logits: Float[Tensor, "*pos vocab"], k: int = 5) -> list[tuple[str, float]]:
     last = logits if logits.ndim == 1 else logits[-1]
     top = last.float().softmax(-1).topk(min(k, len(last)))
     return [(answer_text(model, int(token)), float(p)) for p, token in zip(top.values, top.indices, strict=True)]
 
 
-def _texts(model: Any, tokens: Tensor) -> list[str]:
+def _texts(model: TransformerBridge, tokens: Tensor) -> list[str]:
     return [token_text(model, int(token)) for token in tokens]

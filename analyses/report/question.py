@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.models.structure import check_answers_text, check_answers_words
 from analyses.tasks import TASKS, PromptPairs
@@ -47,12 +47,12 @@ class Question:
     example: slice
     baseline: bool
 
-    def target_in_words(self, model: Any) -> str:
+    def target_in_words(self, model: TransformerBridge) -> str:
         """The target of the example."""
         pairs = self.pairs[self.example]
         return describe(pairs.target, model)
 
-    def asked(self, model: Any) -> list[str]:
+    def asked(self, model: TransformerBridge) -> list[str]:
         """The example's answer and, if there is one, what it is weighed against; empty where the target is no such question."""
         target = self.pairs[slice(0, 1)].target
         if not isinstance(target, TokenTarget):
@@ -61,10 +61,11 @@ class Question:
         return [answer_text(model, int(row[0])) for row in rows] if all(len(row) == 1 for row in rows) else []
 
 
-def from_task(model: Any, task: str | None = None, n: int = 32, seed: int = 0) -> Question:
+def from_task(model: TransformerBridge, task: str | None = None, n: int = 32, *, seed: int = 0) -> Question:
     """Pairs of a task; without a name ioi, or the pronoun task where ioi's names do not fit the tokenizer.
 
-    Raises RelevanceError for an unknown task, and for one that does not fit the model.
+    Raises:
+        RelevanceError: an unknown task, or one that does not fit the model.
     """
     check_answers_words(model)
     if task is not None:
@@ -89,12 +90,15 @@ def from_pairs(pairs: PromptPairs, source: str) -> Question:
     return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, slice(0, 1), False)
 
 
-def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str | None = None, against: str | None = None) -> Question:
+def from_prompt(
+    model: TransformerBridge, prompt: str, answer: str | None = None, *, wrong: str | None = None, against: str | None = None
+) -> Question:
     """One prompt. Without `against` it is compared with the same number of random words, the mean of several such references.
 
     Without an answer the model's top prediction is explained against its runner-up, or against `wrong`.
 
-    Raises RelevanceError for a prompt and a counterpart of different length, and for answers that are not one token.
+    Raises:
+        RelevanceError: a prompt and a counterpart of different length, or answers that are not one token.
     """
     check_answers_text(model)
     tokens, mask = tokenize(model, prompt)
@@ -116,23 +120,25 @@ def from_prompt(model: Any, prompt: str, answer: str | None = None, wrong: str |
     return Question("one prompt", words, pairs, slice(0, N_REFERENCES), True)
 
 
-def _target(model: Any, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, answer: str | None, wrong: str | None) -> Target:
+def _target(
+    model: TransformerBridge, prompt: str, tokens: torch.Tensor, mask: torch.Tensor, answer: str | None, wrong: str | None
+) -> Target:
     """One token for all rows, since every row is the same prompt."""
     if answer is None:
         with torch.no_grad():
             best = top_prediction(model(tokens, return_type="logits"), tokens, mask)
         if wrong is None:
             return logit_diff(int(best.answer[0]), int(best.wrong[0]))
-        answers, wrongs = check_rows(model, [prompt], [prompt], [wrong], [wrong])
+        answers, wrongs = check_rows(model, [prompt], [prompt], answer=[wrong], wrong=[wrong])
         return logit_diff(int(best.answer[0]), wrongs[0])
     answer = _reading(model, tokens, mask, answer)
     wrong = None if wrong is None else _reading(model, tokens, mask, wrong)
-    answers, wrongs = check_rows(model, [prompt], [prompt], [answer], [answer if wrong is None else wrong])
+    answers, wrongs = check_rows(model, [prompt], [prompt], answer=[answer], wrong=[answer if wrong is None else wrong])
     return logit(answers[0]) if wrong is None else logit_diff(answers[0], wrongs[0])
 
 
 @torch.no_grad()
-def _reading(model: Any, tokens: torch.Tensor, mask: torch.Tensor, text: str) -> str:
+def _reading(model: TransformerBridge, tokens: torch.Tensor, mask: torch.Tensor, text: str) -> str:
     """An answer typed without its leading space is another token than the one with it; warns which of the two is taken."""
     if class_names(model) is not None or text.startswith((" ", "\n", "\t")) or getattr(model, "tokenizer", None) is None:
         return text
@@ -141,13 +147,13 @@ def _reading(model: Any, tokens: torch.Tensor, mask: torch.Tensor, text: str) ->
         return text
     logits = model(tokens, return_type="logits")[0, int(mask[0].sum()) - 1]
     likely = set(logits.topk(min(_LIKELY, len(logits))).indices.tolist())
-    taken, said = choose_reading(text, typed, spaced[0], likely)
+    taken, said = choose_reading(text, typed, spaced[0], likely=likely)
     if said:
         warnings.warn(said, stacklevel=2)
     return taken
 
 
-def choose_reading(text: str, typed: list[int], spaced: int, likely: set[int]) -> tuple[str, str]:
+def choose_reading(text: str, typed: list[int], spaced: int, *, likely: set[int]) -> tuple[str, str]:
     """The answer as typed or with a leading space, and what to say of it: the one that is among the likely tokens, where only one is.
 
     Args:
@@ -164,13 +170,13 @@ def choose_reading(text: str, typed: list[int], spaced: int, likely: set[int]) -
     return text, ""
 
 
-def answer_text(model: Any, answer: int) -> str:
+def answer_text(model: TransformerBridge, answer: int) -> str:
     """What the model says with an output: a token, or the name of a classifier's class."""
     classes = class_names(model)
     return token_text(model, answer) if classes is None else classes[answer]
 
 
-def token_text(model: Any, token: int) -> str:
+def token_text(model: TransformerBridge, token: int) -> str:
     """A token as it stands in a sentence: with its leading space, which decoding one SentencePiece or word-level token loses."""
     if model.tokenizer is None:
         return f"<{token}>"

@@ -33,48 +33,48 @@ def number(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def unit(found: Findings) -> str:
+def unit(findings: Findings) -> str:
     """What relevance is counted in."""
-    return "logits" if found.asked and found.target.startswith("logit") else "units of the target"
+    return "logits" if findings.asked and findings.target.startswith("logit") else "units of the target"
 
 
-def pairs_in_words(found: Findings, n: int) -> str:
+def pairs_in_words(findings: Findings, n: int) -> str:
     """How many pairs, and of what."""
-    if found.question.baseline:
+    if findings.question.baseline:
         return f"{n} rows of random words"
     return f"{n} pairs" if n > 1 else "this pair"
 
 
-def heads_in_words(found: Findings) -> str:
+def heads_in_words(findings: Findings) -> str:
     """How many heads there are."""
-    return f"{len(found.heads)} heads" if len(found.heads) > 1 else "one head, which has nothing to correlate with"
+    return f"{len(findings.heads)} heads" if len(findings.heads) > 1 else "one head, which has nothing to correlate with"
 
 
-def model_name(found: Findings) -> str:
+def model_name(findings: Findings) -> str:
     """The model without the folders it lies in."""
-    name = found.info["model"].rstrip("/").rsplit("/", 1)[-1]
+    name = findings.info["model"].rstrip("/").rsplit("/", 1)[-1]
     return "the embedded model" if name == "embedded" else name or "the model"
 
 
-def headline(found: Findings) -> str:
+def headline(findings: Findings) -> str:
     """The question that the page answers."""
-    words = [f"“{text.strip() or '␣'}”" for text in found.asked]
+    words = [f"“{text.strip() or '␣'}”" for text in findings.asked]
     return f"Why {' and not '.join(words)}?" if words else "What decides the answer?"
 
 
-def odds(found: Findings) -> str:
+def odds(findings: Findings) -> str:
     """What a difference of logits means, in words; nothing for other targets."""
-    if len(found.asked) != 2:
+    if len(findings.asked) != 2:
         return ""
-    likelier = found.asked[0 if found.value >= 0 else 1].strip()
-    times = math.exp(min(abs(found.value), 100.0))
+    likelier = findings.asked[0 if findings.value >= 0 else 1].strip()
+    times = math.exp(min(abs(findings.value), 100.0))
     much = "more than a billion" if times > 1e9 else f"{float(f'{times:.2g}'):,.0f}" if times >= 10 else f"{times:.1f}"
     return f"“{likelier}” is {much} times as likely"
 
 
-def predictions_in_words(found: Findings) -> str:
+def predictions_in_words(findings: Findings) -> str:
     """The likeliest next tokens; those below half a percent only if there is nothing else."""
-    shown = [(token, share) for i, (token, share) in enumerate(found.predictions[:3]) if share >= 0.005 or i == 0]
+    shown = [(token, share) for i, (token, share) in enumerate(findings.predictions[:3]) if share >= 0.005 or i == 0]
     return ", ".join(f"“{token.strip() or '␣'}” {share:.0%}" for token, share in shown)
 
 
@@ -90,28 +90,28 @@ def word_shares(tokens: list[str], relevance: list[float]) -> list[tuple[str, fl
     return words
 
 
-def unexplained(found: Findings) -> float:
+def unexplained(findings: Findings) -> float:
     """What the account cannot explain, at the worst layer, as a share of what is explained."""
-    return float(found.account["unexplained"].abs().max()) / max(abs(found.explained), 1e-30)
+    return float(findings.account["unexplained"].abs().max()) / max(abs(findings.explained), 1e-30)
 
 
-def unexplained_in_words(found: Findings) -> str:
+def unexplained_in_words(findings: Findings) -> str:
     """That share, as people say it."""
-    share = unexplained(found)
+    share = unexplained(findings)
     if share >= 0.01:
         return f"{share:.0%}"
     return f"one part in {float(f'{1 / share:.0e}'):,.0f}" if share else "nothing"
 
 
-def moves_in_words(found: Findings, layer: int, index: int) -> str:
+def moves_in_words(findings: Findings, layer: int, index: int) -> str:
     """What a head does in the example: its strongest move from word to word, the next if it is no trifle, and all it carries."""
-    assert found.flow is not None
-    flow = found.flow[layer, index].double().cpu()
+    assert findings.flow is not None
+    flow = findings.flow[layer, index].double().cpu()
     moves = []
     for place in flow.abs().flatten().topk(min(2, flow.numel())).indices.tolist():
         query, key = divmod(place, flow.shape[1])
         if abs(float(flow[query, key])) >= 0.1 * float(flow.abs().max()) > 0:
-            names = [f"“{found.tokens[i].strip() or '␣'}” ({i})" for i in (key, query)]
+            names = [f"“{findings.tokens[i].strip() or '␣'}” ({i})" for i in (key, query)]
             moves.append(f"{number(float(flow[query, key]))} from {names[0]} to {names[1]}")
     return f"moves {' and '.join(moves)}; {number(float(flow.sum()))} in all" if moves else "moves nothing here"
 
@@ -140,26 +140,26 @@ def path_in_words(path: str, tokens: Sequence[str]) -> str:
     return " → ".join(steps)
 
 
-def in_short(page: Page, found: Findings) -> None:
+def in_short(page: Page, findings: Findings) -> None:
     """The results at a glance, and what the words on the page mean."""
     tiles = {
-        "What the model says next": _says(found),
-        "The word that counts most": _word(found),
-        "The heads that count most": _heads(found),
+        "What the model says next": _says(findings),
+        "The word that counts most": _word(findings),
+        "The heads that count most": _heads(findings),
     }
     tiles["Does the slow test agree?"] = (
-        f"r = {correlation_in_words(found.pearson)}".replace("-", "−"),
-        f"correlation with activation patching over {heads_in_words(found)}; 1 would be perfect",
+        f"r = {correlation_in_words(findings.pearson)}".replace("-", "−"),
+        f"correlation with activation patching over {heads_in_words(findings)}; 1 would be perfect",
     )
-    if found.circuit is not None:
-        enough, method = found.circuit.enough, found.rules
+    if findings.circuit is not None:
+        enough, method = findings.circuit.enough, findings.rules
         tiles["How many edges are enough?"] = (
-            f"{enough(method)} of {found.circuit.n_edges}",
+            f"{enough(method)} of {findings.circuit.n_edges}",
             f"keep nine tenths of the effect; taken at random it takes {enough('random')}",
         )
-    share = unexplained(found)
+    share = unexplained(findings)
     tiles["Does it add up?"] = (
-        ("Yes", f"the account leaves at most {unexplained_in_words(found)} open at any layer")
+        ("Yes", f"the account leaves at most {unexplained_in_words(findings)} open at any layer")
         if share < 0.01
         else (f"{1 - share:.0%}", f"{share:.0%} of the number is unexplained")
     )
@@ -167,18 +167,18 @@ def in_short(page: Page, found: Findings) -> None:
     page.details("Words used on this page", pd.DataFrame({"word": list(GLOSSARY), "meaning": list(GLOSSARY.values())}))
 
 
-def _says(found: Findings) -> tuple[str, str]:
-    if not found.has_many_pairs:
-        return predictions_in_words(found), odds(found)
-    right = f"right on {float((found.clean > 0).double().mean()):.0%} of {found.n_pairs} prompts" if len(found.asked) == 2 else ""
-    return predictions_in_words(found), right
+def _says(findings: Findings) -> tuple[str, str]:
+    if not findings.has_many_pairs:
+        return predictions_in_words(findings), odds(findings)
+    right = f"right on {float((findings.clean > 0).double().mean()):.0%} of {findings.n_pairs} prompts" if len(findings.asked) == 2 else ""
+    return predictions_in_words(findings), right
 
 
-def _word(found: Findings) -> tuple[str, str]:
+def _word(findings: Findings) -> tuple[str, str]:
     """The strongest word, in each way of looking at the words."""
     lines, first = [], ""
-    for name, relevance in found.words.items():
-        shares = word_shares(found.tokens, relevance.tolist())
+    for name, relevance in findings.words.items():
+        shares = word_shares(findings.tokens, relevance.tolist())
         word, share = max(shares, key=lambda one: abs(one[1]))
         first = first or f"“{word}”"
         which = "" if f"“{word}”" == first else f"“{word}” "
@@ -186,7 +186,9 @@ def _word(found: Findings) -> tuple[str, str]:
     return first, "; ".join(lines)
 
 
-def _heads(found: Findings) -> tuple[str, str]:
-    best = found.heads.head(3)
+def _heads(findings: Findings) -> tuple[str, str]:
+    best = findings.heads.head(3)
     shares = ", ".join(number(share) for share in best["relevance"])
-    return ", ".join(best["head"]), f"{shares} {unit(found)}" + (f", mean over {found.n_pairs} pairs" if found.has_many_pairs else "")
+    return ", ".join(best["head"]), f"{shares} {unit(findings)}" + (
+        f", mean over {findings.n_pairs} pairs" if findings.has_many_pairs else ""
+    )

@@ -15,38 +15,38 @@ from analyses.report.summary import number, predictions_in_words, unexplained
 from analyses.views.palette import NEGATIVE, POSITIVE
 
 
-def terminal_report(found: Findings) -> Group:
+def terminal_report(findings: Findings) -> Group:
     """Words, heads and the account, as rich renderables."""
-    return Group(_question(found), *(_words(found, name) for name in found.words), _heads(found), _account(found))
+    return Group(_question(findings), *(_words(findings, name) for name in findings.words), _heads(findings), _account(findings))
 
 
-def show(found: Findings, console: Console) -> None:
+def show(findings: Findings, console: Console) -> None:
     """Print `terminal_report`."""
-    console.print(terminal_report(found))
+    console.print(terminal_report(findings))
 
 
-def _question(found: Findings) -> Text:
-    text = Text(found.prompt, style="bold")
-    if not found.question.baseline:
-        text.append(f"\nagainst: {found.counterpart}", style="not bold")
-    text.append(f"\n{found.target} = {number(found.value)}; next word: {predictions_in_words(found)}\n", style="not bold")
+def _question(findings: Findings) -> Text:
+    text = Text(findings.prompt, style="bold")
+    if not findings.question.baseline:
+        text.append(f"\nagainst: {findings.counterpart}", style="not bold")
+    text.append(f"\n{findings.target} = {number(findings.value)}; next word: {predictions_in_words(findings)}\n", style="not bold")
     return text
 
 
-def _words(found: Findings, name: str) -> RenderableType:
-    relevance = found.words[name].double().tolist()
+def _words(findings: Findings, name: str) -> RenderableType:
+    relevance = findings.words[name].double().tolist()
     limit = max(map(abs, relevance)) or 1.0
     line = Text(f"Words, {name.split(': ', 1)[1]} (", style="bold")
     line.append("for", style=f"white on {POSITIVE}")
     line.append(" / ")
     line.append("against", style=f"white on {NEGATIVE}")
     line.append(f" the answer; sum {number(sum(relevance))})\n")
-    for token, value in zip(found.tokens, relevance, strict=True):
+    for token, value in zip(findings.tokens, relevance, strict=True):
         line.append(token.replace("\n", "↵"), style=_style(value / limit))
     line.append("\n")
     order = sorted(range(len(relevance)), key=lambda i: -abs(relevance[i]))[:5]
     line.append(
-        "most: " + ", ".join(f"{found.tokens[i].strip() or '␣'} ({i}) {number(relevance[i])}" for i in order) + "\n", style="not bold"
+        "most: " + ", ".join(f"{findings.tokens[i].strip() or '␣'} ({i}) {number(relevance[i])}" for i in order) + "\n", style="not bold"
     )
     return line
 
@@ -61,16 +61,16 @@ def _style(share: float) -> str:
     return f"not bold {'white' if abs(share) > 0.5 else 'black'} on #{mixed[0]:02x}{mixed[1]:02x}{mixed[2]:02x}"
 
 
-def _heads(found: Findings) -> Group:
-    pearson, spearman = correlation_in_words(found.pearson), correlation_in_words(found.spearman)
-    title = f"Heads: relevance ({found.rules}) beside activation patching, Pearson {pearson}, Spearman {spearman}"
-    return frame_table(head_table(found), title)
+def _heads(findings: Findings) -> Group:
+    pearson, spearman = correlation_in_words(findings.pearson), correlation_in_words(findings.spearman)
+    title = f"Heads: relevance ({findings.rules}) beside activation patching, Pearson {pearson}, Spearman {spearman}"
+    return frame_table(head_table(findings), title)
 
 
-def _account(found: Findings) -> Group:
-    sinks = account_sinks(found)
-    line = Text(f"\nUnexplained: at most {unexplained(found):.1e} of {number(found.explained)} at any layer.")
-    return Group(frame_table(found.account[["layer", "value", "relevance", *sinks, "unexplained"]], "Where the number went"), line)
+def _account(findings: Findings) -> Group:
+    sinks = account_sinks(findings)
+    line = Text(f"\nUnexplained: at most {unexplained(findings):.1e} of {number(findings.explained)} at any layer.")
+    return Group(frame_table(findings.account[["layer", "value", "relevance", *sinks, "unexplained"]], "Where the number went"), line)
 
 
 def frame_table(frame: pd.DataFrame, title: str) -> Group:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import torch
 from rich.console import Group
 from rich.text import Text
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.report.terminal import frame_table
 from lens_relevance import RelevanceError, Target, logit, logit_diff, token_relevance
@@ -20,7 +19,7 @@ from lens_relevance.sites import anatomy
 TOP_HEADS = 8
 
 
-def reads_two_sets(model: Any) -> bool:
+def reads_two_sets(model: TransformerBridge) -> bool:
     """Whether a model has an encoder and a decoder, so that a prompt goes to the one and is answered by the other."""
     return len(token_sets(anatomy(model))) == 2
 
@@ -34,32 +33,34 @@ def target_of(answer: str | None, wrong: str | None) -> Target | None:
     return logit(answer) if wrong is None else logit_diff(answer, wrong)
 
 
-def explain_tokens(model: Any, prompt: str | Tensor, target: Target | None, method: str, rules: str) -> Group:
+def explain_tokens(model: TransformerBridge, prompt: str | Tensor, target: Target | None, *, method: str, rules: str) -> Group:
     """Relevance of each word for the answer, and of each head, as rich renderables.
 
-    prompt: text, or token ids [1, pos]; an encoder-decoder reads it in its encoder, and its decoder holds the start token.
+    Args:
+        prompt: text, or token ids [1, pos]; an encoder-decoder reads it in its encoder, and its decoder holds the start token.
+        target, method, rules: as for `token_relevance`.
     """
-    found = token_relevance(model, prompt, target, method=method, rules=rules)
+    result = token_relevance(model, prompt, target, method=method, rules=rules)
     read = read_inputs(model, prompt)
-    head = Text(f"{found.method} ({rules}), target {found.value[0].item():.3f}; compare scores within a column", style="bold")
-    if isinstance(found, TokenRelevance):
-        tables = [_table(model, "Words", read.tokens[0], found.scores[0], found.explained[0])]
+    head = Text(f"{result.method} ({rules}), target {result.value[0].item():.3f}; compare scores within a column", style="bold")
+    if isinstance(result, TokenRelevance):
+        tables = [_table(model, "Words", read.tokens[0], result.scores[0], result.explained[0])]
     else:
         ids = {"encoder": read.arguments["input_ids"], "decoder": read.tokens}
-        tables = [_table(model, name, ids[name][0], found.scores[name][0], found.explained[name][0]) for name in found.scores]
-    return Group(head, *tables, *([] if method == "attention_flow" else [_heads(found)]))
+        tables = [_table(model, name, ids[name][0], result.scores[name][0], result.explained[name][0]) for name in result.scores]
+    return Group(head, *tables, *([] if method == "attention_flow" else [_heads(result)]))
 
 
-def _table(model: Any, title: str, tokens: Tensor, scores: Tensor, explained: Tensor) -> Group:
+def _table(model: TransformerBridge, title: str, tokens: Tensor, scores: Tensor, explained: Tensor) -> Group:
     words = [model.tokenizer.decode([token]) if model.tokenizer is not None else str(token) for token in tokens.tolist()]
     notes = ["explained" if weight else "" for weight in explained.tolist()]
     columns = {"position": range(len(words)), "word": words, "score": scores.double().tolist(), "": notes}
     return frame_table(pd.DataFrame(columns), title)
 
 
-def _heads(found: TokenRelevance | TokenSetsRelevance) -> Group:
-    scores = found.heads[0]
-    names = list(found.attentions) if isinstance(found, TokenSetsRelevance) else [f"blocks.{layer}.attn" for layer in range(len(scores))]
+def _heads(result: TokenRelevance | TokenSetsRelevance) -> Group:
+    scores = result.heads[0]
+    names = list(result.attentions) if isinstance(result, TokenSetsRelevance) else [f"blocks.{layer}.attn" for layer in range(len(scores))]
     best = scores.flatten().topk(min(TOP_HEADS, scores.numel())).indices
     layer, head = best // scores.shape[1], best % scores.shape[1]
     listed = [names[i].removesuffix(".hook_pattern") for i in layer.tolist()]

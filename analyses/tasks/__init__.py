@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from analyses.tasks.agreement import agreement
-from analyses.tasks.docstring import docstring
-from analyses.tasks.greater_than import greater_than
-from analyses.tasks.induction import induction
-from analyses.tasks.ioi import ioi
+from analyses.tasks.agreement_task import agreement
+from analyses.tasks.docstring_task import docstring
+from analyses.tasks.greater_than_task import greater_than
+from analyses.tasks.induction_task import induction
+from analyses.tasks.ioi_task import ioi
 from analyses.tasks.pairs import PromptPairs
-from analyses.tasks.pronoun import pronoun
+from analyses.tasks.pronoun_task import pronoun
 
 TASKS: dict[str, Callable[..., PromptPairs]] = {
     "ioi": ioi,

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.metrics import AtPositions, Metric
 from lens_relevance.inputs.targets import Target
 from lens_relevance.inputs.token_ids import positions
@@ -27,7 +28,10 @@ class LaterYears(Target):
     years: Int[Tensor, " year"]
     later: Bool[Tensor, "n year"]
 
-    def metric(self, model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
+    def metric(
+        self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Metric:
+        """Probability of later years less that of the others, at the last token of each row."""
         if len(tokens) != len(self.later):
             raise RelevanceError(f"this target is of {len(self.later)} rows and was given {len(tokens)}; take its rows with select")
         last = positions(-1, tokens, attention_mask).unsqueeze(1)
@@ -40,4 +44,5 @@ class LaterYears(Target):
         return AtPositions(last, Metric(later_years))
 
     def select(self, rows: Any) -> LaterYears:
+        """The target of some rows."""
         return LaterYears(self.years, self.later[rows])

@@ -117,7 +117,7 @@ class PromptPairs:
         Raises:
             RelevanceError: the target is a plain callable (or a target class of your own), which cannot be written without pickling code.
         """
-        storage.save(Path(path), {name: getattr(self, name) for name in storage.TENSORS}, self.target, self.dropped)
+        storage.save(Path(path), {name: getattr(self, name) for name in storage.TENSORS}, self.target, dropped=self.dropped)
 
     @classmethod
     def load(cls, path: str | Path) -> PromptPairs:
@@ -126,14 +126,14 @@ class PromptPairs:
 
     @classmethod
     def from_strings(
-        cls, model: TransformerBridge, clean: Sequence[str], corrupt: Sequence[str], answer: Sequence[str], wrong: Sequence[str]
+        cls, model: TransformerBridge, clean: Sequence[str], corrupt: Sequence[str], *, answer: Sequence[str], wrong: Sequence[str]
     ) -> PromptPairs:
         """Pairs from text, with the target logit(answer) - logit(wrong). Rows may differ in length (padded on the right); a pair may not.
 
         Raises:
             RelevanceError: lists every bad row: clean and corrupt of different token length, an answer that is not one token.
         """
-        answers, wrongs = prompts.check_rows(model, clean, corrupt, answer, wrong)
+        answers, wrongs = prompts.check_rows(model, clean, corrupt, answer=answer, wrong=wrong)
         clean_tokens, clean_mask = prompts.tokenize(model, list(clean))
         corrupt_tokens, corrupt_mask = prompts.tokenize(model, list(corrupt))
         return cls(clean_tokens, corrupt_tokens, logit_diff(torch.tensor(answers), torch.tensor(wrongs)), clean_mask, corrupt_mask)

@@ -21,7 +21,7 @@ _SHOWN = 10
 
 
 def check_rows(
-    model: TransformerBridge, clean: Sequence[str], corrupt: Sequence[str], answer: Sequence[str], wrong: Sequence[str]
+    model: TransformerBridge, clean: Sequence[str], corrupt: Sequence[str], *, answer: Sequence[str], wrong: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """Token ids of answer and wrong, one per row. Raises a RelevanceError that names every bad row and what is wrong with it."""
     lengths = {name: len(column) for name, column in zip(COLUMNS, (clean, corrupt, answer, wrong), strict=True)}

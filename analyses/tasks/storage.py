@@ -20,7 +20,7 @@ _FORMAT = "lens_relevance prompt pairs 1"
 TENSORS = ("clean", "corrupt", "clean_mask", "corrupt_mask")
 
 
-def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tensor], Tensor], dropped: Sequence[str]) -> None:
+def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tensor], Tensor], *, dropped: Sequence[str]) -> None:
     """Writes the parts of `PromptPairs`; a RelevanceError names a target that cannot be written."""
     if isinstance(target, TokenTarget):
         described = {"kind": target.kind, "answer": _plain(target.answer), "wrong": _plain(target.wrong), "position": target.position}

@@ -26,6 +26,7 @@ def head_flow_view(
     tokens: Sequence[str],
     flow: Float[Tensor | np.ndarray, "*heads query key"],
     names: Sequence[str] | None = None,
+    *,
     top: int = 12,
     causal: bool = True,
     title: str = "Relevance flow of the heads",

@@ -19,6 +19,7 @@ def layer_view(
     tokens: Sequence[str],
     residual: Float[Tensor | np.ndarray, "pos layers"],
     labels: Sequence[str] | None = None,
+    *,
     title: str = "Relevance through the layers",
 ) -> View:
     """Layer by token heat map of the residual stream's relevance, the embeddings at the bottom.

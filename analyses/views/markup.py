@@ -29,9 +29,13 @@ def escape(text: object) -> str:
 def script_json(value: Any) -> str:
     """JSON that is safe inside a `<script>`: no character of it can end the script or be read as markup.
 
-    Raises RelevanceError where a number is not finite, since JSON has no such numbers.
+    Raises:
+        RelevanceError: a number that is not finite, which JSON cannot hold, or a value that cannot be shown.
     """
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True, default=_plain)
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True, default=_plain)
+    except ValueError as error:
+        raise RelevanceError(f"this cannot be shown on a page: {error}") from error
     return re.sub("[<>&\u2028\u2029]", lambda match: _SCRIPT_ESCAPES[match.group()], text)
 
 

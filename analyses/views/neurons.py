@@ -20,6 +20,7 @@ def neuron_view(
     tokens: Sequence[str],
     relevance: Mapping[int, Float[Tensor | np.ndarray, "pos d_mlp"]],
     top: int = 10,
+    *,
     title: str = "Neurons with the most relevance",
 ) -> View:
     """The most relevant neurons of some layers, each colouring the tokens at which it counts (CircuitsVis `colored_tokens_multi`).

@@ -27,6 +27,7 @@ def head_comparison_view(
     relevance: Float[Tensor | np.ndarray, "layer head"],
     patching: Float[Tensor | np.ndarray, "layer head"],
     names: tuple[str, str] = ("relevance", "patching"),
+    *,
     title: str = "Heads: relevance beside activation patching",
 ) -> View:
     """Three head heat maps on one scale: relevance | patching | difference.
@@ -47,7 +48,7 @@ def head_comparison_view(
     return heat_map_view(title, [head_heat_map(values, name, limit) for name, values in panels])
 
 
-def scatter_view(frame: pd.DataFrame, x: str, y: str, label: str | None = None, title: str = "") -> View:
+def scatter_view(frame: pd.DataFrame, x: str, y: str, *, label: str | None = None, title: str = "") -> View:
     """Column `y` against column `x`, one point per row, with Pearson's and Spearman's correlation.
 
     Args:
@@ -71,7 +72,7 @@ def scatter_view(frame: pd.DataFrame, x: str, y: str, label: str | None = None, 
 
 
 def curve_view(
-    curves: Mapping[str, pd.Series], x_name: str, y_name: str, title: str, log_x: bool = False, baseline: float | int | None = None
+    curves: Mapping[str, pd.Series], x_name: str, y_name: str, *, title: str, log_x: bool = False, baseline: float | int | None = None
 ) -> View:
     """Curves over one axis: perturbation (target against tokens removed), faithfulness (f against share of edges kept).
 

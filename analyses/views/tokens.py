@@ -52,6 +52,7 @@ def token_multi_view(
     tokens: Sequence[str],
     relevance: Mapping[str, Float[Tensor | np.ndarray, " pos"]] | pd.DataFrame,
     title: str = "Relevance of each token",
+    *,
     shared_scale: bool = True,
 ) -> View:
     """Tokens coloured by one of several signed values (CircuitsVis `colored_tokens_multi`): layers, methods or neurons to choose from.

@@ -109,7 +109,7 @@ def localisation(scores: Float[Tensor, "n patch"], asked: Examples) -> Float[Ten
 
 
 def measure(
-    model: VisionLanguageModel, asked: Examples, methods: Mapping[str, Method], sets: tuple[str, ...] = (IMAGE, QUESTION)
+    model: VisionLanguageModel, asked: Examples, methods: Mapping[str, Method], *, sets: tuple[str, ...] = (IMAGE, QUESTION)
 ) -> pd.DataFrame:
     """One row per token set, method, baseline and question: what `areas` gives, and for patches the localisation."""
     target, frames = answers_of(model, asked), []
@@ -120,14 +120,14 @@ def measure(
         }
     if IMAGE in sets:
         found = {name: one[IMAGE] for name, one in scores.items()}
-        removals = [patch_removal(model, asked, target, baseline) for baseline in PATCH_BASELINES]
-        table = areas(curves_of(found, torch.ones_like(asked.relevant), removals, STEPS))
+        removals = [patch_removal(model, asked, target, baseline=baseline) for baseline in PATCH_BASELINES]
+        table = areas(curves_of(found, torch.ones_like(asked.relevant), removals, steps=STEPS))
         where = {name: localisation(one, asked).numpy() for name, one in found.items()}
         table["localisation"] = [where[name][i] for name, i in zip(table["method"], table["example"], strict=True)]
         frames.append(table.assign(set=IMAGE))
     if QUESTION in sets:
         found = {name: one[QUESTION] for name, one in scores.items() if QUESTION in one}
-        removals = [word_removal(model, asked, target, baseline) for baseline in EMBEDDING_BASELINES]
+        removals = [word_removal(model, asked, target, baseline=baseline) for baseline in EMBEDDING_BASELINES]
         removable = torch.ones_like(asked.questions).bool()
         removable[:, -1] = False  # the question mark, where the answer is read
         frames.append(areas(curves_of(found, removable, removals)).assign(set=QUESTION))
@@ -148,11 +148,11 @@ def condensed(table: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(rows).sort_values(["set", "area"], ascending=[True, False], ignore_index=True)
 
 
-def markdown(found: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
     """The table as it stands in results.md, by area of patches."""
-    of_words = {row["method"]: _interval(row, "area") for row in found[found["set"] == QUESTION].to_dict("records")}
+    of_words = {row["method"]: _interval(row, "area") for row in table[table["set"] == QUESTION].to_dict("records")}
     lines = ["| method | MoRF | LeRF | area between | localisation | words: area between |", "|---|---|---|---|---|---|"]
-    for row in found[found["set"] == IMAGE].to_dict("records"):
+    for row in table[table["set"] == IMAGE].to_dict("records"):
         cells = [f"{row['morf']:.2f}", f"{row['lerf']:.2f}", *(_interval(row, figure) for figure in ("area", "localisation"))]
         lines.append(f"| {row['method']} | {' | '.join(cells)} | {of_words[row['method']]} |")
     return "\n".join(lines) + "\n"
@@ -162,7 +162,7 @@ def _interval(row: dict[Hashable, Any], figure: str) -> str:
     return f"{row[figure]:.2f} ({row[f'{figure}_low']:.2f} to {row[f'{figure}_high']:.2f})"
 
 
-def differences(table: pd.DataFrame, first: str, others: list[str], draws: int = 2000, seed: int = 0) -> str:
+def differences(table: pd.DataFrame, first: str, others: list[str], *, draws: int = 2000, seed: int = 0) -> str:
     """How much more area one method has than others on the same questions, with paired bootstrap intervals, a line for each token set."""
     lines = []
     for name, part in table.groupby("set", sort=False):

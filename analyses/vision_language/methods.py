@@ -33,14 +33,14 @@ def answers_of(model: VisionLanguageModel, asked: Examples) -> Target:
     return logit_diff(top[:, 0], top[:, 1])
 
 
-def patch_removal(model: VisionLanguageModel, asked: Examples, target: Target, baseline: str) -> PatchRemoval:
+def patch_removal(model: VisionLanguageModel, asked: Examples, target: Target, *, baseline: str) -> PatchRemoval:
     """The evaluator of removed patches."""
-    return PatchRemoval(model, inputs_of(asked), target, baseline, IMAGE, PATCH)
+    return PatchRemoval(model, inputs_of(asked), target, baseline=baseline, image=IMAGE, patch=PATCH)
 
 
-def word_removal(model: VisionLanguageModel, asked: Examples, target: Target, baseline: str) -> EmbeddingRemoval:
+def word_removal(model: VisionLanguageModel, asked: Examples, target: Target, *, baseline: str) -> EmbeddingRemoval:
     """The evaluator of removed words."""
-    return EmbeddingRemoval(model, inputs_of(asked), target, baseline, QUESTION)
+    return EmbeddingRemoval(model, inputs_of(asked), target, baseline=baseline, stack=QUESTION)
 
 
 def by_rules(rules: str) -> Method:
@@ -52,7 +52,8 @@ def against(kind: str, rules: str = "deeplift") -> Method:
     """Relevance under a pair ruleset: of patches against a reference picture with the same question, of words against other questions about
     the same picture.
 
-    kind: `mean_patch`, `blur`, or `other` pictures. Of other pictures and questions `N_REFERENCES` are drawn, and the mean is taken.
+    Args:
+        kind: `mean_patch`, `blur`, or `other` pictures. Of other pictures and questions `N_REFERENCES` are drawn, and the mean is taken.
     """
 
     def scores(model: VisionLanguageModel, asked: Examples, target: Target) -> Scores:
@@ -75,9 +76,9 @@ def by_attention(method: str, importance: str = "relevance", rules: str = "gradi
     """Scores of `token_relevance`."""
 
     def scores(model: VisionLanguageModel, asked: Examples, target: Target) -> Scores:
-        found = token_relevance(model, inputs_of(asked), target, method=method, importance=importance, rules=rules)
-        assert isinstance(found, TokenSetsRelevance)
-        return found.scores
+        result = token_relevance(model, inputs_of(asked), target, method=method, importance=importance, rules=rules)
+        assert isinstance(result, TokenSetsRelevance)
+        return result.scores
 
     return scores
 
@@ -85,8 +86,8 @@ def by_attention(method: str, importance: str = "relevance", rules: str = "gradi
 def occlusion(model: VisionLanguageModel, asked: Examples, target: Target) -> Scores:
     """Fall of the target when one patch or word alone is removed: one forward for each."""
     return {
-        IMAGE: one_by_one(patch_removal(model, asked, target, "mean_patch"), torch.ones_like(asked.relevant)),
-        QUESTION: one_by_one(word_removal(model, asked, target, "mean_embedding"), torch.ones_like(asked.questions).bool()),
+        IMAGE: one_by_one(patch_removal(model, asked, target, baseline="mean_patch"), torch.ones_like(asked.relevant)),
+        QUESTION: one_by_one(word_removal(model, asked, target, baseline="mean_embedding"), torch.ones_like(asked.questions).bool()),
     }
 
 

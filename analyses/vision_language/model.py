@@ -38,6 +38,7 @@ class Norm(nn.LayerNorm):
         self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """The normalised tokens."""
         return self.hook_out(super().forward(self.hook_in(x)))
 
 
@@ -53,7 +54,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d"], source: Float[Tensor, "batch src d"], real: Bool[Tensor, "batch src"] | None = None
     ) -> Float[Tensor, "batch pos d"]:
-        """real: which sources may be read, all by default."""
+        """What attention writes.
+
+        Args:
+            real: which sources may be read; None for all.
+        """
         x, source = self.hook_in(x), self.hook_source(source)
         rows = self.hook_q(self.q(x)), self.hook_k(self.k(source)), self.hook_v(self.v(source))
         q, k, v = (row.unflatten(-1, (N_HEADS, D_HEAD)).transpose(1, 2) for row in rows)
@@ -73,6 +78,7 @@ class MLP(nn.Module):
         self.hook_in, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """What the MLP writes."""
         hidden = nn.functional.gelu(self.hook_pre(self.up(self.hook_in(x))))
         return self.hook_out(self.down(self.hook_post(hidden)))
 
@@ -93,6 +99,7 @@ class Block(nn.Module):
         real: Bool[Tensor, "batch pos"] | None = None,
         memory: Float[Tensor, "batch src d"] | None = None,
     ) -> Float[Tensor, "batch pos d"]:
+        """The tokens after the block."""
         x = self.hook_in(x)
         normed = self.ln1(x)
         x = x + self.attn(normed, normed, real)
@@ -109,6 +116,7 @@ class PatchEmbed(nn.Linear):
         super().__init__(3 * PATCH * PATCH, D_MODEL)
 
     def forward(self, image: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch patch d"]:
+        """One vector for each patch."""
         return super().forward(rearrange(image, "b c (y p) (x q) -> b (y x) (p q c)", p=PATCH, q=PATCH))
 
 
@@ -122,7 +130,11 @@ class Encoder(nn.Module):
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
 
     def forward(self, inputs: Tensor, real: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, "batch pos d"]:
-        """inputs: what `embed` takes, words [batch, pos] or pictures [batch, 3, side, side]."""
+        """The encoded tokens.
+
+        Args:
+            inputs: what `embed` takes, words [batch, pos] or pictures [batch, 3, side, side].
+        """
         x = self.hook_embed(self.embed(inputs))
         x = x + self.hook_pos_embed(self.pos_embed[: x.shape[1]].expand_as(x))
         for block in self.blocks:
@@ -139,6 +151,7 @@ class Mapper(nn.Module):
         self.unembed, self.hook_logits = nn.Linear(D_MODEL, len(ANSWERS)), HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d"], memory: Float[Tensor, "batch src d"]) -> Float[Tensor, "batch 1 answer"]:
+        """Logits of the answers."""
         for block in self.blocks:
             x = block(x, None, memory)
         return self.hook_logits(self.unembed(self.ln_final(x[:, -1:])))
@@ -159,6 +172,7 @@ class VisionLanguageModel(HookedRootModule):
         _declare(self)
 
     def forward(self, image: Float[Tensor, "batch 3 side side"], question: Int[Tensor, "batch word"]) -> Float[Tensor, "batch 1 answer"]:
+        """Logits of the answers to a question about a picture."""
         return self.mapper(self.text_encoder(question), self.image_encoder(image))
 
 

@@ -22,13 +22,17 @@ def picture_view(
     image: Float[Tensor, "3 side side"],
     relevance: Mapping[str, Float[Tensor, " patch"]],
     title: str,
+    *,
     relevant: Bool[Tensor, " patch"] | None = None,
 ) -> View:
     """The picture, and each method's patches in colour, on a scale of its own (written below it).
 
-    relevance: name -> one score per patch, row by row. relevant: patches to outline: those an answer rests on.
+    Args:
+        relevance: name -> one score per patch, row by row.
+        relevant: patches to outline: those an answer rests on.
 
-    Raises RelevanceError where a method has another number of patches than the picture.
+    Raises:
+        RelevanceError: a method has another number of patches than the picture.
     """
     scores = {name: one.detach().double().cpu().numpy() for name, one in relevance.items()}
     for name, values in scores.items():

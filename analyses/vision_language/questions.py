@@ -29,7 +29,9 @@ LONGEST = 12
 class Examples:
     """Questions with their pictures.
 
-    kind: colour, shape or count. relevant: the patches on which the things asked for lie.
+    Attributes:
+        kind: colour, shape or count.
+        relevant: the patches on which the things asked for lie.
     """
 
     images: Float[Tensor, "n 3 side side"]

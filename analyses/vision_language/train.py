@@ -52,7 +52,7 @@ def matching_loss(similarity: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
 
-def fit(groups: Iterable[tuple[nn.Module, float]], steps: int, n: int, loss: Callable[[Tensor], Tensor], name: str) -> None:
+def fit(groups: Iterable[tuple[nn.Module, float]], steps: int, n: int, *, loss: Callable[[Tensor], Tensor], name: str) -> None:
     """AdamW with one warm cycle; `groups` are modules with their learning rates, `loss` takes the rows of a batch out of n."""
     listed = [(list(module.parameters()), rate) for module, rate in groups]
     optimizer = torch.optim.AdamW([dict(params=p, lr=rate) for p, rate in listed], weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
@@ -69,7 +69,7 @@ def fit(groups: Iterable[tuple[nn.Module, float]], steps: int, n: int, loss: Cal
 
 
 def train(
-    seed: int, pictures: int, matching_steps: int, answering_steps: int, held_out: int = 3000
+    seed: int, pictures: int, matching_steps: int, *, answering_steps: int, held_out: int = 3000
 ) -> tuple[VisionLanguageModel, dict[str, float]]:
     """The trained model, in eval mode, and its figures on held-out pictures."""
     torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def train(
     matching = Matching(model)
     images, captions = captioned(pictures, TRAINING_SEED)
     towers = [(m, RATE) for m in (model.image_encoder, model.text_encoder, matching.of_image, matching.of_text)]
-    fit(towers, matching_steps, pictures, lambda rows: matching_loss(matching(images[rows], captions[rows])), "matching")
+    fit(towers, matching_steps, pictures, loss=lambda rows: matching_loss(matching(images[rows], captions[rows])), name="matching")
     with torch.no_grad():
         similarity = matching(*captioned(BATCH, HELD_OUT_SEED))
         matched = (similarity.argmax(1) == torch.arange(BATCH)).double().mean().item()
@@ -91,7 +91,7 @@ def train(
         return F.cross_entropy(logits, answers[rows].flatten())
 
     slow = [(m, RATE * ENCODER_SHARE) for m in (model.image_encoder, model.text_encoder)]
-    fit([(model.mapper, RATE), *slow], answering_steps, pictures, answering, "answering")
+    fit([(model.mapper, RATE), *slow], answering_steps, pictures, loss=answering, name="answering")
     return model.eval(), {f"caption of {BATCH}": matched} | accuracies(model, examples(held_out, HELD_OUT_SEED))
 
 
@@ -105,6 +105,7 @@ def accuracies(model: VisionLanguageModel, asked: Examples) -> dict[str, float]:
 
 
 def main(
+    *,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = FOLDER,
     seed: Annotated[int, typer.Option(help="Of the weights and of the batches.")] = 0,
     pictures: Annotated[int, typer.Option(help="For each stage.")] = 30_000,
@@ -114,7 +115,7 @@ def main(
     """Train the vision-language model."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    model, figures = train(seed, pictures, matching_steps, answering_steps)
+    model, figures = train(seed, pictures, matching_steps, answering_steps=answering_steps)
     run: dict[str, Any] = dict(seed=seed, pictures=pictures, matching_steps=matching_steps, answering_steps=answering_steps)
     run |= dict(seconds=round(time.perf_counter() - started), torch=torch.__version__.split("+")[0])
     save_file(model.state_dict(), out / "model.safetensors")

@@ -95,7 +95,9 @@ def test_padding_does_not_matter_and_the_model_is_left_alone(gpt2: TransformerBr
 
 
 def test_queries_and_keys_beside_the_heads(gpt2: TransformerBridge) -> None:
-    table = compare_with_patching(gpt2, random_pairs(8), ["atp_star", "gradient"], ["heads", "q", "k"], "denoising", resamples=0)
+    table = compare_with_patching(
+        gpt2, random_pairs(8), ["atp_star", "gradient"], components=["heads", "q", "k"], direction="denoising", resamples=0
+    )
     pearson = table.pivot(index="method", columns="component", values="pearson")
     assert pearson.loc["atp_star", "heads"] == pearson.loc["gradient", "heads"]
     assert pearson.loc["atp_star", "k"] > pearson.loc["gradient", "k"] + 0.05

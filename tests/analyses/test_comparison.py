@@ -53,14 +53,14 @@ def test_direct_logit_attribution_refuses_heads_behind_a_norm() -> None:
 @pytest.mark.parametrize("build", [models.build_gpt2, models.build_neox, models.build_native])
 def test_deeplift_is_complete_in_fp64(build: object) -> None:
     model, pairs = build(dtype=torch.float64), random_pairs()  # type: ignore[operator]
-    table = compare_with_patching(model, pairs, ["deeplift", "relp"], ["heads"], resamples=0)
+    table = compare_with_patching(model, pairs, ["deeplift", "relp"], components=["heads"], resamples=0)
     complete = table.set_index("method")["completeness"]
     assert complete["deeplift"] < 1e-9 < 1e-3 < complete["relp"]
 
 
 def test_the_table_holds_what_it_says(gpt2: TransformerBridge) -> None:
     pairs = random_pairs(8)
-    found = compare(gpt2, pairs, ["relp", eap_ig(3)], ["attn", "heads"], "denoising", resamples=50)
+    found = compare(gpt2, pairs, ["relp", eap_ig(3)], components=["attn", "heads"], direction="denoising", resamples=50)
     assert tuple(found.table.columns) == COLUMNS
     assert sorted(set(found.table["method"])) == ["eap_ig (3 steps)", "relp"] and len(found.table) == 4
     scores = estimator("relp")(gpt2, pairs, ["attn", "heads"])
@@ -82,7 +82,7 @@ def test_the_table_holds_what_it_says(gpt2: TransformerBridge) -> None:
 def test_the_direction_chooses_the_yardstick(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     patching = {
-        direction: compare(gpt2, pairs, ["relp"], ["heads"], direction, resamples=0).heads("patching")  # type: ignore[arg-type]
+        direction: compare(gpt2, pairs, ["relp"], components=["heads"], direction=direction, resamples=0).heads("patching")  # type: ignore[arg-type]
         for direction in ("denoising", "noising", "mean")
     }
     assert np.abs(patching["denoising"] - patching["noising"]).max() > 1e-3
@@ -105,7 +105,7 @@ def test_pairs_of_several_lengths(gpt2: TransformerBridge) -> None:
 
 def test_token_relevance_scores_heads_alone(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
-    found = compare(gpt2, pairs, ["weighted_accumulation", "relp"], ["attn", "heads"], resamples=0)
+    found = compare(gpt2, pairs, ["weighted_accumulation", "relp"], components=["attn", "heads"], resamples=0)
     assert list(found.table["method"]) == ["relp", "relp", "weighted_accumulation"] and found.table["component"].iloc[2] == "heads"
     expected = token_relevance(gpt2, pairs.clean, pairs.target, method="weighted_accumulation").heads.mean(0)
     np.testing.assert_allclose(found.heads("weighted_accumulation"), expected.detach(), rtol=1e-4, atol=1e-6)
@@ -117,7 +117,7 @@ def test_token_relevance_scores_heads_alone(gpt2: TransformerBridge) -> None:
 
 def test_pooled_correlates_over_pairs_too(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
-    row = compare_with_patching(gpt2, pairs, ["relp"], ["heads"], "denoising", pooled=True, resamples=0).iloc[0]
+    row = compare_with_patching(gpt2, pairs, ["relp"], components=["heads"], direction="denoising", pooled=True, resamples=0).iloc[0]
     mine = estimator("relp")(gpt2, pairs, ["heads"])["heads"].flatten(1).T.flatten().numpy()
     effect = activation_patching(gpt2, pairs, "z", direction="denoising").effect.flatten().numpy()
     assert row["pearson"] == pytest.approx(stats.pearsonr(mine, effect).statistic, abs=1e-5)
@@ -153,13 +153,13 @@ def test_intervals_narrow_with_more_pairs_and_are_reproducible() -> None:
 )
 def test_bad_arguments(gpt2: TransformerBridge, methods: list[str], components: list[str], message: str) -> None:
     with pytest.raises(RelevanceError, match=message):
-        compare_with_patching(gpt2, random_pairs(), methods, components)
+        compare_with_patching(gpt2, random_pairs(), methods, components=components)
 
 
 def test_a_metric_that_cannot_tell_the_runs_apart_is_warned_of(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     with pytest.warns(UserWarning):
-        compare_with_patching(gpt2, PromptPairs(pairs.clean, pairs.clean, pairs.target), ["relp"], ["heads"], resamples=0)
+        compare_with_patching(gpt2, PromptPairs(pairs.clean, pairs.clean, pairs.target), ["relp"], components=["heads"], resamples=0)
 
 
 def test_deeplift_agrees_with_patching_on_the_embedded_model(embedded: TransformerBridge) -> None:

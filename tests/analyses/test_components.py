@@ -11,8 +11,8 @@ from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.describe import describe_head, describe_neuron
+from analyses.describe.attention_patterns import pattern_scores
 from analyses.describe.direct_logits import DirectLogits
-from analyses.describe.pattern_scores import pattern_scores
 from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.tasks import PromptPairs, induction, ioi
 from lens_relevance import CoverageError, RelevanceError, logit, propagate
@@ -57,8 +57,8 @@ def test_the_top_heads_of_induction_are_those_that_pattern_scores_single_out(emb
 
 def test_an_induction_head_looks_behind_the_repetition_and_copies(embedded: TransformerBridge) -> None:
     pairs = induction(embedded, n=16, seed=5)
-    top = max(range(4), key=lambda h: describe_head(embedded, pairs, 1, h).pattern_scores["induction"])
-    found = describe_head(embedded, pairs, 1, top)
+    top = max(range(4), key=lambda h: describe_head(embedded, pairs, 1, head=h).pattern_scores["induction"])
+    found = describe_head(embedded, pairs, 1, head=top)
     here = found.arcs[found.arcs["attention"] > found.arcs["reference_attention"]]
     assert len(here) > 2
     # the last token, and what followed its first occurrence: BOS x1 ... A B
@@ -76,7 +76,7 @@ def test_a_heads_flow_adds_up_to_its_rank(build: Callable[[], TransformerBridge]
     model, pairs = build(), random_pairs()
     ranked = rank_heads(model, pairs).set_index(["layer", "head"])["score"]
     for layer, head in ((0, 1), (1, 3)):
-        found = describe_head(model, pairs, layer, head, top_k=10_000)
+        found = describe_head(model, pairs, layer, head=head, top_k=10_000)
         assert found.relevance == pytest.approx(ranked[layer, head], rel=1e-4, abs=1e-6)
         assert found.token_pairs["relevance"].sum() == pytest.approx(found.relevance, rel=1e-4, abs=1e-6)
         assert found.arcs["relevance"].sum() == pytest.approx(found.relevance * len(pairs), rel=1e-4, abs=1e-6)
@@ -89,7 +89,7 @@ def test_arcs_are_those_of_head_flow(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     flow = head_flow(gpt2, pairs.clean, pairs.target, reference=pairs.corrupt)[:, 1, 2]
     _, cache = gpt2.run_with_cache(pairs.clean)
-    first = describe_head(gpt2, pairs, 1, 2, top_k=3).arcs.iloc[0]
+    first = describe_head(gpt2, pairs, 1, head=2, top_k=3).arcs.iloc[0]
     at = (first["example"], first["destination_position"], first["source_position"])
     assert flow.abs().max() > 1e-3 and abs(first["relevance"]) == pytest.approx(float(flow.abs().max()))
     assert first["relevance"] == pytest.approx(float(flow[at]))
@@ -100,7 +100,7 @@ def test_arcs_are_those_of_head_flow(gpt2: TransformerBridge) -> None:
 
 def test_prompts_without_a_counterpart_and_padding(gpt2: TransformerBridge) -> None:
     tokens = models.random_tokens(3)
-    alone = describe_head(gpt2, tokens, 0, 1, logit(torch.tensor([1, 2, 3])), top_k=4)
+    alone = describe_head(gpt2, tokens, 0, head=1, target=logit(torch.tensor([1, 2, 3])), top_k=4)
     cache = propagate(gpt2, tokens, logit(torch.tensor([1, 2, 3])), rules="attnlrp")
     assert alone.relevance == pytest.approx(float(cache.heads()[:, :, 0, 1].sum(1).mean()), rel=1e-4)
     assert "reference_attention" not in alone.arcs
@@ -108,15 +108,15 @@ def test_prompts_without_a_counterpart_and_padding(gpt2: TransformerBridge) -> N
     mask = torch.cat([ones, torch.zeros_like(filler)], 1)
     pairs = PromptPairs(tokens, models.random_tokens(3, seed=7), logit(torch.tensor([1, 2, 3])))
     wide = [torch.cat([part, filler], 1) for part in (pairs.clean, pairs.corrupt)]
-    padded = describe_head(gpt2, PromptPairs(wide[0], wide[1], pairs.target, mask, mask), 0, 1, top_k=4)
-    pd.testing.assert_frame_equal(padded.arcs, describe_head(gpt2, pairs, 0, 1, top_k=4).arcs, rtol=1e-3)
+    padded = describe_head(gpt2, PromptPairs(wide[0], wide[1], pairs.target, mask, mask), 0, head=1, top_k=4)
+    pd.testing.assert_frame_equal(padded.arcs, describe_head(gpt2, pairs, 0, head=1, top_k=4).arcs, rtol=1e-3)
 
 
 def test_many_prompts_go_in_batches(gpt2: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_pairs(7)
-    whole = describe_head(gpt2, pairs, 1, 0, top_k=5), describe_neuron(gpt2, pairs, 1, 5, top_k=5)
+    whole = describe_head(gpt2, pairs, 1, head=0, top_k=5), describe_neuron(gpt2, pairs, 1, neuron=5, top_k=5)
     monkeypatch.setattr("analyses.datasets.batches._TOKENS_PER_PASS", 12)
-    parts = describe_head(gpt2, pairs, 1, 0, top_k=5), describe_neuron(gpt2, pairs, 1, 5, top_k=5)
+    parts = describe_head(gpt2, pairs, 1, head=0, top_k=5), describe_neuron(gpt2, pairs, 1, neuron=5, top_k=5)
     for name in ("arcs", "token_pairs", "writes"):
         pd.testing.assert_frame_equal(getattr(whole[0], name), getattr(parts[0], name), rtol=1e-3, atol=1e-6)
     for name in ("contexts", "writes"):
@@ -126,7 +126,7 @@ def test_many_prompts_go_in_batches(gpt2: TransformerBridge, monkeypatch: pytest
 def test_a_head_writes_its_values_through_the_final_norm_and_the_unembedding() -> None:
     """By hand on a Llama, where heads 2 and 3 share the second of two value heads."""
     model, tokens = models.build_llama(torch.float64), models.random_tokens(2)
-    found = describe_head(model, tokens, 1, 2, logit(3), top_k=1)
+    found = describe_head(model, tokens, 1, head=2, target=logit(3), top_k=1)
     arc = found.arcs.iloc[0]
     logits, cache = model.run_with_cache(tokens)
     v = cache["blocks.1.attn.hook_v"][arc["example"], arc["source_position"], 1]
@@ -174,7 +174,7 @@ def test_a_neurons_description(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     ranked = rank_neurons(gpt2, pairs)
     layer, neuron = int(ranked["layer"][0]), int(ranked["neuron"][0])
-    found = describe_neuron(gpt2, pairs, layer, neuron, top_k=4)
+    found = describe_neuron(gpt2, pairs, layer, neuron=neuron, top_k=4)
     assert found.relevance == pytest.approx(float(ranked["score"][0]), rel=1e-4)
     cache = propagate(gpt2, pairs.clean, pairs.target, reference=pairs.corrupt)
     relevance = cache.neurons(layer)[..., neuron]
@@ -184,7 +184,7 @@ def test_a_neurons_description(gpt2: TransformerBridge) -> None:
     activations = [gpt2.run_with_cache(part)[1][f"blocks.{layer}.mlp.hook_post"][*where, neuron] for part in (pairs.clean, pairs.corrupt)]
     assert [first["activation"], first["reference"]] == pytest.approx([float(a) for a in activations], rel=1e-4)
     assert f"«{int(pairs.clean[where])}»" in first["context"]
-    by_activation = describe_neuron(gpt2, pairs, layer, neuron, by="activation").contexts["activation"].abs()
+    by_activation = describe_neuron(gpt2, pairs, layer, neuron=neuron, by="activation").contexts["activation"].abs()
     assert by_activation.is_monotonic_decreasing
     assert by_activation[0] == pytest.approx(
         float(gpt2.run_with_cache(pairs.clean)[1][f"blocks.{layer}.mlp.hook_post"][..., neuron].abs().max())
@@ -200,19 +200,21 @@ def test_a_neurons_description(gpt2: TransformerBridge) -> None:
 def test_descriptions_turn_into_rows_beside_the_rank(embedded: TransformerBridge) -> None:
     pairs = ioi(embedded, n=8)
     top = rank_heads(embedded, pairs).head(2)
-    rows = pd.concat([describe_head(embedded, pairs, row.layer, row.head).to_dataframe() for row in top.itertuples()], ignore_index=True)
+    rows = pd.concat(
+        [describe_head(embedded, pairs, row.layer, head=row.head).to_dataframe() for row in top.itertuples()], ignore_index=True
+    )
     assert rows[["layer", "head"]].equals(top[["layer", "head"]])
     assert (rows["relevance"] - top["score"]).abs().max() < 1e-3
     assert rows["destination"].notna().all() and (rows["promotes"].str.split().str.len() == 5).all()
-    row = describe_neuron(embedded, pairs, 0, 3).to_dataframe()
+    row = describe_neuron(embedded, pairs, 0, neuron=3).to_dataframe()
     assert len(row) == 1 and f"«{row['token'][0].strip()}»" in row["context"][0]
 
 
 def test_the_model_is_left_alone(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     before, flags = gpt2(pairs.clean, return_type="logits"), [p.requires_grad for p in gpt2.parameters()]
-    describe_head(gpt2, pairs, 0, 0)
-    describe_neuron(gpt2, pairs, 0, 0)
+    describe_head(gpt2, pairs, 0, head=0)
+    describe_neuron(gpt2, pairs, 0, neuron=0)
     assert [p.requires_grad for p in gpt2.parameters()] == flags
     assert not any(point.fwd_hooks or point.bwd_hooks for point in gpt2.hook_dict.values())
     assert torch.equal(gpt2(pairs.clean, return_type="logits"), before)
@@ -238,11 +240,11 @@ def test_bad_arguments(gpt2: TransformerBridge, arguments: dict[str, object], me
 
 def test_no_prompts(gpt2: TransformerBridge) -> None:
     with pytest.raises(RelevanceError, match="no prompts"):
-        describe_head(gpt2, random_pairs()[:0], 0, 0)
+        describe_head(gpt2, random_pairs()[:0], 0, head=0)
 
 
 def test_models_on_which_it_cannot_be_told() -> None:
     tokens = models.random_tokens(2)
-    assert len(describe_head(build_wider("opt", torch.float32), tokens, 0, 0).arcs) > 0  # its pattern is rebuilt
+    assert len(describe_head(build_wider("opt", torch.float32), tokens, 0, head=0).arcs) > 0  # its pattern is rebuilt
     with pytest.raises(CoverageError, match="output head is not linear"):
-        describe_neuron(build_wider("bert", torch.float32), tokens, 0, 0)
+        describe_neuron(build_wider("bert", torch.float32), tokens, 0, neuron=0)

@@ -43,11 +43,11 @@ def test_refused_families_are_left_out_and_unknown_ones_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "_LARGER", {})
-    module.main(["mamba", "gpt2"], repeats=1, batch=1, positions=4)
+    module.main(family=["mamba", "gpt2"], repeats=1, batch=1, positions=4)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| family | `attnlrp`") and [line.split("|")[1].strip() for line in lines[2:]] == ["GPT-2"]
     with pytest.raises(RelevanceError, match="unknown family 'gpt9'"):
         module.costs(["gpt9"])
-    module.main(["mamba"])
+    module.main(family=["mamba"])
     assert len(capsys.readouterr().out.splitlines()) == 2  # a head and nothing under it
     assert "python -m analyses.benchmarks.costs" in str(module.__doc__)

@@ -49,9 +49,9 @@ def test_conserved_at_every_writer_and_reader(family: str) -> None:
     model, tokens, other = FAMILIES[family](dtype=torch.float64), models.random_tokens(), models.random_tokens(seed=1)
     with no_upcasts():
         for rules in RULESETS if family in EVERY_RULESET else ("attnlrp", "deeplift"):
-            assert worst(attribute_edges(model, tokens, TARGET, rules, other)) < 1e-9, rules
+            assert worst(attribute_edges(model, tokens, TARGET, rules=rules, reference=other)) < 1e-9, rules
         for rules in ("gradient", "attnlrp", "cp_lrp") if family in EVERY_RULESET else ("gradient",):
-            assert worst(attribute_edges(model, tokens, TARGET, rules)) < 1e-9, rules
+            assert worst(attribute_edges(model, tokens, TARGET, rules=rules)) < 1e-9, rules
 
 
 OWN: dict[str, dict[str, Rule]] = {
@@ -69,9 +69,9 @@ def test_rules_of_ones_own_hold_inside_heads(family: str, name: str) -> None:
     model, tokens, other = FAMILIES[family](dtype=torch.float64), models.random_tokens(), models.random_tokens(seed=1)
     table = {**rulesets()["attnlrp"], **OWN[name]}
     with no_upcasts():
-        assert worst(attribute_edges(model, tokens, TARGET, table, other)) < 1e-9
+        assert worst(attribute_edges(model, tokens, TARGET, rules=table, reference=other)) < 1e-9
         if "between" not in name:
-            assert worst(attribute_edges(model, tokens, TARGET, table)) < 1e-9
+            assert worst(attribute_edges(model, tokens, TARGET, rules=table)) < 1e-9
         key = {"gpt2": "k.hook_out"}.get(family, "hook_rot_k")
         cache = propagate(model, tokens, TARGET, rules=table, names_filter=f"blocks.1.attn.{key}", reference=other)
         flow = head_flow(model, tokens, TARGET, rules=table, path="key", layers=[1], reference=other)
@@ -86,8 +86,8 @@ def test_a_rule_that_does_not_say_its_factors_is_refused_inside_heads() -> None:
     model, tokens = models.build_llama(dtype=torch.float64), models.random_tokens()
     for key in ("scores", "z"):
         with pytest.raises(CoverageError, match=f"blocks.0.attn:{key} needs a ProductRule .*Damped"):
-            attribute_edges(model, tokens, TARGET, {key: Damped()})
-        assert worst(attribute_edges(models.build_gpt2(dtype=torch.float64), tokens, TARGET, {key: Damped()})) < 1e-9
+            attribute_edges(model, tokens, TARGET, rules={key: Damped()})
+        assert worst(attribute_edges(models.build_gpt2(dtype=torch.float64), tokens, TARGET, rules={key: Damped()})) < 1e-9
     with pytest.raises(RelevanceError, match="blocks.1.attn:scores has Damped"):
         head_flow(model, tokens, TARGET, rules={"scores": Damped()}, path="key", layers=[1])
 
@@ -98,17 +98,19 @@ def test_more_families_are_conserved_or_refused_by_name(family: str) -> None:
     with no_upcasts():
         if family in REFUSED:
             with pytest.raises(CoverageError, match=REFUSED[family]):
-                attribute_edges(model, tokens, TARGET, "attnlrp")
+                attribute_edges(model, tokens, TARGET, rules="attnlrp")
             return
         for rules, reference in (("gradient", None), ("attnlrp", None), ("deeplift", other)):
-            assert worst(attribute_edges(model, tokens, TARGET, rules, reference)) < 1e-9, rules
+            assert worst(attribute_edges(model, tokens, TARGET, rules=rules, reference=reference)) < 1e-9, rules
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "olmo2", "qwen3", "native_gqa"])
 @pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
 def test_conserved_in_single_precision(family: str, rules: str) -> None:
     model, other = FAMILIES[family](), models.random_tokens(seed=1)
-    assert worst(attribute_edges(model, models.random_tokens(), TARGET, rules, other if rules == "deeplift" else None)) < 1e-5
+    assert (
+        worst(attribute_edges(model, models.random_tokens(), TARGET, rules=rules, reference=other if rules == "deeplift" else None)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox"])
@@ -116,7 +118,7 @@ def test_what_enters_the_readers_is_what_autograd_delivers_below_the_norm(family
     """The coefficients of all readers of a norm were pulled through it by us; their sum is what the engine's own backward gave."""
     model, tokens = FAMILIES[family](dtype=torch.float64), models.random_tokens()
     with no_upcasts():
-        edges = attribute_edges(model, tokens, TARGET, "attnlrp")
+        edges = attribute_edges(model, tokens, TARGET, rules="attnlrp")
         names = ["blocks.1.ln1.hook_in", "blocks.1.ln2.hook_in", "blocks.1.hook_out"]
         cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
     reads = [i for i, name in enumerate(edges.readers) if name.startswith("L1H")]
@@ -127,7 +129,7 @@ def test_what_enters_the_readers_is_what_autograd_delivers_below_the_norm(family
 
 def test_what_enters_q_is_its_relevance_less_the_shares_of_bias_and_beta() -> None:
     model, tokens = models.build_gpt2(dtype=torch.float64), models.random_tokens()
-    edges = attribute_edges(model, tokens, TARGET, "attnlrp")
+    edges = attribute_edges(model, tokens, TARGET, rules="attnlrp")
     cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=["blocks.1.attn.q.hook_out"])
     coefficient = cache.coefficients["blocks.1.attn.q.hook_out"]
     q, beta = model.blocks[1].attn.q.original_component, model.blocks[1].ln1.original_component.bias
@@ -143,7 +145,7 @@ def test_scores_of_heads_and_mlps_are_those_of_the_cache() -> None:
     for family in ("gpt2", "llama", "gemma2", "olmo2"):
         model, tokens, other = FAMILIES[family](dtype=torch.float64), models.random_tokens(), models.random_tokens(seed=1)
         with no_upcasts():
-            edges = attribute_edges(model, tokens, TARGET, "deeplift", other)
+            edges = attribute_edges(model, tokens, TARGET, rules="deeplift", reference=other)
             cache = propagate(model, tokens, TARGET, rules="deeplift", reference=other)
         for layer in range(2):
             for head in range(4):
@@ -170,7 +172,7 @@ def test_equals_transformer_lens_under_gradient(family: str) -> None:
     model = FAMILIES[family](dtype=torch.float64)
     clean, corrupt = models.random_tokens(1), models.random_tokens(1, seed=1)
     theirs = in_transformer_lens(model, clean, corrupt)
-    edges = attribute_edges(model, corrupt, TARGET, "gradient", clean)
+    edges = attribute_edges(model, corrupt, TARGET, rules="gradient", reference=clean)
     ours = {
         (row.position, row.source, row.target): -row.score
         for row in edges.to_frame().itertuples()
@@ -183,16 +185,16 @@ def test_equals_transformer_lens_under_gradient(family: str) -> None:
 
 def test_batches_and_padding_change_nothing() -> None:
     model, tokens = models.build_llama(), models.random_tokens(2, 6)
-    alone = attribute_edges(model, tokens[:1, :4], TARGET, "attnlrp")
+    alone = attribute_edges(model, tokens[:1, :4], TARGET, rules="attnlrp")
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    together = attribute_edges(model, tokens, TARGET, "attnlrp", attention_mask=mask)
+    together = attribute_edges(model, tokens, TARGET, rules="attnlrp", attention_mask=mask)
     assert torch.allclose(together.scores[0, :4], alone.scores[0], atol=1e-5)
     assert not together.scores[0, 4:].any()
 
 
 def test_several_references_are_averaged() -> None:
     model, tokens = models.build_gpt2(dtype=torch.float64), models.random_tokens(1)
-    edges = attribute_edges(model, tokens, TARGET, "deeplift", random_tokens(3, seed=5))
+    edges = attribute_edges(model, tokens, TARGET, rules="deeplift", reference=random_tokens(3, seed=5))
     cache = propagate(model, tokens, TARGET, rules="deeplift", reference=random_tokens(3, seed=5))
     assert worst(edges) < 1e-9
     assert torch.allclose(edges.writer_scores[:, :, edges.writers.index("L1H2")], cache.heads()[:, :, 1, 2], atol=1e-12)
@@ -200,16 +202,16 @@ def test_several_references_are_averaged() -> None:
 
 def test_target_that_is_not_linear() -> None:
     model, tokens = models.build_gpt2(dtype=torch.float64), models.random_tokens()
-    assert worst(attribute_edges(model, tokens, log_prob(3), "deeplift", models.random_tokens(seed=1))) < 1e-9
+    assert worst(attribute_edges(model, tokens, log_prob(3), rules="deeplift", reference=models.random_tokens(seed=1))) < 1e-9
 
 
 def test_model_is_left_as_it_was() -> None:
     model, tokens = models.build_llama(), models.random_tokens()
     before = model(tokens)
-    attribute_edges(model, tokens, TARGET, "attnlrp")
+    attribute_edges(model, tokens, TARGET, rules="attnlrp")
     assert all(not p._forward_hooks for p in model.hook_dict.values()) and torch.equal(model(tokens), before)
     with pytest.raises(RelevanceError):
-        attribute_edges(model, tokens, TARGET, "deeplift")
+        attribute_edges(model, tokens, TARGET, rules="deeplift")
     assert all(p.requires_grad for p in model.original_model.parameters())
     assert all(not p._forward_hooks for p in model.hook_dict.values())
 
@@ -218,4 +220,4 @@ def test_a_stream_that_is_not_a_sum_is_refused() -> None:
     """A hook that changes the stream between two writes makes edges meaningless."""
     model, tokens = models.build_gpt2(), models.random_tokens()
     with model.hooks(fwd_hooks=[("blocks.1.hook_in", lambda x, hook: x * 2)]), pytest.raises(RelevanceError, match="not the sum"):
-        attribute_edges(model, tokens, TARGET, "attnlrp")
+        attribute_edges(model, tokens, TARGET, rules="attnlrp")

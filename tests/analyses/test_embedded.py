@@ -15,7 +15,7 @@ from analyses.embedded import EMBEDDED_FOLDER, load_embedded
 from analyses.embedded.corpus import held_out_pairs, ioi_sequences, repeated_sequences, training_pairs
 from analyses.embedded.figures import accuracies, head_effects
 from analyses.tasks import PromptPairs, induction, ioi
-from analyses.tasks.ioi import NAMES
+from analyses.tasks.ioi_task import NAMES
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 

@@ -116,7 +116,7 @@ def test_an_unknown_family() -> None:
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    module.main(["gpt2"], dtype="float32")
+    module.main(family=["gpt2"], dtype="float32")
     cells = rows(capsys.readouterr().out, "family")["GPT-2"]
     shown = [float(cell) for cell in cells if cell != "–"]
     assert len(cells) == len(rulesets()) == len(shown) + 1 and all(1e-12 < error < 1e-4 for error in shown)  # no norms on queries and keys

@@ -45,7 +45,7 @@ def test_without_such_norms_there_is_no_switch() -> None:
 
 
 def test_the_command_prints_both_shares(capsys: pytest.CaptureFixture[str]) -> None:
-    module.main(None, n=4, positions=12)
+    module.main(model=None, n=4, positions=12)
     printed = capsys.readouterr().out
     assert "attnlrp" in printed and "before" in printed and "attention to the first token by layer" in printed
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits import Ablation, score_items
-from analyses.datasets.streaming import Stream
+from analyses.datasets.streaming import PairStream
 from analyses.evaluation.comparison import compare
 from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.graph.build import flow_graphs
@@ -76,7 +76,7 @@ def test_rankings_of_many_pairs_are_those_of_the_same_target_as_data(gpt2: Trans
 def test_estimates_and_effects_of_many_pairs_are_those_of_the_same_target_as_data(gpt2: TransformerBridge) -> None:
     pairs, forms = pairs_of(N)
     by_function = with_target(pairs, forms["takes the first answers"])
-    batches = [Stream(gpt2, p, 341) for p in (by_function, pairs)]
+    batches = [PairStream(gpt2, p, 341) for p in (by_function, pairs)]
     steps = [lambda batch: estimator("deeplift")(gpt2, batch, ["resid", "heads"]) for _ in batches]
     estimates = [stream.collect("", step, "")[0] for stream, step in zip(batches, steps, strict=True)]
     assert all(torch.equal(estimates[0][name], estimates[1][name]) and len(estimates[0][name]) == N for name in ("resid", "heads"))
@@ -85,7 +85,7 @@ def test_estimates_and_effects_of_many_pairs_are_those_of_the_same_target_as_dat
 def test_a_comparison_of_many_pairs_is_that_of_the_same_target_as_data(gpt2: TransformerBridge) -> None:
     pairs, forms = pairs_of(60)
     by_function = with_target(pairs, forms["takes the first answers"])
-    found = [compare(gpt2, p, ["deeplift", "relp"], ["resid", "heads"], resamples=0, batch_size=8) for p in (by_function, pairs)]
+    found = [compare(gpt2, p, ["deeplift", "relp"], components=["resid", "heads"], resamples=0, batch_size=8) for p in (by_function, pairs)]
     assert found[0].table["completeness"][0] < 1e-5
     columns = ["method", "component", "pearson", "completeness"]
     pd.testing.assert_frame_equal(found[0].table[columns], found[1].table[columns], rtol=1e-4, atol=1e-5)
@@ -124,7 +124,7 @@ def test_patching_circuits_graphs_and_curves(gpt2: TransformerBridge) -> None:
     graphs = [flow_graphs(gpt2, pairs.clean[:3], p[:3].target, reference=pairs.corrupt[:3]) for p in (by_function, pairs)]
     assert all(one == other for one, other in zip(*graphs, strict=True))
     # removals repeat a row many times in a batch
-    curves = [perturbation_curves(gpt2, pairs.clean[:4], p[:4].target, ["attnlrp"], batch_size=9) for p in (by_function, pairs)]
+    curves = [perturbation_curves(gpt2, pairs.clean[:4], p[:4].target, methods=["attnlrp"], batch_size=9) for p in (by_function, pairs)]
     pd.testing.assert_frame_equal(*curves, rtol=1e-5, atol=1e-6)
 
 
@@ -220,7 +220,7 @@ def test_one_number_for_all_pairs_is_compared_as_one(gpt2: TransformerBridge) ->
     """The mean over pairs of a target has the mean of its effects, and of its estimates, not a mean of parts of them."""
     pairs, forms = pairs_of(12)
     mean = with_target(pairs, lambda logits: forms["dies on a slice"](logits).mean())
-    one, many = (compare(gpt2, p, ["deeplift", "relp"], ["resid", "heads"], resamples=0) for p in (mean, pairs))
+    one, many = (compare(gpt2, p, ["deeplift", "relp"], components=["resid", "heads"], resamples=0) for p in (mean, pairs))
     columns = ["method", "component", "pearson", "magnitude_error", "completeness"]
     pd.testing.assert_frame_equal(one.table[columns], many.table[columns], rtol=1e-4, atol=1e-5)
     pd.testing.assert_frame_equal(one.scores, many.scores, rtol=1e-4, atol=1e-5)
@@ -231,7 +231,10 @@ def test_relevance_that_does_not_add_up_is_said(build: Callable[[], TransformerB
     """A target with kinks, which no quadrature meets, stands for everything that could break completeness."""
     model, (pairs, _) = build(), pairs_of(12)
     kinks = with_target(pairs, lambda logits: logits[:, -1, 3].sin().mul(40).round().div(40) + logits[:, -1, 3].clamp(-0.3, 0.3))
-    for function in (lambda p: rank_heads(model, p, batch_size=5), lambda p: compare(model, p, ["deeplift"], ["heads"], resamples=0)):
+    for function in (
+        lambda p: rank_heads(model, p, batch_size=5),
+        lambda p: compare(model, p, ["deeplift"], components=["heads"], resamples=0),
+    ):
         with pytest.warns(UserWarning, match="relevance misses the difference"):
             function(kinks)
         with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model
 from analyses.tasks import ioi
-from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+from analyses.tasks.ioi_task import NAMES, OBJECTS, PLACES, TEMPLATES
 from tests.models import build_with_words, randomize
 
 WORDS = [*NAMES, *PLACES, *OBJECTS, *(word.strip(",") for template in TEMPLATES for word in template.split() if "{" not in word)]
@@ -54,7 +54,9 @@ def test_tables_are_those_of_the_ranking_and_the_comparison(folder: Path) -> Non
     assert 0 < check.found == len({*order[:30]} & {*check.heads["head"]})
     assert check.heads[["previous_token", "duplicate_token", "induction"]].notna().all(axis=None)
 
-    table = compare_with_patching(model, pairs, ["relp", "gradient", "deeplift"], ["resid", "attn", "mlp"], "denoising")
+    table = compare_with_patching(
+        model, pairs, ["relp", "gradient", "deeplift"], components=["resid", "attn", "mlp"], direction="denoising"
+    )
     both = check.cells.merge(table, on=["method", "component"])
     assert len(both) == 9
     assert (both["pearson_x"] - both["pearson_y"]).abs().max() < 1e-6

@@ -25,7 +25,7 @@ def build(family: str = "gpt2", rules: str = "attnlrp", pair: bool = False, **ar
     model = build_wider(family) if family in WIDER else getattr(models, f"build_{family}")(dtype=torch.float64)
     other = models.random_tokens(1, seed=1) if pair else None
     with no_upcasts():
-        return flow_graph(model, models.random_tokens(1), TARGET, rules, other, **arguments)
+        return flow_graph(model, models.random_tokens(1), TARGET, rules=rules, reference=other, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_sums_over_positions_and_prompts(graph: FlowGraph) -> None:
     edge = graph.edges[(graph.edges["source"] == "embed") & (graph.edges["target"] == "L1H0.v")]
     assert summed.edges.set_index(["source", "target"])["score"]["embed", "L1H0.v"] == pytest.approx(edge["score"].sum())
     model = models.build_gpt2(dtype=torch.float64)
-    graphs = flow_graphs(model, models.random_tokens(3), TARGET, "attnlrp")
+    graphs = flow_graphs(model, models.random_tokens(3), TARGET, rules="attnlrp")
     mean = average([g.prune(top=30) for g in graphs])
     frequency = pd.concat([g.prune(top=30).sum_positions().edges[["source", "target"]] for g in graphs]).value_counts() / 3
     assert mean.edges.set_index(["source", "target"])["frequency"].sort_index().tolist() == frequency.sort_index().tolist()
@@ -240,4 +240,4 @@ def test_errors_name_the_thing(graph: FlowGraph) -> None:
         flow_graph(models.build_gpt2(), models.random_tokens(2), TARGET)
     tokens = models.random_tokens(1)
     with pytest.raises(RelevanceError, match="the two runs are the same"):
-        flow_graph(models.build_gpt2(), tokens, TARGET, "deeplift", tokens)
+        flow_graph(models.build_gpt2(), tokens, TARGET, rules="deeplift", reference=tokens)

@@ -33,7 +33,7 @@ def value(logits: torch.Tensor, row: int) -> float:
 @pytest.mark.parametrize("baseline", PATCH_BASELINES)
 def test_patches_equal_a_direct_forward(asked, baseline):
     model, inputs = asked
-    removal = PatchRemoval(model, inputs, TARGET, baseline, IMAGE, 4, batch_size=2)
+    removal = PatchRemoval(model, inputs, TARGET, baseline=baseline, image=IMAGE, patch=4, batch_size=2)
     removed = torch.zeros(3, 36, dtype=torch.bool)
     removed[0, [0, 7, 35]] = removed[1, 10:20] = True
     values, same = removal(ROWS, removed)
@@ -55,7 +55,7 @@ def test_patches_equal_a_direct_forward(asked, baseline):
 @pytest.mark.parametrize("baseline", EMBEDDING_BASELINES)
 def test_words_equal_a_direct_forward(asked, baseline):
     model, inputs = asked
-    removal = EmbeddingRemoval(model, inputs, TARGET, baseline, QUESTION)
+    removal = EmbeddingRemoval(model, inputs, TARGET, baseline=baseline, stack=QUESTION)
     removed = torch.zeros(3, 6, dtype=torch.bool)
     removed[0, 1] = removed[1, 2:5] = True
     table = model.text_encoder.embed.weight.detach()[inputs[QUESTION]]
@@ -74,7 +74,7 @@ def test_an_image_classifier():
     config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     model = models.bridge_from_config(ViTForImageClassification, config)
     pictures = torch.rand(2, 3, 8, 8)
-    removal = PatchRemoval(model, {"pixel_values": pictures}, logit_diff(0, 1), "zero", patch=4)
+    removal = PatchRemoval(model, {"pixel_values": pictures}, logit_diff(0, 1), baseline="zero", patch=4)
     scores = {"mine": torch.arange(4.0).expand(2, 4)}
     curves = curves_of(scores, torch.ones(2, 4).bool(), [removal])
     lost = pictures.clone()
@@ -91,7 +91,7 @@ def test_methods_by_name_on_an_image_classifier():
     model, pictures = models.bridge_from_config(ViTForImageClassification, config), torch.rand(2, 3, 8, 8)
     mine = {"mine": lambda model, inputs, target: -torch.arange(4.0).expand(2, 4)}
     names = ("attnlrp", "deeplift", "chefer", "occlusion")
-    curves = image_curves(model, pictures, None, {name: name for name in names} | mine, patch=4)
+    curves = image_curves(model, pictures, None, methods={name: name for name in names} | mine, patch=4)
     assert set(curves["method"]) == {"random", "mine", *names}
     start = curves[curves["removed"] == 0]
     assert (start["same_prediction"] == 1).all() and (start["value"] > 0).all()  # the top class against the next
@@ -99,19 +99,21 @@ def test_methods_by_name_on_an_image_classifier():
     target = logit_diff(*model(pictures).detach().topk(2, -1).indices.T)
     reference = fillers(pictures, "mean_patch", 4)
     scores = propagate(model, pictures, target, rules="deeplift", reference=reference).tokens()[:, 1:]
-    removal = PatchRemoval(model, {"pixel_values": pictures}, target, "mean_patch", patch=4)
+    removal = PatchRemoval(model, {"pixel_values": pictures}, target, baseline="mean_patch", patch=4)
     least = removal(torch.arange(2), torch.nn.functional.one_hot(scores.argmin(1), 4).bool())[0]
     np.testing.assert_allclose(first["deeplift"], least, atol=1e-5)
 
 
 def test_methods_by_name_on_two_token_sets(asked):
     model, inputs = asked
-    curves = image_curves(model, inputs, TARGET, ["relp", "rollout"], ["zero", "blur"], IMAGE, 4, stack=IMAGE, steps=3)
+    curves = image_curves(
+        model, inputs, TARGET, methods=["relp", "rollout"], baselines=["zero", "blur"], image=IMAGE, patch=4, stack=IMAGE, steps=3
+    )
     assert len(curves) == 3 * 2 * 2 * 2 * 4 and np.isfinite(curves["value"]).all()
     for call, message in [
-        (lambda: image_curves(model, inputs, TARGET, ["rollout"], image=IMAGE, patch=4), "image, question: say which is meant"),
-        (lambda: image_curves(model, inputs, TARGET, ["lime"], image=IMAGE, patch=4), "unknown method 'lime'"),
-        (lambda: image_curves(model, inputs, TARGET, [], image=IMAGE, patch=4), "at least one method"),
+        (lambda: image_curves(model, inputs, TARGET, methods=["rollout"], image=IMAGE, patch=4), "image, question: say which is meant"),
+        (lambda: image_curves(model, inputs, TARGET, methods=["lime"], image=IMAGE, patch=4), "unknown method 'lime'"),
+        (lambda: image_curves(model, inputs, TARGET, methods=[], image=IMAGE, patch=4), "at least one method"),
     ]:
         with pytest.raises(RelevanceError, match=message):
             call()
@@ -120,14 +122,23 @@ def test_methods_by_name_on_two_token_sets(asked):
 def test_bad_input(asked):
     model, inputs = asked
     for call, message in [
-        (lambda: PatchRemoval(model, inputs, TARGET, "noise", IMAGE, 4), "unknown baseline 'noise'; choose one of zero, mean_patch, blur"),
-        (lambda: PatchRemoval(model, inputs, TARGET, "zero", QUESTION, 4), r"inputs\['question'\] must be pictures"),
-        (lambda: PatchRemoval(model, inputs, TARGET, "zero", IMAGE, 5), r"multiples of the patch \(5\)"),
-        (lambda: PatchRemoval(model, inputs, TARGET, "zero", IMAGE, 4)(ROWS, torch.zeros(3, 9).bool()), "9 patches were named"),
-        (lambda: EmbeddingRemoval(model, inputs, TARGET, "pad", QUESTION), "unknown baseline 'pad'"),
-        (lambda: EmbeddingRemoval(model, inputs, TARGET, "zero_embedding", "answer"), "no stack 'answer'; it has image, question"),
         (
-            lambda: EmbeddingRemoval(model, inputs, TARGET, "zero_embedding", QUESTION)(ROWS, torch.zeros(3, 5).bool()),
+            lambda: PatchRemoval(model, inputs, TARGET, baseline="noise", image=IMAGE, patch=4),
+            "unknown baseline 'noise'; choose one of zero, mean_patch, blur",
+        ),
+        (lambda: PatchRemoval(model, inputs, TARGET, baseline="zero", image=QUESTION, patch=4), r"inputs\['question'\] must be pictures"),
+        (lambda: PatchRemoval(model, inputs, TARGET, baseline="zero", image=IMAGE, patch=5), r"multiples of the patch \(5\)"),
+        (
+            lambda: PatchRemoval(model, inputs, TARGET, baseline="zero", image=IMAGE, patch=4)(ROWS, torch.zeros(3, 9).bool()),
+            "9 patches were named",
+        ),
+        (lambda: EmbeddingRemoval(model, inputs, TARGET, baseline="pad", stack=QUESTION), "unknown baseline 'pad'"),
+        (
+            lambda: EmbeddingRemoval(model, inputs, TARGET, baseline="zero_embedding", stack="answer"),
+            "no stack 'answer'; it has image, question",
+        ),
+        (
+            lambda: EmbeddingRemoval(model, inputs, TARGET, baseline="zero_embedding", stack=QUESTION)(ROWS, torch.zeros(3, 5).bool()),
             "5 tokens were named",
         ),
     ]:

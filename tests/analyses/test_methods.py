@@ -15,7 +15,7 @@ from analyses.circuits import Ablation, faithfulness_table, score_items
 from analyses.components import parse_node
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
-from analyses.methods import Estimator, Scores, by_ruleset, conductance, eap_ig, estimator, methods, register_method, registry
+from analyses.methods import Estimator, Scores, by_ruleset, conductance, eap_ig, estimator, method_names, register_method, registry
 from analyses.perturbation import attribution, perturbation_curves
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, logit_diff, propagate
@@ -32,14 +32,14 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_name_is_found_in_the_table_as_it_was_given(gpt2: TransformerBridge) -> None:
     names = ["eap_ig", "conductance", "relp", "chefer", "chefer_2021b"]
-    assert set(names) <= set(methods()) and [estimator(name).name for name in methods()] == methods()
-    table = compare_with_patching(gpt2, random_pairs(2), [*names, eap_ig(3)], ["heads"], resamples=0)
+    assert set(names) <= set(method_names()) and [estimator(name).name for name in method_names()] == method_names()
+    table = compare_with_patching(gpt2, random_pairs(2), [*names, eap_ig(3)], components=["heads"], resamples=0)
     assert sorted(table["method"]) == sorted([*names, "eap_ig (3 steps)"])
 
 
 def test_two_methods_of_one_name_are_refused(gpt2: TransformerBridge) -> None:
     with pytest.raises(RelevanceError, match="two methods are called 'eap_ig'"):
-        compare_with_patching(gpt2, random_pairs(2), ["eap_ig", replace(eap_ig(2), name="eap_ig")], ["heads"])
+        compare_with_patching(gpt2, random_pairs(2), ["eap_ig", replace(eap_ig(2), name="eap_ig")], components=["heads"])
 
 
 def test_one_step_of_eap_ig_is_the_gradient_half_way(gpt2: TransformerBridge) -> None:
@@ -150,16 +150,16 @@ def test_a_method_of_ones_own_is_added_by_one_call(gpt2: TransformerBridge, own_
     register_method("moved", mine)
     register_method("relp_by_hand", lambda: by_ruleset("relp"))
     pairs = random_pairs(3)
-    assert {"moved", "relp_by_hand"} <= set(methods())
+    assert {"moved", "relp_by_hand"} <= set(method_names())
     best = rank_heads(gpt2, pairs, "moved").iloc[0]
     expected = attention_weighted(gpt2, pairs, ["heads"])["heads"].mean(0)
     assert best["score"] == pytest.approx(float(expected.max()), rel=1e-5)
-    table = compare_with_patching(gpt2, pairs, ["moved", "relp", "relp_by_hand"], ["heads"], resamples=0).set_index("method")
+    table = compare_with_patching(gpt2, pairs, ["moved", "relp", "relp_by_hand"], components=["heads"], resamples=0).set_index("method")
     assert {"moved", "relp", "relp_by_hand"} == set(table.index) and table.loc["moved", "forwards"] == 2
     assert table.loc["relp", "pearson"] == pytest.approx(table.loc["relp_by_hand", "pearson"])
     circuits = faithfulness_table(gpt2, pairs, ["relp", "relp_by_hand"], level="edge").groupby("method")["cmd"].min()
     assert circuits["relp"] == pytest.approx(circuits["relp_by_hand"])
-    curves = perturbation_curves(gpt2, pairs.clean, logit_diff(3, 4), ["moved"])
+    curves = perturbation_curves(gpt2, pairs.clean, logit_diff(3, 4), methods=["moved"])
     assert set(curves["method"]) == {"random", "moved"}
     for taken in ("moved", "deeplift", "eap_ig", "random"):
         with pytest.raises(RelevanceError, match="exists already"):

@@ -149,9 +149,9 @@ def test_later_years_survive_saving(tmp_path: Path) -> None:
 
 def test_from_strings_pads_rows_of_different_length(embedded: TransformerBridge) -> None:
     clean, corrupt = [CLEAN, f"Yesterday, w{CLEAN[1:]}"], [CORRUPT, f"Yesterday, w{CORRUPT[1:]}"]
-    pairs = PromptPairs.from_strings(embedded, clean, corrupt, [" Mary", "Mary"], ["John", " John"])
+    pairs = PromptPairs.from_strings(embedded, clean, corrupt, answer=[" Mary", "Mary"], wrong=["John", " John"])
     assert pairs.clean_mask.sum(1).tolist() == [15, 17]
-    alone = [PromptPairs.from_strings(embedded, [a], [b], ["Mary"], ["John"]) for a, b in zip(clean, corrupt, strict=True)]
+    alone = [PromptPairs.from_strings(embedded, [a], [b], answer=["Mary"], wrong=["John"]) for a, b in zip(clean, corrupt, strict=True)]
     together = values(embedded, pairs)
     assert together.min() > 1
     torch.testing.assert_close(together, torch.cat([values(embedded, pair) for pair in alone]), atol=1e-4, rtol=1e-4)
@@ -164,7 +164,11 @@ def test_from_strings_lists_every_bad_row(embedded: TransformerBridge) -> None:
     longer = CORRUPT.replace("a drink", "drink")
     with pytest.raises(RelevanceError) as caught:
         PromptPairs.from_strings(
-            embedded, [CLEAN] * 4, [CORRUPT, longer, CORRUPT, ""], ["Mary", "Mary", "Mary John", "Mary"], ["John", "John", "Zaphod", "John"]
+            embedded,
+            [CLEAN] * 4,
+            [CORRUPT, longer, CORRUPT, ""],
+            answer=["Mary", "Mary", "Mary John", "Mary"],
+            wrong=["John", "John", "Zaphod", "John"],
         )
     message = str(caught.value)
     assert "row 0" not in message
@@ -173,13 +177,13 @@ def test_from_strings_lists_every_bad_row(embedded: TransformerBridge) -> None:
     assert "row 2: wrong 'Zaphod' is not in the vocabulary" in message
     assert "row 3: a prompt is empty" in message
     with pytest.raises(RelevanceError, match="one entry per row.*'clean': 2.*'corrupt': 1"):
-        PromptPairs.from_strings(embedded, [CLEAN] * 2, [CORRUPT], ["Mary"], ["John"])
+        PromptPairs.from_strings(embedded, [CLEAN] * 2, [CORRUPT], answer=["Mary"], wrong=["John"])
 
 
 def test_answers_of_a_tokenizer_that_splits_off_a_leading_space(stories: TransformerBridge) -> None:
     girl, boy = "Lily was very happy because", "Tim was very happy because"
-    with_space = PromptPairs.from_strings(stories, [girl], [boy], [" she"], [" he"])
-    without = PromptPairs.from_strings(stories, [girl], [boy], ["she"], ["he"])
+    with_space = PromptPairs.from_strings(stories, [girl], [boy], answer=[" she"], wrong=[" he"])
+    without = PromptPairs.from_strings(stories, [girl], [boy], answer=["she"], wrong=["he"])
     assert with_space.to_frame(stories)["answer"].tolist() == ["she"]
     assert torch.equal(values(stories, with_space), values(stories, without))
 

@@ -65,10 +65,10 @@ def test_few_steps_and_items_that_stay():
 
 def test_the_first_token_stays_and_padding_is_never_touched(gpt2):
     tokens, mask = models.random_tokens(), torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    curves = perturbation_curves(gpt2, tokens, TARGET, ["attnlrp"], FEW, attention_mask=mask)
+    curves = perturbation_curves(gpt2, tokens, TARGET, methods=["attnlrp"], baselines=FEW, attention_mask=mask)
     counts = curves.groupby("example")["removed"].max()
     assert counts.tolist() == [3, 5]
-    alone = perturbation_curves(gpt2, tokens[:1, :4], TARGET, ["attnlrp"], FEW)
+    alone = perturbation_curves(gpt2, tokens[:1, :4], TARGET, methods=["attnlrp"], baselines=FEW)
     for baseline in FEW:
         both = [c[(c["example"] == 0) & (c["baseline"] == baseline) & (c["method"] == "attnlrp")] for c in (curves, alone)]
         np.testing.assert_allclose(both[0]["value"], both[1]["value"], rtol=1e-4, atol=1e-5)
@@ -76,7 +76,7 @@ def test_the_first_token_stays_and_padding_is_never_touched(gpt2):
 
 @pytest.mark.parametrize("baseline", ["mean_embedding", "zero_embedding", "random_tokens", "delete"])
 def test_removal_equals_a_direct_forward(gpt2, tokens, baseline):
-    removal = TextRemoval(gpt2, tokens, torch.ones_like(tokens), logit_diff([7, 8], [1, 2]), baseline, seed=3, batch_size=2)
+    removal = TextRemoval(gpt2, tokens, torch.ones_like(tokens), target=logit_diff([7, 8], [1, 2]), baseline=baseline, seed=3, batch_size=2)
     rows, removed = torch.tensor([1, 0, 1]), torch.zeros(3, 6, dtype=torch.bool)
     removed[0, 2] = removed[1, 1:4] = True
     value, same = removal(rows, removed)
@@ -98,7 +98,7 @@ def test_removal_equals_a_direct_forward(gpt2, tokens, baseline):
 
 def test_occlusion_is_the_fall_of_the_target(gpt2, tokens):
     found = occlusion()(gpt2, tokens, TARGET, torch.ones_like(tokens))
-    removal = TextRemoval(gpt2, tokens, torch.ones_like(tokens), TARGET, "mean_embedding")
+    removal = TextRemoval(gpt2, tokens, torch.ones_like(tokens), target=TARGET, baseline="mean_embedding")
     for position in range(6):
         removed = torch.zeros(2, 6, dtype=torch.bool)
         removed[:, position] = True
@@ -122,7 +122,7 @@ def test_every_name_gives_one_score_per_token(gpt2, tokens):
 
 def test_tables_of_several_methods(gpt2, tokens):
     methods = {"deeplift": "deeplift", "mine": lambda model, tokens, target, mask: -tokens.float()}
-    curves = perturbation_curves(gpt2, tokens, None, methods, FEW)
+    curves = perturbation_curves(gpt2, tokens, None, methods=methods, baselines=FEW)
     assert list(curves.columns) == ["method", "baseline", "example", "order", "removed", "share", "value", "same_prediction"]
     start = curves[curves["removed"] == 0]
     assert (start["same_prediction"] == 1).all() and (start["value"] > 0).all()  # the top prediction against its runner-up
@@ -132,7 +132,7 @@ def test_tables_of_several_methods(gpt2, tokens):
     np.testing.assert_allclose(table["area"], table["lerf"] - table["morf"])
     short = summary(table)
     assert (short["area_low"] <= short["area"]).all() and (short["area"] <= short["area_high"]).all() and (short["examples"] == 2).all()
-    again = perturbation_curves(gpt2, tokens, None, methods, FEW, batch_size=3)
+    again = perturbation_curves(gpt2, tokens, None, methods=methods, baselines=FEW, batch_size=3)
     pd.testing.assert_frame_equal(curves, again, rtol=1e-4, atol=1e-4)
     assert "MoRF" in curves_view(curves, "delete").html
 
@@ -143,7 +143,9 @@ def test_a_trained_model_beats_a_random_order(stories):
         "Once upon a time, there was a little boy named Tim. Tim was very sad because",
     ]
     target = logit_diff(["she", "he"], ["he", "she"])
-    curves = perturbation_curves(stories, prompts, target, ["attnlrp", "chefer"], ["mean_embedding", "pad_token"], steps=8)
+    curves = perturbation_curves(
+        stories, prompts, target, methods=["attnlrp", "chefer"], baselines=["mean_embedding", "pad_token"], steps=8
+    )
     table = areas(curves).groupby("method")["area"].mean()
     assert table["attnlrp"] > table["random"] and table["chefer"] > table["random"]
 
@@ -151,14 +153,23 @@ def test_a_trained_model_beats_a_random_order(stories):
 def test_bad_input(gpt2, tokens):
     ones = torch.ones_like(tokens)
     for call, message in [
-        (lambda: perturbation_curves(gpt2, tokens, TARGET, ["shap"]), "unknown method 'shap'; choose one of"),
-        (lambda: perturbation_curves(gpt2, tokens, TARGET, []), "at least one method"),
-        (lambda: perturbation_curves(gpt2, tokens, TARGET, ["random"], ["blank"]), f"unknown baseline 'blank'.*{BASELINES[0]}"),
-        (lambda: perturbation_curves(gpt2, tokens[:, :1], TARGET, ["random"]), r"nothing can be removed from example\(s\) \[0, 1\]"),
-        (lambda: perturbation_curves(gpt2, tokens, TARGET, {"x": lambda *a: torch.ones(2, 5)}), r"shape \(2, 5\), the inputs \(2, 6\)"),
-        (lambda: perturbation_curves(gpt2, tokens, TARGET, {"x": lambda *a: torch.full((2, 6), torch.nan)}), "not finite"),
-        (lambda: TextRemoval(gpt2, tokens, ones, log_prob(3, position=2), "delete"), "'delete' moves tokens"),
-        (lambda: TextRemoval(gpt2, tokens, ones, TARGET, "pad_token"), "neither a pad nor an unk token"),
+        (lambda: perturbation_curves(gpt2, tokens, TARGET, methods=["shap"]), "unknown method 'shap'; choose one of"),
+        (lambda: perturbation_curves(gpt2, tokens, TARGET, methods=[]), "at least one method"),
+        (
+            lambda: perturbation_curves(gpt2, tokens, TARGET, methods=["random"], baselines=["blank"]),
+            f"unknown baseline 'blank'.*{BASELINES[0]}",
+        ),
+        (
+            lambda: perturbation_curves(gpt2, tokens[:, :1], TARGET, methods=["random"]),
+            r"nothing can be removed from example\(s\) \[0, 1\]",
+        ),
+        (
+            lambda: perturbation_curves(gpt2, tokens, TARGET, methods={"x": lambda *a: torch.ones(2, 5)}),
+            r"shape \(2, 5\), the inputs \(2, 6\)",
+        ),
+        (lambda: perturbation_curves(gpt2, tokens, TARGET, methods={"x": lambda *a: torch.full((2, 6), torch.nan)}), "not finite"),
+        (lambda: TextRemoval(gpt2, tokens, ones, target=log_prob(3, position=2), baseline="delete"), "'delete' moves tokens"),
+        (lambda: TextRemoval(gpt2, tokens, ones, target=TARGET, baseline="pad_token"), "neither a pad nor an unk token"),
         (lambda: against(), "at least one reference"),
     ]:
         with pytest.raises(RelevanceError, match=message):

@@ -171,7 +171,7 @@ def test_the_graph_is_that_of_the_example(found: Findings, page: str) -> None:
 
 
 def test_a_prompt_against_another(model: TransformerBridge) -> None:
-    question = from_prompt(model, PROMPT, "Mary", "John", AGAINST)
+    question = from_prompt(model, PROMPT, "Mary", wrong="John", against=AGAINST)
     found = find(model, question)
     assert found.n_pairs == 1 and found.prompt == PROMPT and found.counterpart == AGAINST
     shares = found.words["deeplift: against the counterpart"]
@@ -181,14 +181,14 @@ def test_a_prompt_against_another(model: TransformerBridge) -> None:
 
 
 def test_a_prompt_on_its_own_is_held_against_random_words(model: TransformerBridge) -> None:
-    found = find(model, from_prompt(model, PROMPT, "Mary", "John"))
+    found = find(model, from_prompt(model, PROMPT, "Mary", wrong="John"))
     expected = propagate(model, PROMPT, logit_diff("Mary", "John"), rules="deeplift", reference=random_tokens(8))
     torch.testing.assert_close(found.words["deeplift: against random words"], expected.tokens()[0], rtol=1e-4, atol=1e-4)
     assert found.heads.iloc[0]["patching"] != 0 and found.n_pairs == 8
 
 
 def test_rules_without_a_reference_explain_the_prompt_itself(model: TransformerBridge) -> None:
-    found = find(model, from_prompt(model, PROMPT, "Mary", "John", AGAINST), "attnlrp")
+    found = find(model, from_prompt(model, PROMPT, "Mary", wrong="John", against=AGAINST), "attnlrp")
     expected = propagate(model, PROMPT, logit_diff("Mary", "John"), rules="attnlrp", audit=True)
     torch.testing.assert_close(found.words["attnlrp: the prompt on its own"], expected.tokens()[0])
     assert found.reference_value is None
@@ -323,7 +323,7 @@ def test_the_page_in_a_browser(found: Findings, page: str, browser: Browser, tmp
 
 def test_the_comparison_page(model: TransformerBridge, tmp_path: Path) -> None:
     compared = compare(model, ioi(model, n=6), ["deeplift", "relp"], resamples=20)
-    page = comparison_page(compared, "embedded", "logit(a) - logit(b)", "6 pairs", "lens-relevance compare").to_html()
+    page = comparison_page(compared, "embedded", "logit(a) - logit(b)", words="6 pairs", command="lens-relevance compare").to_html()
     best = compared.table.set_index(["method", "component"])["pearson"]
     assert f"<td>{best['deeplift', 'heads']:.3f}\u00a0[" in page and "mean of denoising and noising" in page
     assert "MLP output: " in page and "<dd>logit(a) - logit(b)</dd>" in page
@@ -342,5 +342,5 @@ def test_the_comparison_page(model: TransformerBridge, tmp_path: Path) -> None:
     ],
 )
 def test_an_answer_without_its_space_is_the_token_that_the_model_expects(typed: list[int], likely: set[int], taken: str, said: str) -> None:
-    text, words = choose_reading("Paris", typed, 2, likely)
+    text, words = choose_reading("Paris", typed, 2, likely=likely)
     assert text == taken and said in words and bool(words) == bool(said)

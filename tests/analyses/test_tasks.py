@@ -10,10 +10,10 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import TASKS, PromptPairs, agreement, docstring, greater_than, induction, ioi, pronoun
-from analyses.tasks.agreement import NOUNS, VERBS
-from analyses.tasks.docstring import ARGUMENTS, WORDS
+from analyses.tasks.agreement_task import NOUNS, VERBS
+from analyses.tasks.docstring_task import ARGUMENTS, WORDS
 from analyses.tasks.fitting import single_token_words
-from analyses.tasks.ioi import NAMES, TEMPLATES
+from analyses.tasks.ioi_task import NAMES, TEMPLATES
 from lens_relevance.errors import RelevanceError
 from tests.models import build_with_words
 

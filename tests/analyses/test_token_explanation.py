@@ -64,7 +64,7 @@ def test_an_encoder_decoder(t5: Path) -> None:
 
 def test_figures_are_those_of_token_relevance(gpt2, tokens: torch.Tensor) -> None:
     found = token_relevance(gpt2, tokens[:1], logit(7), method="chefer")
-    table = explain_tokens(gpt2, tokens[:1], logit(7), "chefer", "gradient").renderables[1].renderables[1]
+    table = explain_tokens(gpt2, tokens[:1], logit(7), method="chefer", rules="gradient").renderables[1].renderables[1]
     assert [float(str(cell)) for cell in table.columns[2].cells] == pytest.approx(found.scores[0].tolist(), abs=5e-4)
 
 

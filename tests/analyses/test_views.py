@@ -65,8 +65,8 @@ def example_views(tokens: list[str]) -> dict[str, View]:
         "head_heatmap": views.head_heatmap_view(scores),
         "layer": views.layer_view(tokens, rng.normal(size=(count, 4))),
         "head_comparison": views.head_comparison_view(scores, scores / 2),
-        "scatter": views.scatter_view(frame, "a", "b", "head"),
-        "curve": views.curve_view({tokens[0]: pd.Series([1.0, 0.5], index=[0, 1])}, "removed", "logit", "Perturbation"),
+        "scatter": views.scatter_view(frame, "a", "b", label="head"),
+        "curve": views.curve_view({tokens[0]: pd.Series([1.0, 0.5], index=[0, 1])}, "removed", "logit", title="Perturbation"),
         "conservation": views.conservation_view(account),
         "flow": views.flow_view(nodes, edges, tokens, target="logit diff"),
     }
@@ -340,7 +340,7 @@ def test_a_scatter_tells_the_correlations_and_the_numbers() -> None:
     frame = pd.DataFrame({"head": list("abcdefgh"), "relevance": rng.normal(size=8), "patching": rng.normal(size=8)})
     frame.loc[3, "patching"] = np.nan
     kept = frame.dropna()
-    tags = parsed(views.scatter_view(frame, "relevance", "patching", "head").html).tags
+    tags = parsed(views.scatter_view(frame, "relevance", "patching", label="head").html).tags
     shown = [float(attributes["data-value"] or "nan") for tag, attributes in tags if tag == "b"]
     expected = [stats.pearsonr(kept["relevance"], kept["patching"])[0], stats.spearmanr(kept["relevance"], kept["patching"])[0], 7]
     np.testing.assert_allclose(shown, expected, rtol=1e-5)
@@ -376,19 +376,19 @@ def test_conservation_draws_the_sinks_that_kept_something() -> None:
 
 def test_curves_hold_their_points() -> None:
     curves = {"MoRF": pd.Series([3.0, 1.0, 0.5], index=[0, 1, 2]), "LeRF": pd.Series([3.0, 2.5], index=[0, 2])}
-    view = views.curve_view(curves, "tokens removed", "logit", "Perturbation", baseline=1)
+    view = views.curve_view(curves, "tokens removed", "logit", title="Perturbation", baseline=1)
     lines = {line.get_label(): line.get_xydata().tolist() for line in view.figure().axes[0].lines}
     assert lines["MoRF"] == [[0, 3.0], [1, 1.0], [2, 0.5]] and lines["LeRF"] == [[0, 3.0], [2, 2.5]]
     assert [line.get_ydata() for line in view.figure().axes[0].lines][0] == [1, 1]  # the baseline
     assert parsed(view.html).text.count("–") == 1  # LeRF has no value at 1
-    logarithmic = views.curve_view(curves, "k", "f", "Faithfulness", log_x=True).figure().axes[0]
+    logarithmic = views.curve_view(curves, "k", "f", title="Faithfulness", log_x=True).figure().axes[0]
     assert logarithmic.lines[0].get_xdata().tolist() == [1, 2]  # a logarithm has no 0
 
 
 def test_curves_of_one_method_share_a_colour_and_differ_in_their_dashes() -> None:
     points = pd.Series([1.0, 0.5], index=[0, 1])
     names = ["relp, MoRF", "relp, LeRF", "gim, MoRF", "gim, LeRF"]
-    lines = views.curve_view(dict.fromkeys(names, points), "x", "y", "t").figure().axes[0].lines
+    lines = views.curve_view(dict.fromkeys(names, points), "x", "y", title="t").figure().axes[0].lines
     colours, dashes = [line.get_color() for line in lines], [line.get_linestyle() for line in lines]
     assert colours[0] == colours[1] != colours[2] == colours[3]
     assert dashes[0] == dashes[2] != dashes[1] == dashes[3]
@@ -467,7 +467,7 @@ def test_labels_of_tokens(token: str, label: str) -> None:
         (lambda: views.layer_view(TOKENS, np.zeros((5, 3)), labels=["a"]), "3 layers but there are 1 labels"),
         (lambda: views.scatter_view(pd.DataFrame({"a": [1.0]}), "a", "b"), "no column 'b'"),
         (lambda: views.scatter_view(pd.DataFrame({"a": [1.0], "b": [1.0]}), "a", "b"), "at least 2 rows"),
-        (lambda: views.curve_view({}, "x", "y", "t"), "no curves"),
+        (lambda: views.curve_view({}, "x", "y", title="t"), "no curves"),
         (lambda: views.conservation_view(pd.DataFrame({"layer": ["0"]})), "no column 'value'"),
         (lambda: Page("t").heading("h", level=1), "level 2 and 3"),
     ],

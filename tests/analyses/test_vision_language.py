@@ -104,7 +104,7 @@ def test_training_runs() -> None:
 
 def test_the_picture_carries_its_numbers() -> None:
     asked = examples(1, 0)
-    view = picture_view(asked.images[0], {"mine": torch.arange(36.0)}, "what is it ?", asked.relevant[0])
+    view = picture_view(asked.images[0], {"mine": torch.arange(36.0)}, "what is it ?", relevant=asked.relevant[0])
     assert "what is it ?" in view.html and "35" in view.html and view.png().startswith(b"\x89PNG")
     assert len(view.figure().axes) == 2
     with pytest.raises(RelevanceError, match="mine has 9 scores, the picture 36 patches"):

@@ -69,7 +69,7 @@ def test_two_names_give_one_result(gpt2: TransformerBridge, name: str) -> None:
     assert set(again.to_dataframe()["component"]) == {name} and again.grid(alias).equals(patched.grid(name))
     scores = estimator("relp")(gpt2, pairs, [alias])
     assert list(scores) == [name] and torch.equal(scores[name], estimator("relp")(gpt2, pairs, [name])[name])
-    table = compare(gpt2, pairs, ["relp"], [alias, name], resamples=0)
+    table = compare(gpt2, pairs, ["relp"], components=[alias, name], resamples=0)
     assert list(table.table["component"]) == [name]
     np.testing.assert_allclose(
         table.scores["patching"], activation_patching(gpt2, pairs, name, direction="mean").effect.mean(1), rtol=1e-4, atol=1e-5

@@ -23,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from analyses.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+from analyses.tasks.ioi_task import NAMES, OBJECTS, PLACES, TEMPLATES
 from tests.models import randomize
 
 CLEAN, CORRUPT = "Mary and John went to the store", "John and Mary went to the store"

@@ -80,7 +80,7 @@ def test_the_model_is_left_as_found(family: tuple[TransformerBridge, str], uncha
         before = model(pairs.clean)
     unchanged(model)
     activation_patching(model, pairs, ["resid_pre", "z"], direction="mean")
-    path_patching(model, pairs, Node("z", 0, head=0), "q")
+    path_patching(model, pairs, Node("z", 0, head=0), receivers="q")
     calls = 0
 
     def breaks(logits: Tensor) -> Tensor:

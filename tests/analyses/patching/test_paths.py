@@ -25,7 +25,7 @@ def test_direct_paths_equal_transformer_lens(name: str, inputs: str, unchanged: 
         _, clean = model.run_with_cache(pairs.clean)
         _, corrupt = model.run_with_cache(pairs.corrupt)
     unchanged(model)
-    frame = path_patching(model, pairs, "z", list(inputs)).to_dataframe()
+    frame = path_patching(model, pairs, "z", receivers=list(inputs)).to_dataframe()
     assert frame["effect"].abs().max() > 1e-3
     for component in inputs:
         for sender in [(0, 0), (0, 3), (1, 2)]:
@@ -80,10 +80,10 @@ def test_paths_to_heads_and_logits_equal_whole_runs(name: str, freeze: Any) -> N
         return value
 
     to_head = last_logit_diff(run_patched(model, pairs.corrupt, "blocks.2.attn.hook_z", receive))
-    result = path_patching(model, pairs, sender, [receiver, "logits"], freeze=freeze)
+    result = path_patching(model, pairs, sender, receivers=[receiver, "logits"], freeze=freeze)
     torch.testing.assert_close(result.run.patched, torch.stack([to_head, to_logits]), atol=1e-5, rtol=0)
     assert (result.effect.abs().max(dim=1).values > 1e-4).all()
-    whole = path_patching(model, pairs, "z", ["z", "logits"], freeze=freeze)  # many at once, by the shortcut
+    whole = path_patching(model, pairs, "z", receivers=["z", "logits"], freeze=freeze)  # many at once, by the shortcut
     number = whole.paths.index((sender, receiver))
     torch.testing.assert_close(whole.run.patched[number], to_head, atol=1e-5, rtol=0)
 
@@ -91,7 +91,7 @@ def test_paths_to_heads_and_logits_equal_whole_runs(name: str, freeze: Any) -> N
 def test_direct_path_to_logits_is_the_write_of_the_head() -> None:
     """Without a final norm the direct effect is (z_clean - z_corrupt) W_O read along the logit difference."""
     model, pairs = models.build_native(normalization_type=None, n_layers=3), make_pairs(changed=(2, 5))
-    result = path_patching(model, pairs, "z", "logits")
+    result = path_patching(model, pairs, "z", receivers="logits")
     with torch.no_grad():
         _, clean = model.run_with_cache(pairs.clean)
         _, corrupt = model.run_with_cache(pairs.corrupt)
@@ -100,22 +100,22 @@ def test_direct_path_to_logits_is_the_write_of_the_head() -> None:
         z = f"blocks.{sender.layer}.attn.hook_z"
         write = (clean[z] - corrupt[z])[:, -1, sender.head] @ model.blocks[sender.layer].attn.W_O[sender.head]
         torch.testing.assert_close(effect, (write @ direction).detach(), atol=1e-5, rtol=0)
-    noising = path_patching(model, pairs, "z", "logits", direction="noising")
+    noising = path_patching(model, pairs, "z", receivers="logits", direction="noising")
     torch.testing.assert_close(noising.effect, result.effect, atol=1e-5, rtol=0)  # linear: both directions agree
 
 
 def test_path_errors(gpt2: TransformerBridge) -> None:
     pairs = make_pairs()
     with pytest.raises(ValueError, match="not from 'mlp'"):
-        path_patching(gpt2, pairs, "mlp_out", "q")
+        path_patching(gpt2, pairs, "mlp_out", receivers="q")
     with pytest.raises(ValueError, match="not to 'pattern'"):
-        path_patching(gpt2, pairs, "z", "pattern")
+        path_patching(gpt2, pairs, "z", receivers="pattern")
     with pytest.raises(ValueError, match="no path"):
-        path_patching(gpt2, pairs, Node("z", 1, head=0), Node("q", 1, head=0))
+        path_patching(gpt2, pairs, Node("z", 1, head=0), receivers=Node("q", 1, head=0))
     # with types checked at run time, as in this suite, the annotation speaks first
     with pytest.raises((ValueError, TypeCheckError), match="heads.*mlps"):
-        path_patching(gpt2, pairs, "z", "q", freeze=["norms"])  # type: ignore[list-item]
+        path_patching(gpt2, pairs, "z", receivers="q", freeze=["norms"])  # type: ignore[list-item]
     with pytest.raises((ValueError, TypeCheckError), match="denoising.*noising"):
-        path_patching(gpt2, pairs, "z", "q", direction="mean")  # type: ignore[arg-type]
+        path_patching(gpt2, pairs, "z", receivers="q", direction="mean")  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeCheckError), match="denoising.*noising.*mean"):
         activation_patching(gpt2, pairs, "z", direction="both")  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def test_scaled_logits() -> None:
 def test_a_dead_pattern_is_refused(gpt2: TransformerBridge) -> None:
     config = GPTJConfig(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
     model = models.bridge_from_config(GPTJForCausalLM, config)
-    with pytest.raises(ValueError, match="pattern of block 0 is only shown"):
+    with pytest.raises(ValueError, match="pattern of block 0 is shown but not used"):
         activation_patching(model, make_pairs(), "pattern")
     assert activation_patching(gpt2, make_pairs(), "pattern").effect.abs().max() > 1e-3
 

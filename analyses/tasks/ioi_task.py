@@ -54,6 +54,7 @@ def ioi(
     model: TransformerBridge,
     n: int = 32,
     seed: int = 0,
+    *,
     corruption: Literal["swap", "abc"] = "swap",
     templates: Sequence[str] = TEMPLATES,
     name_pairs: Sequence[tuple[str, str]] | None = None,

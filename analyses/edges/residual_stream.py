@@ -19,10 +19,12 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # fp64 models may compu
 _HALF_PRECISION_TOLERANCE = 5e-2
 
 
-class Stream:
+class ResidualStream:
     """Contributions of all writers, and the scores that grow from them.
 
-    values: the pass whose activations (less its reference's) are what is written; cache: the pass whose coefficients they meet.
+    Args:
+        cache: the pass whose coefficients count.
+        values: the pass whose activations (less its reference's) are what is written.
 
     Contributions are kept as [batch * pos, 1 + writer, d_model], the first row being the stream itself where it is read: one matrix product
     per position then gives a reader all its edges and the relevance that enters it.
@@ -43,14 +45,17 @@ class Stream:
 
     @property
     def scores(self) -> Float[Tensor, "batch pos writer reader"]:
+        """Relevance of every edge; 0 where there is none."""
         return self._scores[:, 1:].unflatten(0, self.mask.shape)
 
     @property
     def writer_scores(self) -> Float[Tensor, "batch pos writer"]:
+        """Relevance of every writer at its own output."""
         return self._writer_scores[:, 1:].unflatten(0, self.mask.shape)
 
     @property
     def reader_scores(self) -> Float[Tensor, "batch pos reader"]:
+        """Relevance that enters every reader."""
         return self._scores[:, 0].unflatten(0, self.mask.shape)
 
     def write(self, written: Written) -> None:
@@ -67,11 +72,11 @@ class Stream:
             self._add_to_bias(self._real(written.rest).flatten(0, 1), coefficient)
 
     def normalize(self, norm: Site, rule: Rule) -> None:
-        """The stream passes a norm, and each contribution with it as the norm's rule has it; what the rule gives nobody goes to `bias`."""
+        """The stream passes a norm, and each contribution with it as the norm's rule has it; the rest of its output goes to `bias`."""
         name, out = str(norm.inputs[0].name), norm.output_name
         contributions = self._contributions[:, 1 : self._filled]
         parts = contributions.transpose(0, 1).unflatten(1, self.mask.shape)
-        parts = push(norm, rule, self.cache.activations[name], self.cache.reference_activations.get(name), parts)
+        parts = push(norm, rule, self.cache.activations[name], reference=self.cache.reference_activations.get(name), parts=parts)
         contributions.copy_(self._real(parts).flatten(1, 2).transpose(0, 1))
         self._total = contributions.sum(1)
         rest = self._real(change(self.values, out)).flatten(0, 1) - self._total

@@ -12,7 +12,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.targets import logit_diff
 
 
-def induction(model: TransformerBridge, n: int = 32, seed: int = 0, length: int = 16) -> PromptPairs:
+def induction(model: TransformerBridge, n: int = 32, seed: int = 0, *, length: int = 16) -> PromptPairs:
     """Random sequences of `length` tokens, followed by their first half again, which ends in A.
 
     Clean, `length` 8:   BOS x1 x2 x3 A B x6 D C | x1 x2 x3 A  ->  B

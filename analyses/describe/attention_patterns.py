@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import head_detector
+from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.batches import batches
 from analyses.tasks import PromptPairs
@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 @left_as_found
-def pattern_scores(model: Any, prompts: PromptPairs | Inputs) -> pd.DataFrame:
+def pattern_scores(model: TransformerBridge, prompts: PromptPairs | Inputs) -> pd.DataFrame:
     """Scores of `transformer_lens.head_detector.detect_head` (error_measure "mul"), averaged over prompts (the clean ones of pairs).
 
     Columns: layer, head, and from 0 to 1 the share of the head's attention, over all queries, that falls on
@@ -37,11 +37,12 @@ def pattern_scores(model: Any, prompts: PromptPairs | Inputs) -> pd.DataFrame:
         duplicate_token: earlier occurrences of the query's own token;
         induction: tokens that came right after those. It needs prompts with repetitions: without any it is 0 for every head.
 
-    Raises CoverageError for a model without live attention patterns.
+    Raises:
+        CoverageError: a model without attention patterns at a HookPoint.
     """
-    body = anatomy(model)
-    check_patterns(body, model)
-    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(body.n_layers)]
+    model_anatomy = anatomy(model)
+    check_patterns(model_anatomy, model)
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model_anatomy.n_layers)]
     total, count = torch.zeros(()), 0
     for batch in batches(model, prompts):
         _, cache = model.run_with_cache(batch.tokens, names_filter=names, attention_mask=batch.mask)

@@ -45,11 +45,11 @@ def docstring(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPai
     require_tokenizer(model, "docstring")
     tokens, dropped_arguments = single_token_words(model, ARGUMENTS)
     known, dropped_words = single_token_words(model, WORDS)
-    for kind, found, needed, dropped in (
+    for kind, templates, needed, dropped in (
         ("argument names", tokens, ARGUMENTS_PER_FUNCTION, dropped_arguments),
         ("other words", known, ARGUMENTS_PER_FUNCTION + WORDS_PER_FUNCTION + 1, dropped_words),
     ):
-        if len(found) < needed:
+        if len(templates) < needed:
             raise RelevanceError(f"docstring does not fit this tokenizer: too few {kind} are single tokens (not: {', '.join(dropped)})")
 
     rng = random.Random(seed)

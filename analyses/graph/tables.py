@@ -1,0 +1,92 @@
+"""The tables that a flow graph is made of, and what every operation on them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from analyses.components import Node, find_node
+from lens_relevance.errors import RelevanceError
+
+EDGE_KEYS = ["source", "target", "position", "source_position"]
+EVERYWHERE = -1
+"""The position of what is summed over positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlowTables:
+    """A graph of signed relevance, as tables. Scores have the units of the target.
+
+    Attributes:
+        edges: columns source, target, position, source_position, score. From writers (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`) to
+            readers (`L4H1.q`, `.k`, `.v`, `L4.mlp.in`, `logits`) at one position; and inside components from readers to `L4H1` and
+            `L4.mlp`, where k and v lead from `source_position` to `position`.
+        nodes: columns node, component, layer, head (-1 where there is none), position, token, score: relevance at the output of a writer,
+            relevance that enters a reader.
+        sinks: columns node, position, sink, score: what stays (`bias`, `norm`, `softmax`, `product`, `activation`). A head's, MLP's or the
+            logits' score is the sum of the edges that enter it plus its sinks; what leaves a reader is its score plus its sinks.
+        neurons: columns node, position, neuron, score: the strongest neurons of each MLP.
+        tokens: one string per position.
+        value: the target, less that of the reference run where there is one.
+        info: model, ruleset, target, reference and versions.
+
+    Where positions are summed over, `position` is -1.
+    """
+
+    edges: pd.DataFrame
+    nodes: pd.DataFrame
+    sinks: pd.DataFrame
+    neurons: pd.DataFrame
+    tokens: tuple[str, ...]
+    value: float
+    info: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("edges", "nodes"):
+            bad = getattr(self, name).loc[lambda frame: ~np.isfinite(frame["score"])]
+            if len(bad):
+                raise RelevanceError(f"{len(bad)} {name} have a score that is NaN or infinite, the first is {bad.iloc[0].to_dict()}")
+
+    @property
+    def by_position(self) -> bool:
+        """Whether positions are told apart, and not summed over."""
+        return not bool((self.nodes["position"] == EVERYWHERE).all())
+
+
+Tables = TypeVar("Tables", bound=FlowTables)
+
+
+def with_edges(graph: Tables, edges: pd.DataFrame) -> Tables:
+    """The graph of some of its edges and the nodes at their ends. Scores of nodes stay those of the whole graph."""
+    ends = pd.concat([_ends(edges, "source", "source_position"), _ends(edges, "target", "position")]).drop_duplicates()
+
+    def at_ends(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.merge(ends, on=["node", "position"]).reset_index(drop=True)
+
+    nodes, sinks, neurons = (at_ends(frame) for frame in (graph.nodes, graph.sinks, graph.neurons))
+    return replace(graph, edges=edges.reset_index(drop=True), nodes=nodes, sinks=sinks, neurons=neurons)
+
+
+def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:
+    """Columns node, component, layer, head, position, token, score from node, position, score."""
+    parsed = {name: find_node(name) or Node("group") for name in nodes["node"].unique()}
+    token = {i: text for i, text in enumerate(tokens)} | {EVERYWHERE: "(all)"}
+    return pd.DataFrame(
+        {
+            "node": nodes["node"].to_numpy(),
+            "component": [parsed[n].component for n in nodes["node"]],
+            "layer": [parsed[n].layer for n in nodes["node"]],
+            "head": [-1 if parsed[n].head is None else parsed[n].head for n in nodes["node"]],
+            "position": nodes["position"].to_numpy(),
+            "token": [token[p] for p in nodes["position"]],
+            "score": nodes["score"].to_numpy(),
+        }
+    )
+
+
+def _ends(edges: pd.DataFrame, name: str, position: str) -> pd.DataFrame:
+    return edges[[name, position]].drop_duplicates().set_axis(["node", "position"], axis=1)
