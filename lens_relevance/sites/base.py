@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import nn
 from transformer_lens.hook_points import HookPoint
@@ -15,6 +16,7 @@ LOGITS = "logits"
 _BLOCK = re.compile(r"(?:^|\.)(blocks|encoder_blocks|decoder_blocks)\.(\d+)\.")
 
 
+@cache  # asked for every name of a model in each call
 def block_of(name: str) -> tuple[str, int | None]:
     """The stack of blocks that holds a component or HookPoint, and the block's index; ("", None) for what is in no block."""
     found = _BLOCK.search(name + ".")
