@@ -16,6 +16,7 @@ from lens_relevance.blockwise import Blockwise
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.conservation import account, audited_points
 from lens_relevance.errors import CoverageError, RelevanceError
+from lens_relevance.finite import check_coefficients, check_target
 from lens_relevance.forward import (
     Run,
     at_once,
@@ -121,6 +122,12 @@ def propagate(
             metric = target.metric(model, tokens, mask)
         else:
             metric = metric.of_read()
+        value = values_of(metric, run.root.detach(), n)
+        check_target(value, model, prompt.repeat(n), opened=opened)
+        reference_value = None if before is None else values_of(metric, before.root, n)
+        if other is not None and reference_value is not None:
+            with replaced_embeddings(opened, body, other):
+                check_target(reference_value, model, other.prompt, opened=opened, what="the target on the reference")
         seed = seed_of(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n=n)
         absent = taps.absent(explicit)
         kept, everything = Kept(body, names, prompt.masks, n=n, device=device), Part({}, {}, {})
@@ -132,15 +139,15 @@ def propagate(
         absent |= taps.absent(explicit)
         taps.check_reached(kept.reached, absent, explicit)
     with no_gradients():
-        value = values_of(metric, run.root.detach(), n)
-        reference_value = None if before is None else values_of(metric, before.root, n)
         ledger = None
         if audit:
             if conditions or point is not None:
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
             ledger = _ledger(body, placed, run, before, everything, seed, value, reference_value, n)
+    groups = kept.groups()
+    check_coefficients(groups["coefficients"], model)
     return RelevanceCache(
-        **kept.groups(),
+        **groups,
         value=average(value, n),
         logits=run.logits.detach()[::n],
         logit_positions=logit_positions(prompt, run.logits, reading, n=n),

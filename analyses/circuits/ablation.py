@@ -21,7 +21,9 @@ from analyses.datasets.batches import rows_together
 from analyses.edges.wiring import wiring
 from analyses.tasks.pairs import PromptPairs
 from lens_relevance.errors import CoverageError, RelevanceError
+from lens_relevance.finite import check_target
 from lens_relevance.hooks.model_state import as_found, check_model
+from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.targets import as_target
 
 Replacement = Literal["corrupt", "mean"]
@@ -128,6 +130,7 @@ class Ablation:
                 rows = slice(start, start := start + len(run.pairs))
                 parts.append(run.pairs.metric(self.model)(forward(self.model, tokens[rows], mask[rows])).expand(len(run.pairs)))
         true = torch.cat(parts)
+        check_target(true, self.model, Prompt(tokens, mask), what="the metric")
         gap = float((rebuilt - true).abs().max())
         if not gap <= _TOLERANCE * max(1.0, float(true.abs().max())):
             raise RelevanceError(

@@ -97,7 +97,20 @@ class Estimator:
             if name not in self.components:
                 raise RelevanceError(f"{self.name} scores {', '.join(self.components)}, not {name}; for these choose a ruleset")
         weighted = [(weight, self.one_run(model, part, names)) for weight, part in self.parts(pairs, run)]
-        return {name: sum(weight * scores[name] for weight, scores in weighted) for name in weighted[0][1]}  # type: ignore[misc]  # not the int 0
+        total: Scores = {name: sum(weight * scores[name] for weight, scores in weighted) for name in weighted[0][1]}  # type: ignore[misc]
+        for name, scores in total.items():
+            _check_finite(f"{self.name} gives scores of {name}", scores)
+        return total
+
+
+def _check_finite(what: str, scores: Float[Tensor, "batch layer index"]) -> None:
+    """Refuse scores that are NaN or inf. What `propagate` looks at is finite by then: the runs that a method takes besides are left."""
+    finite = scores.isfinite().all(2).all(0)
+    if not bool(finite.all()):
+        layer = int((~finite).nonzero()[0])
+        raise RelevanceError(
+            f"{what} that are not finite, first in layer {layer}: load the model in float32, or look at the clean run there"
+        )
 
 
 def points(model: TransformerBridge, components: Sequence[str]) -> list[str]:

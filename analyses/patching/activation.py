@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS, Direction, Node, resolve_direction
-from analyses.patching.checks import check_eval, check_gap, check_pairs, check_pattern_live
+from analyses.patching.checks import check_eval, check_finite, check_gap, check_pairs, check_pattern_live
 from analyses.patching.patcher import Patcher
 from analyses.patching.pieces import bar_if, pieces_of
 from analyses.patching.plan import Patch, Values
@@ -71,6 +71,7 @@ def activation_patching(
         for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
             clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls="noising" in directions)
             corrupt = record(model, piece.corrupt, piece.mask, wanted=keys, with_calls="denoising" in directions)
+            check_finite(model, piece.metric, clean, corrupt)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * len(directions) * -(-len(pairs.clean) // clean.n))
@@ -120,6 +121,7 @@ def ablation(
         task = bar.add_task(f"{value} ablation", total=None)
         for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
             clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls=True)
+            check_finite(model, piece.metric, clean)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * -(-len(pairs.clean) // clean.n))

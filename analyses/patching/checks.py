@@ -14,11 +14,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS
 from analyses.patching.plan import Patch, Values, edits_of, rows_of
-from analyses.patching.readout import Readout
+from analyses.patching.readout import Metric, Readout, evaluate
 from analyses.patching.recording import Recording, forward
 from analyses.patching.sweep import Shortcut, run_rows, to_logits
 from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
+from lens_relevance.finite import check_target
+from lens_relevance.inputs.prompt import Prompt
 
 SAMPLES = 3
 """Patches on which a shortcut is compared with whole forward passes."""
@@ -45,6 +47,13 @@ def check_pairs(pairs: PromptPairs) -> None:
     differing = (masks[0].bool() != masks[1].bool()).any(dim=1).nonzero().flatten().tolist()
     if differing:
         raise RelevanceError(f"clean and corrupt are of unequal length or padded differently in pairs {differing[:5]}; drop these pairs")
+
+
+def check_finite(model: TransformerBridge, metric: Metric, *recordings: Recording) -> None:
+    """Refuse a metric that is NaN or inf without any patch; the error names the first HookPoint with such values."""
+    for recording in recordings:
+        mask = torch.ones_like(recording.tokens) if recording.mask is None else recording.mask
+        check_target(evaluate(metric, recording.logits), model, Prompt(recording.tokens, mask), what="the metric")
 
 
 def check_gap(clean: Float[Tensor, " pair"], corrupt: Float[Tensor, " pair"] | None) -> None:

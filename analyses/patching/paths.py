@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS, LOGITS, Component, Node, resolve_direction
-from analyses.patching.checks import check_eval, check_gap, check_pairs
+from analyses.patching.checks import check_eval, check_finite, check_gap, check_pairs
 from analyses.patching.patcher import Patcher
 from analyses.patching.pieces import bar_if, pieces_of
 from analyses.patching.plan import Patch, Values, edits_of, passes, rows_of
@@ -117,6 +117,7 @@ def path_patching(
                 record(model, ids, piece.mask, wanted=keys, with_calls=base)
                 for ids, base in ((piece.clean, direction == "noising"), (piece.corrupt, direction == "denoising"))
             ]
+            check_finite(model, piece.metric, *recordings)
             base, source = recordings if direction == "noising" else recordings[::-1]
             shapes = {key: tuple(base.values[key].shape) for key in keys}
             sending = nodes_of(senders, shapes, by_position=False)

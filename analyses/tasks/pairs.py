@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.tasks import prompts, storage
 from lens_relevance.errors import OutOfRangeError, RelevanceError
 from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.prompt import read_mask
 from lens_relevance.inputs.targets import Target, TokenTarget, as_target, logit_diff
 from lens_relevance.inputs.token_ids import token_ids
 
@@ -54,6 +55,8 @@ class PromptPairs:
                 object.__setattr__(self, name, torch.ones_like(self.clean))
             elif mask.shape != self.clean.shape:
                 raise RelevanceError(f"{name} has shape {tuple(mask.shape)}, the prompts have {tuple(self.clean.shape)}")
+            else:
+                object.__setattr__(self, name, read_mask(mask, name))
 
     def __len__(self) -> int:
         return len(self.clean)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.hooked_model import HookedModel
+from lens_relevance.inputs.prompt import read_mask
 from lens_relevance.rules.base import share, working
 from lens_relevance.sites import Anatomy, TokenAttention
 
@@ -146,7 +147,7 @@ def read_masks(body: Anatomy, cache: RelevanceCache, given: Mapping[str, Tensor]
         mask = given.get(name, cache.value.new_ones(shape))
         if tuple(mask.shape) != shape:
             raise RelevanceError(f"the mask of {name!r} has shape {tuple(mask.shape)}, its tokens {shape}; give one entry per token")
-        masks[name] = mask.to(cache.value.device).bool()
+        masks[name] = read_mask(mask, f"the mask of {name!r}").to(cache.value.device).bool()
     return masks
 
 

@@ -156,10 +156,10 @@ class Kept:
         kept = {"activations": activation, "coefficients": coefficient}
         if reference is not None:
             kept["reference_activations"] = reference
-        kept = {group: convert(_batched(tensor, self._masks.get(stack), self._n)) for group, tensor in kept.items()}
+        kept = {group: convert(batched(tensor, self._masks.get(stack), self._n)) for group, tensor in kept.items()}
         if self._padded.get(stack) and kept["coefficients"].ndim > 2:  # what a classifier pools has no positions
             mask = self._masks[stack].repeat_interleave(self._n, 0)
-            kept["coefficients"] = _zero_at_padding(name, kept["coefficients"], mask, point.pos_dim)
+            kept["coefficients"] = zero_at_padding(name, kept["coefficients"], mask, point.pos_dim)
         if self._n > 1:
             each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
             kept = {key: average(tensor, self._n) for key, tensor in kept.items()} | {"averaged": average(each, self._n)}
@@ -167,7 +167,7 @@ class Kept:
             self._groups[group][name] = tensor if self._device is None else tensor.to(self._device)
 
 
-def _batched(tensor: Tensor, mask: Tensor | None, n: int) -> Tensor:
+def batched(tensor: Tensor, mask: Tensor | None, n: int) -> Tensor:
     """[rows * pos, d] as [rows, pos, d], of n rows per example: OPT folds positions into the batch around its MLP."""
     if mask is None or tensor.ndim != 2 or tensor.shape[0] != n * mask.numel():
         return tensor
@@ -179,7 +179,7 @@ def average(rows: Tensor, n: int) -> Tensor:
     return rows if n == 1 else rows.unflatten(0, (-1, n)).mean(1)
 
 
-def _zero_at_padding(name: str, coefficient: Tensor, mask: Tensor, pos_dim: int | None) -> Tensor:
+def zero_at_padding(name: str, coefficient: Tensor, mask: Tensor, pos_dim: int | None) -> Tensor:
     """Exactly 0 at padding, whatever NaN a fully masked row may hold there. Patterns and scores have their queries at dim -2."""
     attention = name.endswith(("hook_pattern", "hook_attn_scores"))
     dim = pos_dim if pos_dim is not None else (-2 if attention else 1)

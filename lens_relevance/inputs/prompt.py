@@ -132,13 +132,15 @@ def _read_arguments(model: HookedModel, inputs: Mapping[str, Any], attention_mas
             raise RelevanceError(f"inputs[{name!r}] must be a tensor, got {type(value).__name__}")
         arguments[name] = tokenize(model, value)[0] if name in _MASKS else value.to(device)
     if attention_mask is not None:
-        arguments["attention_mask"] = attention_mask.to(device)
+        arguments["attention_mask"] = read_mask(attention_mask, "attention_mask").to(device)
     batches = {name: len(value) for name, value in arguments.items() if value.ndim}
     if not batches or len(set(batches.values())) > 1:
         raise RelevanceError(f"inputs need one row per example in every argument, got {batches or 'none'}")
     for ids, name in _MASKS.items():
         if name in arguments and ids in arguments and arguments[name].shape != arguments[ids].shape:
             raise RelevanceError(f"{name} has shape {tuple(arguments[name].shape)}, {ids} {tuple(arguments[ids].shape)}")
+        if name in arguments:
+            check_hides_no_row(read_mask(arguments[name], name), name)
     if "input_ids" in arguments and "decoder_input_ids" not in arguments and getattr(root(model), "config", None) is not None:
         if getattr(root(model).config, "is_encoder_decoder", False):
             raise RelevanceError("an encoder-decoder needs decoder_input_ids too: the target is read off the decoder's positions")
@@ -189,13 +191,12 @@ def tokenize(
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
             raise RelevanceError(f"token ids must lie in 0..{vocabulary - 1}, got {int(tokens.min())}..{int(tokens.max())}")
         check_length(model, tokens.shape[1])
-        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(device).long()
+        mask = torch.ones_like(tokens) if attention_mask is None else read_mask(attention_mask, "attention_mask").to(device)
         if mask.shape != tokens.shape:
             raise RelevanceError(
                 f"attention_mask has shape {tuple(mask.shape)}, the tokens {tuple(tokens.shape)}; give one entry per token"
             )
-        if bool((mask.sum(1) == 0).any()):
-            raise RelevanceError("attention_mask hides every token of a row")
+        check_hides_no_row(mask, "attention_mask")
         return tokens, mask
     if attention_mask is not None:
         raise RelevanceError("attention_mask goes with token ids; prompts given as strings are masked by us")
@@ -206,6 +207,22 @@ def tokenize(
     if any(not text for text in inputs):
         raise RelevanceError("the prompt is empty: give at least one word")
     return pad([model.to_tokens(text, truncate=False)[0] for text in inputs], model)
+
+
+def read_mask(mask: Any, name: str) -> Int[Tensor, "batch pos"]:
+    """A mask as integers. Raises RelevanceError where it holds anything but 0 and 1."""
+    if not isinstance(mask, Tensor):
+        raise RelevanceError(f"{name} must be a tensor, got {type(mask).__name__}")
+    odd = mask[(mask != 0) & (mask != 1)]
+    if len(odd):
+        raise RelevanceError(f"{name} holds {odd[0].item()}: a mask is 1 where a token is real and 0 where it is padding, and nothing else")
+    return mask.long()
+
+
+def check_hides_no_row(mask: Int[Tensor, "batch pos"], name: str) -> None:
+    """Refuse a mask under which an example has no token at all."""
+    if bool((mask.sum(-1) == 0).any()):
+        raise RelevanceError(f"{name} hides every token of a row")
 
 
 def check_length(model: HookedModel, length: int) -> None:
