@@ -7,7 +7,7 @@ and a tiny Mixtral, and described by one `register_` call each.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -226,11 +226,11 @@ class Squared(ElementwiseRule):
 
 
 @pytest.fixture
-def squared(monkeypatch: pytest.MonkeyPatch) -> str:
+def squared() -> Iterator[str]:
     """The rule in a table of one's own, registered by name."""
-    monkeypatch.delitem(_RULESETS, "squared", raising=False)
     register_ruleset("squared", {**rulesets()["attnlrp"], "activation": Squared()})
-    return "squared"
+    yield "squared"
+    del _RULESETS["squared"]
 
 
 @pytest.mark.parametrize(("family", "function"), [("gpt2", "gelu_new"), ("llama", "silu")])
@@ -248,7 +248,7 @@ def test_a_registered_ruleset_is_known_everywhere(squared: str, embedded: Transf
     """`coverage`, `rank` and `explain`: what is behind these commands."""
     found = coverage(embedded, [squared])
     assert found.rulesets["works"].all() and (found.sites[squared] == "Squared").any()
-    question = from_task(embedded, None, 2, 0)
+    question = from_task(embedded, None, 2)
     ranking = rank_heads(embedded, question.pairs, squared)
     assert not ranking["score"].equals(rank_heads(embedded, question.pairs, "attnlrp")["score"])
     shown = Console(width=200, record=True, file=io.StringIO())
@@ -258,15 +258,17 @@ def test_a_registered_ruleset_is_known_everywhere(squared: str, embedded: Transf
 
 def test_an_attribution_method_is_one_call(gpt2: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that knows the answer (the effect of patching each head) ranks and compares like any other, and better than any."""
-    monkeypatch.delitem(_METHODS, "patched", raising=False)
+    monkeypatch.setattr("analyses.methods.registry._METHODS", dict(_METHODS))  # what a test registers is taken back
 
     def effects(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:
-        heads = activation_patching(model, pairs, "heads", "denoising").effect.unflatten(0, (len(model.blocks), -1))
+        heads = activation_patching(model, pairs, "heads", direction="denoising").effect.unflatten(0, (len(model.blocks), -1))
         return {"heads": heads.movedim(2, 0)}
 
     register_method("patched", Estimator("patched", effects, forwards=0, backwards=0, components=("heads",)))
     assert rank_heads(gpt2, PAIRS, "patched")["score"].abs().max() > 0
-    table = compare_with_patching(gpt2, PAIRS, ["patched", "relp"], ["heads"], direction="denoising", resamples=0).set_index("method")
+    table = compare_with_patching(gpt2, PAIRS, ["patched", "relp"], components=["heads"], direction="denoising", resamples=0).set_index(
+        "method"
+    )
     assert table.loc["patched", "pearson"] > 1 - 1e-9 > table.loc["relp", "pearson"]
     with pytest.raises(RelevanceError, match="'patched' exists already"):
-        register_method("patched", Estimator("patched", effects, 0, 0))
+        register_method("patched", Estimator("patched", effects, forwards=0, backwards=0))

@@ -11,6 +11,7 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 WIDER = ["mistral", "qwen2", "gemma", "gemma3", "phi3", "bloom", "opt", "gptj", "bert", *MIXTURES]
 _HARDER: dict[str, dict[str, object]] = {
     "gpt_oss": dict(sliding_window=4, swiglu_limit=0.5),  # small limits, so that the clamps of its gates matter
+    "granite": dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=8.0),
     "deepseek_v3": dict(n_routed_experts=6, n_group=2, v_head_dim=6),  # groups, and values of another size than queries
 }
 

@@ -124,9 +124,10 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the task's draw.")] = 0,
 ) -> None:
     """Which known heads of the IOI circuit are among the top by relevance, and our correlations beside the published ones."""
+    asked = resolve_direction(direction)
     loaded = load_model(model)
     pairs = ioi(loaded, n, seed, corruption="abc")
-    check = gpt2_check(loaded, pairs, top, direction=resolve_direction(direction), seed=seed)
+    check = gpt2_check(loaded, pairs, top, direction=asked, seed=seed)
     console = Console()
     console.print(frame_table(check.heads, f"Heads of the IOI circuit (Wang et al. 2022), ranked by {OWN} over {len(pairs)} pairs"))
     absent = int((check.heads["rank"] == 0).sum())

@@ -40,7 +40,7 @@ def test_the_output_of_a_head_is_recomputed(build: Callable[..., TransformerBrid
     (_, clean), (_, corrupt) = (model.run_with_cache(tokens) for tokens in (pairs.clean, pairs.corrupt))
     here, other, tokens, sign = (corrupt, clean, pairs.corrupt, 1) if run == "corrupt" else (clean, corrupt, pairs.clean, -1)
     g = propagate(model, tokens, pairs.target, rules="gradient", names_filter=lambda name: name.endswith("o.hook_in")).coefficients
-    found = atp_star()(model, pairs, ["q", "k"], run)  # type: ignore[arg-type]
+    found = atp_star()(model, pairs, ["q", "k"], run=run)  # type: ignore[arg-type]
     for layer in range(2):
         q, k, v, other_q, other_k = (
             cache[f"blocks.{layer}.attn.{point}"]

@@ -354,7 +354,7 @@ def test_a_pinned_node_stays_when_the_slider_would_hide_it(browser: Browser, gem
     kept = tab.run("JSON.parse(decodeURIComponent(location.hash.slice(6)))")
     assert len(kept["pinned"]) == 1
     tab.run("location.reload()")  # the page's address keeps it
-    tab.wait(there)
+    tab.wait(f"{there} && document.querySelectorAll('.lr-node.lr-pinned').length === 1")
     assert tab.run("document.querySelectorAll('.lr-node.lr-pinned').length") == 1
     tab.close()
 

@@ -76,7 +76,7 @@ def test_coefficients_are_the_pair_form_of_the_norm() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     for size in (1e-3, 1.0, 1e3):
         one, two, other = (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(3))
-        metric = similarity(other[:, 0]).metric(None, mask, mask)
+        metric = similarity(other[:, 0]).metric(build_gpt2(), mask, mask)
         coefficients = metric.pair_coefficients(one, size * two)
         close(((one - size * two) * coefficients).sum((1, 2)), metric(one) - metric(size * two), 1e-10)
         leaf = one.clone().requires_grad_(True)
