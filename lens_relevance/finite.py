@@ -53,9 +53,9 @@ def check_coefficients(coefficients: Mapping[str, Tensor], model: HookedModel) -
     Raises:
         RelevanceError: names the HookPoint nearest to the target with such coefficients, of those that were asked for.
     """
-    if not coefficients:
+    names = [name for name, coefficient in coefficients.items() if not coefficient.is_meta]
+    if not names:
         return
-    names = list(coefficients)
     finite = torch.stack([coefficients[name].isfinite().all().cpu() for name in names])
     if bool(finite.all()):
         return
@@ -95,7 +95,8 @@ def _cause(model: HookedModel) -> str:
     parameters = list(root(model).named_parameters())
     damaged = next((name for name, parameter in parameters if not bool(parameter.isfinite().all())), None)
     if damaged is not None:
-        return f"The parameter {damaged} holds such values: load the model's weights again"
+        plain = damaged.replace("_original_component.", "")  # as Hugging Face names it, without TransformerLens's wrappers
+        return f"The parameter {plain} holds such values: load the model's weights again"
     half = next((parameter.dtype for _, parameter in parameters if parameter.dtype in _HALF), None)
     if half is not None:
         return f"{_HALF[half]}: load the model in float32{' or bfloat16' if half is torch.float16 else ''}"

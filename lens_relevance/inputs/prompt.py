@@ -213,6 +213,8 @@ def read_mask(mask: Any, name: str) -> Int[Tensor, "batch pos"]:
     """A mask as integers. Raises RelevanceError where it holds anything but 0 and 1."""
     if not isinstance(mask, Tensor):
         raise RelevanceError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.is_meta:  # no values to look at
+        return mask.long()
     odd = mask[(mask != 0) & (mask != 1)]
     if len(odd):
         raise RelevanceError(f"{name} holds {odd[0].item()}: a mask is 1 where a token is real and 0 where it is padding, and nothing else")
