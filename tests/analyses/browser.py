@@ -111,12 +111,22 @@ class Tab:
         scheme = "dark" if dark else "light"
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._call("Page.navigate", url=path.resolve().as_uri())
+        self._loaded(settle)
+
+    def _loaded(self, settle: bool) -> None:
         self.wait("document.readyState === 'complete'")
         if settle:  # a picture with a script mounts when the script has been inflated
             self.wait(
                 "[...document.querySelectorAll('.lr-view')].every((v) => v.dataset.lrReady || !v.nextElementSibling?.matches('script'))"
             )
         self.wait("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+
+    def reload(self) -> None:
+        """Load the page anew. The old page still answers for a while: a mark on it tells the two apart."""
+        self.run("window.lrOldPage = true")
+        self._call("Page.reload")
+        self.wait("window.lrOldPage !== true && document.querySelector('.lr-view') !== null")
+        self._loaded(settle=True)
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)

@@ -353,9 +353,8 @@ def test_a_pinned_node_stays_when_the_slider_would_hide_it(browser: Browser, gem
     assert tab.run("document.querySelector('[data-node=\"L5H2\"] text').textContent") == "L5H2"
     kept = tab.run("JSON.parse(decodeURIComponent(location.hash.slice(6)))")
     assert len(kept["pinned"]) == 1
-    tab.run("location.reload()")  # the page's address keeps it
-    tab.wait(f"{there} && document.querySelectorAll('.lr-node.lr-pinned').length === 1")
-    assert tab.run("document.querySelectorAll('.lr-node.lr-pinned').length") == 1
+    tab.reload()  # the page's address keeps it
+    assert tab.run(there) and tab.run("document.querySelectorAll('.lr-node.lr-pinned').length") == 1
     tab.close()
 
 
