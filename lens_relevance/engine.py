@@ -65,27 +65,36 @@ def propagate(
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.
 
-    model: a TransformerBridge in eval mode. inputs: a prompt, prompts, token ids [batch, pos], an image [batch, channel, height, width], or
-        a dict of the model's own keyword arguments ({"input_ids": ..., "decoder_input_ids": ...}). Text given to an encoder-decoder is
-        read by its encoder; its decoder holds the start token.
-    target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, vocab] (of a
-        classifier: [batch, 1, class], and classes go by name or number; of an encoder without a head: its output) to a scalar or [batch];
-        None explains each row's top prediction against its runner-up.
-    rules: a ruleset's name or table; None means `deeplift` where a reference is given and `attnlrp` where none is.
-    names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings, every
-        block's resid_pre, the final residual, z, and the MLP neurons after the activation. Logits are computed at the positions that the
-        target reads; at all positions where `unembed.hook_in` or `unembed.hook_out` is asked for.
-    reference: inputs of the same shape, `mean_embedding()`, `random_tokens(n)`, or embeddings. Relevance is then
-        (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
-        `-propagate(corrupt, reference=clean)`.
-    attention_mask: 1 where a token is real, for padded ids. device: where kept tensors go. audit: fill `.conservation()`.
-    through: only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.hooks.conditional.
-    strict: refuse models of which a part has no site.
-    recompute: run the backward block by block, each block once more from the input that the forward kept: the memory of one block instead
-        of that of all, for about half as much time again. The result is the same bit by bit. See lens_relevance.blockwise.
+    Args:
+        model: A TransformerBridge in eval mode, or a model with declared sites.
+        inputs: A prompt, prompts, token ids [batch, pos], an image [batch, channel, height, width], or a dict of the model's own keyword
+            arguments ({"input_ids": ..., "decoder_input_ids": ...}). Text given to an encoder-decoder is read by its encoder; its decoder
+            holds the start token.
+        target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, vocab]
+            (of a classifier: [batch, 1, class], and classes go by name or number; of an encoder without a head: its output) to a scalar
+            or [batch]. None explains each row's top prediction against its runner-up.
+        rules: A ruleset's name or table. None means `deeplift` where a reference is given and `attnlrp` where none is.
+        names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings,
+            every block's resid_pre, the final residual, z, and the MLP neurons after the activation. Logits are computed at the positions
+            that the target reads; at all positions where `unembed.hook_in` or `unembed.hook_out` is asked for.
+        reference: Inputs of the same shape, `mean_embedding()`, `random_tokens(n)`, or embeddings. Relevance is then
+            (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
+            `-propagate(corrupt, reference=clean)`.
+        attention_mask: 1 where a token is real, for padded ids [batch, pos].
+        device: Where kept tensors go.
+        audit: Fill `.conservation()`.
+        through: Only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.hooks.conditional.
+        strict: Refuse models of which a part has no site.
+        recompute: Run the backward block by block, each block once more from the input that the forward kept: the memory of one block
+            instead of that of all, for about half as much time again. The result is the same bit by bit. See lens_relevance.blockwise.
 
-    Raises RelevanceError (a ValueError) for bad input, LivenessError where a rule would have done nothing, CoverageError where
-    strict and the ruleset would hold only for part of the model. The model is left exactly as it was.
+    Returns:
+        Activations, coefficients and relevance by HookPoint, in the units of the target. The model is left exactly as it was.
+
+    Raises:
+        RelevanceError: Bad input (a ValueError).
+        LivenessError: A rule would have done nothing.
+        CoverageError: `strict`, and the ruleset would hold only for part of the model.
     """
     check_model(model)
     body = anatomy(model)
@@ -172,8 +181,17 @@ def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, str
         with attach(model, "relp"):
             attribution_patch(model, clean_tokens, corrupt_tokens, metric)
 
-    reference: for pair rules, the run that each forward inside is compared with (token ids or prompts). requires_grad is left as it is.
-    Raises as `propagate` does; a rule that would do nothing raises LivenessError in the backward that passes it by.
+    `requires_grad` of the parameters is left as it is.
+
+    Args:
+        model: A TransformerBridge in eval mode, or a model with declared sites.
+        rules: A ruleset's name or table.
+        reference: For pair rules, the run that each forward inside is compared with (token ids or prompts).
+        strict: Refuse models of which a part has no site.
+
+    Raises:
+        RelevanceError: As `propagate` does.
+        LivenessError: In a backward that does not pass a rule, which would have done nothing.
     """
     check_model(model)
     table = _table(rules, reference)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import analyses.methods
+import lens_relevance
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNING = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
@@ -58,3 +61,14 @@ def test_every_guide_is_in_the_index() -> None:
 
 def test_the_readme_is_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_map_of_the_repository_leads_to_what_is_there() -> None:
+    """Every file that CONTRIBUTING.md names exists, and so does every function that it says to call."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:lens_relevance|analyses|tests|docs)/[\w./]*)`", text)
+    assert len(paths) > 20 and not [path for path in paths if not (ROOT / path).exists()]
+    files = re.findall(r"`(?:rules/)?(\w+\.py)`", text)
+    assert len(files) > 10 and not [name for name in files if not any((ROOT / "lens_relevance").rglob(name)) | any((ROOT / "analyses").rglob(name))]
+    for name in re.findall(r"`(register_\w+|declare_sites)\(", text):
+        assert hasattr(lens_relevance, name) or hasattr(analyses.methods, name), name

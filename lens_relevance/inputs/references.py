@@ -23,10 +23,12 @@ from lens_relevance.sites.token_sets import DECODER, TOKENS
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """n reference runs per example, row by row: how the model is called, and token embeddings that are replaced meanwhile.
+    """n reference runs per example, row by row: how the model is called, and token embeddings that are replaced during the call.
 
-    embeddings: by stack, where (bool [rows, pos]) and by what ([d_model] or [rows, pos, d_model]). Rows are ordered example by example:
-    the n references of the first example come first.
+    Attributes:
+        prompt: What the model is called with. Rows are ordered example by example: the n references of the first example come first.
+        embeddings: By stack, where embeddings are replaced [rows, pos], and by what ([d_model] or [rows, pos, d_model]).
+        n: References per example.
     """
 
     prompt: Prompt
@@ -36,14 +38,29 @@ class ReferenceRun:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A reference made for any prompt; see `mean_embedding`, `random_tokens`, `zero_embedding`."""
+    """A reference made for any prompt; see `mean_embedding`, `random_tokens`, `zero_embedding`.
+
+    Attributes:
+        kind: The name of the function that made it.
+        n: References per example.
+        seed: Of what is drawn at random.
+    """
 
     kind: str
     n: int = 1
     seed: int = 0
 
     def run(self, model: HookedModel, prompt: Prompt, tail: int = 0) -> ReferenceRun:
-        """The reference runs for these prompts; the last `tail` tokens of each are part of the answer and stay."""
+        """The reference runs for these prompts.
+
+        Args:
+            model: What is explained.
+            prompt: Its prompts.
+            tail: The last tokens of each row that are part of the answer and stay.
+
+        Raises:
+            RelevanceError: The model is called with no tokens, or it is not known where its embeddings are.
+        """
         if not prompt.ids:
             raise RelevanceError(f"{self} replaces tokens, and this model is called with none: give another image as the reference")
         replaced = _replaced(model, prompt, tail)
@@ -75,7 +92,15 @@ def zero_embedding() -> Baseline:
 
 
 def random_tokens(n: int = 8, seed: int = 0) -> Baseline:
-    """Every token but BOS replaced by a random one; relevance is the average over n such references (n times the work, in one batch)."""
+    """Every token but BOS replaced by a random one. Relevance is the average over n such references: n times the work, in one batch.
+
+    Args:
+        n: Number of references.
+        seed: Of the tokens.
+
+    Raises:
+        RelevanceError: n is less than 1.
+    """
     if n < 1:
         raise RelevanceError(f"random_tokens needs at least one reference, got n={n}")
     return Baseline("random_tokens", n, seed)
@@ -89,7 +114,11 @@ def is_inputs(reference: Any) -> bool:
 
 
 def reference_inputs(model: HookedModel, reference: Any, prompt: Prompt) -> Prompt:
-    """A reference given as other inputs for these prompts; raises RelevanceError where the two do not fit."""
+    """A reference given as other inputs for these prompts.
+
+    Raises:
+        RelevanceError: The two differ in shape, in arguments or in the length of a row.
+    """
     given = read_inputs(model, reference)
     if prompt.ids and given.tokens.shape != prompt.tokens.shape:
         raise RelevanceError(
@@ -107,9 +136,16 @@ def reference_inputs(model: HookedModel, reference: Any, prompt: Prompt) -> Prom
 
 
 def reference_run(model: HookedModel, reference: Any, prompt: Prompt, *, tail: int = 0) -> ReferenceRun:
-    """A ReferenceRun from other inputs, a Baseline or embeddings ([d_model] or [batch, pos, d_model]) of the tokens.
+    """A ReferenceRun from other inputs, a Baseline, or embeddings of the tokens.
 
-    The last `tail` tokens of each row stay as they are under a baseline.
+    Args:
+        model: What is explained.
+        reference: Inputs, a Baseline, or embeddings [d_model] or [batch, pos, d_model].
+        prompt: What the references are for.
+        tail: The last tokens of each row stay as they are under a baseline.
+
+    Raises:
+        RelevanceError: The reference and the prompt differ in shape, or the reference is none of these.
     """
     if is_inputs(reference):
         return ReferenceRun(reference_inputs(model, reference, prompt))
@@ -145,8 +181,8 @@ def _embedding(model: HookedModel, stack: str) -> nn.Embedding:
 
 
 def _replaced(model: HookedModel, prompt: Prompt, tail: int) -> dict[str, Tensor]:
-    """True where a baseline takes the token's place, by stack: real tokens but those that begin or (BERT's [CLS], [SEP]) frame a text, and
-    not the last `tail`."""
+    """True where a baseline replaces the token, by stack [batch, pos]: real tokens, but not the last `tail`, nor those that begin a text, frame
+    it ([CLS] and [SEP]) or mark an image."""
     tokenizer = getattr(model, "tokenizer", None)
     begins = {getattr(tokenizer, "bos_token_id", None)}
     framing = (*(getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")), image_token(model))
