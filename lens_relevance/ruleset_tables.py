@@ -19,8 +19,8 @@ So a composite by depth and kind, as in zennit, takes three lines:
 | `relp` | LN-rule | identity | half | plain gradient | arXiv 2508.21258 |
 | `relp_ah` | LN-rule | identity | half | constant pattern | arXiv 2508.21258, the option with the AH-rule |
 | `gim` | LN-rule | - | half | softmax temperature 2, half on both products | arXiv 2505.17630, as its authors describe it |
-| `deeplift` | pair form | rescale | pair form | pair form | derived here (see docs/derivation.md); needs a reference run |
-| `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | derived here; needs a reference run |
+| `deeplift` | pair form | rescale | pair form | pair form | DeepLIFT, SHAP, softmax derived here (docs/derivation.md); for two runs |
+| `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | the same; for two runs |
 
 `attnlrp_plain_qk` is for models with norms on queries and keys (Qwen3, OLMo 2, Gemma 3), on which AttnLRP gives the first token, where
 attention rests, too much; analyses/benchmarks/first_token.py says why the plain gradient of these norms helps, and by how much. On a model

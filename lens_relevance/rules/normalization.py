@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm, whole or seen in two steps (the scale, then the division by it).
 
 `LNRule`: the standard deviation is a constant, the centring stays (Ali et al. 2022, arXiv 2202.07304).
-`PairNorm`: exact between two runs (derived here, see docs/derivation.md): with c = x - mean(x), v = mean(c^2) + eps, r = v^(-1/2),
+`PairNorm`: exact between two runs (docs/derivation.md; handlers of SHAP compose to it): c = x - mean(x), v = mean(c^2) + eps, r = v^(-1/2),
 dy = w [mean(r1, r2) dc + mean(c1, c2) dr],  dr = -dv / (sqrt(v1 v2) (sqrt(v1) + sqrt(v2))),  dv = mean_features (c1 + c2) dc.
 `PairLN`: the same without the dr term, the LN-rule between two runs.
 
@@ -144,7 +144,7 @@ class LNRule(NormRule):
 
 
 class PairNorm(NormRule):
-    """Exact between two runs, and the plain gradient where they are equal (derived here)."""
+    """Exact between two runs, and the plain gradient where they are equal."""
 
     needs_reference = True
 

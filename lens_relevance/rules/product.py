@@ -8,7 +8,7 @@ plain gradient b and a themselves). It works on a product that stands alone and 
 | gradient | b, a | |
 | `Half` (uniform rule) | b / 2, a / 2 | AttnLRP (2402.05602) eq. 7; Arras et al. 2019 |
 | `ConstantFirstFactor` | nothing, a | CP-LRP as LXT applies it to gates |
-| `PairProduct` | the mean of both runs' b, and of their a | derived here |
+| `PairProduct` | the mean of both runs' b, and of their a | SHAP's DeepExplainer (its handler for `Mul`) |
 
 `Scale` is the gradient times a number. Where an operation stands alone it acts on what arrives at the output, which leaves the model's own
 graph as it is: half there equals the q/4, k/4, v/2 form and leaves every reader in between right.
@@ -175,7 +175,7 @@ class ConstantFirstFactor(ProductRule):
 
 
 class PairProduct(ProductRule):
-    """Between two runs: each factor gets the gradient at the mean of the other's two values; exact (derived here)."""
+    """Between two runs: each factor gets the gradient at the mean of the other's two values; exact (as SHAP's DeepExplainer has it)."""
 
     needs_reference = True
     factors_exact = True
