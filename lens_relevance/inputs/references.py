@@ -181,8 +181,10 @@ def _embedding(model: HookedModel, stack: str) -> nn.Embedding:
 
 
 def _replaced(model: HookedModel, prompt: Prompt, tail: int) -> dict[str, Tensor]:
-    """True where a baseline replaces the token, by stack [batch, pos]: real tokens, but not the last `tail`, nor those that begin a text, frame
-    it ([CLS] and [SEP]) or mark an image."""
+    """True where a baseline replaces the token, by stack [batch, pos].
+
+    Real tokens are replaced, but not the last `tail`, nor those that begin a text, frame it ([CLS] and [SEP]) or mark an image.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     begins = {getattr(tokenizer, "bos_token_id", None)}
     framing = (*(getattr(tokenizer, f"{name}_token_id", None) for name in ("cls", "sep")), image_token(model))
