@@ -3,7 +3,9 @@
 The forward keeps what each block is called with, and no graph inside the blocks. The backward runs the blocks again, one at a time from the
 last to the first, each with its rules and its graph on the input that was kept (under pair rules on the reference run's input, too), reads
 what was asked for at the block's HookPoints, and frees it. Embeddings, the last block and what follows it have their graph from the start.
-The same operations run in the same order as in a run at once, so that the result is the same bit by bit.
+The same operations run in the same order as in a run at once, so that the result is the same bit by bit. The exception is attention whose
+scores are large (hooks/attention_by_rows.py): it is computed for some query rows at a time, and sums over queries are then rounded in
+another order.
 
 A block is run again with everything that stands on it: hooks edit it as they did in the forward. A hook that acts differently at its second
 call, or that hands tensors from one block to another with their graph, is beyond this; the first is noticed and refused, where it changes
@@ -12,6 +14,7 @@ what the block returns.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components import AttentionBridge
 from transformers import Cache
 
 from lens_relevance.errors import RelevanceError
@@ -44,8 +48,13 @@ class _Call:
     kwargs: dict[str, Any]
 
     def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's arguments with this tensor as the block's input."""
-        return _with_hidden(self.args, self.kwargs, hidden)
+        """The call's arguments with this tensor as the block's input.
+
+        A cache stays empty: each call gets a copy of its own. It would keep every block's keys and values, and hold them already when the
+        block is run again. Without any cache, keys would lie otherwise in memory and be multiplied in another order.
+        """
+        args, kwargs = _with_hidden(self.args, self.kwargs, hidden)
+        return tuple(_own_cache(x) for x in args), {name: _own_cache(x) for name, x in kwargs.items()}
 
 
 @dataclass
@@ -112,9 +121,6 @@ class Blockwise:
                 f"blocks.{index} is not called once, with what blocks.{index - 1} returns, so that the model is no chain of blocks; "
                 "leave out recompute=True"
             )
-        # A cache would keep every block's keys and values, and hold them already when the block is run again.
-        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        args = tuple(None if isinstance(value, Cache) else value for value in args)
         given = [*enumerate(args), *kwargs.items()]
         beside = [name for name, x in given if isinstance(x, Tensor) and x is not hidden and x.requires_grad]
         if beside:
@@ -129,7 +135,8 @@ class Blockwise:
             self._opened.recording = False
             self._taps.only = {self._point} if self._point is not None else set()
             torch.set_grad_enabled(False)  # the context that propagate runs in puts it back
-        run.calls.append(_Call(hidden.detach(), *_with_hidden(args, kwargs, None)))
+        call = _Call(hidden.detach(), *_with_hidden(args, kwargs, None))
+        run.calls.append(call)
         if index == len(self.blocks) - 1:
             run.within = set(self._taps.fired) - run.below
             self._opened.recording = reference
@@ -138,10 +145,11 @@ class Blockwise:
             hidden = run.leaf = hidden.detach().requires_grad_(not reference)
             if not reference:
                 self._share_masks()
-        return _with_hidden(args, kwargs, hidden)
+        return call.arguments(hidden)
 
     def _leave(self, run: _Pass, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run.handed_on = _first(output)
+        _drop_pattern(module)
 
     def _share_masks(self) -> None:
         """Masks of the two runs are mostly equal: one of each is enough."""
@@ -202,6 +210,7 @@ class Blockwise:
         with torch.set_grad_enabled(graph), replaced:
             args, kwargs = call.arguments(leaf)
             output = _first(self.blocks[index](*args, **kwargs))
+        _drop_pattern(self.blocks[index])
         self._opened.recording = False
         refuse_silent(self._placed[index])
         handed_on = run.calls[index + 1].hidden
@@ -259,6 +268,17 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A block's arguments with this tensor as its input."""
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _own_cache(argument: Any) -> Any:
+    return copy.deepcopy(argument) if isinstance(argument, Cache) else argument
+
+
+def _drop_pattern(block: nn.Module) -> None:
+    """Some components of TransformerLens keep their last pattern (and with it the graph), which nothing reads."""
+    for module in block.modules():
+        if isinstance(module, AttentionBridge) and getattr(module, "_pattern", None) is not None:
+            module._pattern = None
 
 
 def _first(output: Any) -> Tensor:

@@ -30,6 +30,7 @@ from lens_relevance.forward import (
     values_of,
 )
 from lens_relevance.hooked_model import HookedModel
+from lens_relevance.hooks.attention_by_rows import by_rows, place_by_rows
 from lens_relevance.hooks.conditional import read_conditions
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.model_state import check_model, frozen, no_gradients
@@ -44,6 +45,7 @@ from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import Table, needs_reference, rule_for, ruleset, ruleset_name
 from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
+from lens_relevance.sites.attention_by_rows import SiteByRows
 
 _version = cache(version)  # which looks through the folder of every installed package
 
@@ -86,7 +88,8 @@ def propagate(
         through: Only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.hooks.conditional.
         strict: Refuse models of which a part has no site.
         recompute: Run the backward block by block, each block once more from the input that the forward kept: the memory of one block
-            instead of that of all, for about half as much time again. The result is the same bit by bit. See lens_relevance.blockwise.
+            instead of that of all, for about half as much time again. The result is the same bit by bit; up to rounding where attention is
+            large enough to be computed for some query rows at a time. See lens_relevance.blockwise.
 
     Returns:
         Activations, coefficients and relevance by HookPoint, in the units of the target. The model is left exactly as it was.
@@ -109,13 +112,16 @@ def propagate(
     point = None if target is None or target.point is None else body.canonical(target.point)
     other = None if reference is None else _reference(model, reference, target, given, prompt)
     n = 1 if other is None else other.n
-    asked = {*names, *(c.name for c in conditions), point}
-    metric, reading = (None, None) if asked & set(UNEMBEDDING) else metric_before(model, prompt, target, n=n)
+    asked = [*names, *(c.name for c in conditions), *([] if point is None else [point])]
+    metric, reading = (None, None) if set(asked) & set(UNEMBEDDING) else metric_before(model, prompt, target, n=n)
     with frozen(model), session(model) as opened, reading_at(model, reading), torch.enable_grad():
-        placed = _place(opened, body, table, strict)
-        taps = Taps(opened, body, [*names, *(c.name for c in conditions), *([] if point is None else [point])])
+        ruled = _rules_of_sites(body, table, strict=strict)
         if audit:
-            taps.add(audited_points(body, [site for site, rule in placed if site.enabled(rule)]))
+            asked += audited_points(body, [site for site, rule in ruled if site.enabled(rule)])
+        if recompute:
+            ruled = by_rows(ruled, asked=asked, batch=len(prompt.tokens) * n, positions=prompt.tokens.shape[1])
+        _place(opened, ruled)
+        taps = Taps(opened, body, asked)
         opened.start_at([body.points[name] for name in body.leaves], len(prompt.tokens) * n)
         blockwise = Blockwise(model, opened, body, taps, point=point, other=other) if recompute else None
         before = None
@@ -152,7 +158,7 @@ def propagate(
         if audit:
             if conditions or point is not None:
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
-            ledger = _ledger(body, placed, run, before, everything, seed, value, reference_value, n)
+            ledger = _ledger(body, ruled, run, before, everything, seed, value, reference_value, n)
     groups = kept.groups()
     check_coefficients(groups["coefficients"], model)
     return RelevanceCache(
@@ -196,7 +202,8 @@ def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, str
     check_model(model)
     table = _table(rules, reference)
     with session(model) as opened:
-        _place(opened, anatomy(model), table, strict)
+        body = anatomy(model)
+        _place(opened, _rules_of_sites(body, table, strict=strict))
         if needs_reference(table):
             with torch.no_grad(), recording(opened):
                 read_inputs(model, reference).call(model)
@@ -227,26 +234,31 @@ def _reference(model: HookedModel, reference: Any, target: Target | None, given:
     return reference_run(model, reference, prompt, tail=int(prompt.mask.sum() - given.mask.sum()) // len(given.mask))
 
 
-def _place(opened: Session, body: Anatomy, table: Table, strict: bool) -> list[tuple[Site, Rule]]:
-    """Put each site's rule on it; refuse what has no site."""
+def _rules_of_sites(body: Anatomy, table: Table, *, strict: bool) -> list[tuple[Site, Rule]]:
+    """Each site with its rule; refuse a model with parts that have no site, and a table with keys for none."""
     if body.uncovered and strict:
         listed = "; ".join(list(body.uncovered.values())[:3])
         raise CoverageError(
             f"{len(body.uncovered)} component(s) of this model have no site: {listed}. strict=False leaves them their plain gradient"
         )
     check_keys(table, body.sites)
-    placed = [(site, rule_for(table, site)) for site in body.sites]
-    for site, rule in placed:
-        if rule.is_plain:
+    return [(site, rule_for(table, site)) for site in body.sites]
+
+
+def _place(opened: Session, ruled: list[tuple[Site, Rule]]) -> None:
+    """Put each site's rule on it."""
+    for site, rule in ruled:
+        if isinstance(site, SiteByRows):
+            place_by_rows(opened, site, rule)
+        elif rule.is_plain:
             opened.listen(site)
         else:
             opened.place(site, rule)
-    return placed
 
 
 def _ledger(
     body: Anatomy,
-    placed: list[tuple[Site, Rule]],
+    ruled: list[tuple[Site, Rule]],
     run: Run,
     before: Run | None,
     part: Part,
@@ -262,7 +274,7 @@ def _ledger(
     references = None if before is None else {**part.references, LOGITS: before.logits}
     return account(
         body,
-        [(site, rule) for site, rule in placed if site.enabled(rule)],
+        [(site, rule) for site, rule in ruled if site.enabled(rule)],
         {**{name: tensor.detach() for name, tensor in part.tensors.items()}, LOGITS: run.logits.detach()},
         references=references,
         coefficients={**part.coefficients, LOGITS: seed},

@@ -46,7 +46,7 @@ class Rebuilding:
                     raise LivenessError(f"{site.output_name} was reached without {missing}, so {site.name} cannot be recomputed")
                 value = site.operation(*(self._fed[point] for point in site.inputs))
                 if site.output is site.rebuilt:
-                    _check(site, result, value)
+                    check_value(site, result, value)
                     return _InPlaceOf.apply(value, result.detach()) if value.requires_grad else result
                 assert site.output is not None
                 site.output(value)
@@ -77,7 +77,7 @@ class _InPlaceOf(torch.autograd.Function):
         return upstream[0].to(ctx.dtype), None
 
 
-def _check(site: Site, result: Tensor, value: Tensor) -> None:
+def check_value(site: Site, result: Tensor, value: Tensor) -> None:
     """Refuse a component that computes something else than its site; rows that see nothing (padding) are nobody's business."""
     result, value = result.detach(), value.detach()
     seen = value != 0

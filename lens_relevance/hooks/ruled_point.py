@@ -26,6 +26,7 @@ class PointState:
         self.point = point
         self.starts_graph = 0  # rows of the forward whose graph starts here
         self.started = False
+        self.silent = False  # what passes is not what the HookPoint stands for
         self.rebuilding: Rebuilding | None = None
         self.rebuilt_by: Rebuilding | None = None
         self.feeds: list[Rebuilding] = []
@@ -84,7 +85,7 @@ class RuledHookPoint(HookPoint):
 
     def __call__(self, x: Any) -> Any:
         state: PointState = self.__dict__["_lens_relevance"]
-        if state.rebuilt_by is not None and not state.rebuilt_by.running:
+        if state.silent or (state.rebuilt_by is not None and not state.rebuilt_by.running):
             return x  # what the model shows here once it has gone on without it
         given = state.before(x)
         passed = super().__call__(given)

@@ -55,7 +55,7 @@ class Session:
             self.state(point).starts_graph = rows
 
     @protected
-    def place(self, site: Site, rule: Rule) -> None:
+    def place(self, site: Site, rule: Rule) -> PlacedRule:
         """Put a rule on a site."""
         placed = PlacedRule(site, rule, self)
         self.placed.append(placed)
@@ -69,6 +69,13 @@ class Session:
                 self._components[site.component] = []
                 self._handles.append(site.component.register_forward_hook(self._leave, with_kwargs=True))
             self._components[site.component].append(placed)
+        return placed
+
+    @protected
+    def stand_in(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """A function in place of a module's method."""
+        module.__dict__[name] = function
+        self._handles.append(_StandIn(module, name))
 
     @protected
     def listen(self, site: Site) -> None:
@@ -158,6 +165,16 @@ def refuse_silent(placed: Sequence[PlacedRule]) -> None:
             + "; ".join(f"{s.name} ({s.points})" for s in silent[:3])
             + ". Declare these sites at HookPoints that fire, or leave them out with strict=False"
         )
+
+
+class _StandIn:
+    """What stands in for a module's method, until `remove`."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+
+    def remove(self) -> None:
+        del self._module.__dict__[self._name]
 
 
 def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:
