@@ -33,6 +33,7 @@ from lens_relevance.hooks.conditional import Condition, backward_through
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session, refuse_silent
+from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.references import ReferenceRun
 from lens_relevance.sites import Anatomy
 
@@ -41,9 +42,10 @@ _INPUT = ""  # a block's own input among the tensors of its HookPoints
 
 @dataclass
 class _Call:
-    """What a block was called with; hidden: its input, without a graph."""
+    """What a block was called with; hidden: its input, without a graph, where it is kept; device: where the block had it."""
 
     hidden: Tensor
+    device: torch.device
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -73,7 +75,7 @@ class _Pass:
 class Blockwise:
     """The forwards and the backward of one `propagate`, block by block.
 
-    point: the HookPoint that a latent target is read at. other: the reference run.
+    storage: where the inputs of the blocks are kept. point: the HookPoint that a latent target is read at. other: the reference run.
 
     Raises RelevanceError for a model that is not one chain of blocks.
     """
@@ -85,12 +87,14 @@ class Blockwise:
         anatomy: Anatomy,
         taps: Taps,
         *,
+        storage: Storage,
         point: str | None = None,
         other: ReferenceRun | None = None,
     ) -> None:
         self.blocks = chain_of_blocks(model, anatomy)
         self._opened, self._anatomy, self._taps, self._point, self._other = opened, anatomy, taps, point, other
         self._placed = [[p for p in opened.placed if p.site.layer == i] for i in range(len(self.blocks))]
+        self._storage = storage
         self._own, self._reference = _Pass(), _Pass()
 
     @protected_contextmanager
@@ -135,7 +139,7 @@ class Blockwise:
             self._opened.recording = False
             self._taps.only = {self._point} if self._point is not None else set()
             torch.set_grad_enabled(False)  # the context that propagate runs in puts it back
-        call = _Call(hidden.detach(), *_with_hidden(args, kwargs, None))
+        call = _Call(self._storage.keep(hidden), hidden.device, *_with_hidden(args, kwargs, None))
         run.calls.append(call)
         if index == len(self.blocks) - 1:
             run.within = set(self._taps.fired) - run.below
@@ -204,7 +208,7 @@ class Blockwise:
         call, reference = run.calls[index], run is self._reference
         for placed in self._placed[index]:
             placed.reset()
-        leaf = call.hidden.requires_grad_(graph)
+        leaf = call.hidden.to(call.device).requires_grad_(graph)
         replaced = replaced_embeddings(self._opened, self._anatomy, self._other) if reference and self._other else nullcontext()
         self._opened.recording = reference
         with torch.set_grad_enabled(graph), replaced:
@@ -213,7 +217,7 @@ class Blockwise:
         _drop_pattern(self.blocks[index])
         self._opened.recording = False
         refuse_silent(self._placed[index])
-        handed_on = run.calls[index + 1].hidden
+        handed_on = run.calls[index + 1].hidden.to(output.device)
         if not torch.allclose(output.detach(), handed_on, rtol=0, atol=0, equal_nan=True):
             raise RelevanceError(
                 f"blocks.{index} gave another value when it was run again, so that recompute=True would be wrong: a hook on it acts "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from lens_relevance.hooks.model_state import check_model, frozen, no_gradients
 from lens_relevance.hooks.read_positions import UNEMBEDDING, reading_at
 from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, wanted
 from lens_relevance.hooks.session import Session, session
+from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
@@ -59,7 +61,7 @@ def propagate(
     names_filter: NamesFilter = None,
     reference: Any = None,
     attention_mask: Tensor | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Path | None = None,
     audit: bool = False,
     through: Mapping[str, Any] | None = None,
     strict: bool = True,
@@ -83,7 +85,8 @@ def propagate(
             (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
             `-propagate(corrupt, reference=clean)`.
         attention_mask: 1 where a token is real, for padded ids [batch, pos].
-        device: Where kept tensors go.
+        device: Where kept tensors go, under `recompute` the inputs of the blocks too: a device, or a folder (a Path), in which a new folder
+            is made and each tensor gets a file, read when it is used. Delete the folder when you no longer need the result.
         audit: Fill `.conservation()`.
         through: Only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.hooks.conditional.
         strict: Refuse models of which a part has no site.
@@ -123,7 +126,8 @@ def propagate(
         _place(opened, ruled)
         taps = Taps(opened, body, asked)
         opened.start_at([body.points[name] for name in body.leaves], len(prompt.tokens) * n)
-        blockwise = Blockwise(model, opened, body, taps, point=point, other=other) if recompute else None
+        storage = Storage(device)
+        blockwise = Blockwise(model, opened, body, taps, storage=storage, point=point, other=other) if recompute else None
         before = None
         if other is not None:
             around = blockwise.forward(reference=True) if blockwise else nullcontext()
@@ -145,7 +149,7 @@ def propagate(
                 check_target(reference_value, model, other.prompt, opened=opened, what="the target on the reference")
         seed = seed_of(metric, run.root.detach(), None if before is None or not needs_reference(table) else before.root, n=n)
         absent = taps.absent(explicit)
-        kept, everything = Kept(body, names, prompt.masks, n=n, device=device), Part({}, {}, {})
+        kept, everything = Kept(body, names, prompt.masks, n=n, storage=storage), Part({}, {}, {})
         for part in (at_once if blockwise is None else blockwise.backward)(run, before, seed, conditions=conditions):
             kept.add(part)
             if audit:
@@ -159,10 +163,9 @@ def propagate(
             if conditions or point is not None:
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
             ledger = _ledger(body, ruled, run, before, everything, seed, value, reference_value, n)
-    groups = kept.groups()
-    check_coefficients(groups["coefficients"], model)
+    check_coefficients(kept.finite(), model)
     return RelevanceCache(
-        **groups,
+        **kept.groups(),
         value=average(value, n),
         logits=run.logits.detach()[::n],
         logit_positions=logit_positions(prompt, run.logits, reading, n=n),

@@ -47,19 +47,21 @@ def check_target(
     raise RelevanceError(f"{what} is {kind}: {where} is the first HookPoint with values that are not finite. {_cause(model)}")
 
 
-def check_coefficients(coefficients: Mapping[str, Tensor], model: HookedModel) -> None:
+def check_coefficients(finite: Mapping[str, Tensor], model: HookedModel) -> None:
     """Refuse relevance that is NaN or inf where the target is not: the backward has overflowed.
+
+    Args:
+        finite: By HookPoint, whether its coefficients are finite.
 
     Raises:
         RelevanceError: names the HookPoint nearest to the target with such coefficients, of those that were asked for.
     """
-    names = [name for name, coefficient in coefficients.items() if not coefficient.is_meta]
-    if not names:
+    if not finite:
         return
-    finite = torch.stack([coefficients[name].isfinite().all().cpu() for name in names])
-    if bool(finite.all()):
+    flags = torch.stack([flag.cpu() for flag in finite.values()])
+    if bool(flags.all()):
         return
-    first = names[int((~finite).nonzero().max())]
+    first = list(finite)[int((~flags).nonzero().max())]
     raise RelevanceError(f"the target is finite and the relevance at {first} is not. {_cause(model)}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.session import Session
+from lens_relevance.hooks.storage import Storage
 from lens_relevance.rules.base import difference, share
 from lens_relevance.sites import Anatomy
 
@@ -127,10 +128,11 @@ class Kept:
     """What a RelevanceCache keeps: tensors in TransformerLens's layout, zero at padding, averaged over n references, moved where the user
     wants them."""
 
-    def __init__(self, body: Anatomy, names: list[str], masks: Mapping[str, Tensor], *, n: int, device: torch.device | str | None) -> None:
-        self._body, self._names, self._masks, self._n, self._device = body, names, masks, n, device
+    def __init__(self, body: Anatomy, names: list[str], masks: Mapping[str, Tensor], *, n: int, storage: Storage) -> None:
+        self._body, self._names, self._masks, self._n, self._storage = body, names, masks, n, storage
         self._padded = {stack: not bool((mask == 1).all()) for stack, mask in masks.items()}
         self._groups: dict[str, dict[str, Tensor]] = {"activations": {}, "coefficients": {}, "reference_activations": {}, "averaged": {}}
+        self._finite: dict[str, Tensor] = {}
         self.reached: set[str] = set()
 
     @torch.no_grad()
@@ -138,6 +140,7 @@ class Kept:
         """Take in what the backward found in one part of the model."""
         if part.starts_flow:
             self.reached.clear()
+            self._finite.clear()
             for group in self._groups.values():
                 group.clear()
         self.reached |= set(part.coefficients)
@@ -148,6 +151,10 @@ class Kept:
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Everything by group, each in the order in which it was asked for."""
         return {group: {name: kept[name] for name in self._names if name in kept} for group, kept in self._groups.items()}
+
+    def finite(self) -> dict[str, Tensor]:
+        """Whether all coefficients are, by HookPoint, in the order in which they were asked for."""
+        return {name: self._finite[name] for name in self._names if name in self._finite}
 
     def _keep(self, name: str, activation: Tensor, coefficient: Tensor, reference: Tensor | None) -> None:
         point, stack = self._body.points[name], self._body.stack_of(name)
@@ -163,8 +170,9 @@ class Kept:
         if self._n > 1:
             each = share(difference(kept["activations"], kept["reference_activations"]), kept["coefficients"])
             kept = {key: average(tensor, self._n) for key, tensor in kept.items()} | {"averaged": average(each, self._n)}
+        self._finite[name] = kept["coefficients"].isfinite().all()
         for group, tensor in kept.items():
-            self._groups[group][name] = tensor if self._device is None else tensor.to(self._device)
+            self._groups[group][name] = self._storage.keep(tensor)
 
 
 def batched(tensor: Tensor, mask: Tensor | None, n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +156,38 @@ def test_a_tensor_handed_beside_the_residual_stream_is_refused() -> None:
     finally:
         keep.remove()
         handed.remove()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kept_in_a_folder(tmp_path: Path, recompute: bool) -> None:
+    """Each tensor in a file of its own, mapped into memory; each call in a folder of its own; the same values bit by bit."""
+    model = build("llama", torch.float32, n_layers=3)
+    settings: dict[str, Any] = dict(rules="deeplift", reference=OTHER, names_filter=everything, recompute=recompute)
+    plain = propagate(model, TOKENS, TARGET, **settings)
+    first, second = (propagate(model, TOKENS, TARGET, device=tmp_path / "kept", **settings) for _ in range(2))
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    for cache in (first, second):
+        for group in GROUPS:
+            expected, actual = getattr(plain, group), getattr(cache, group)
+            assert list(actual) == list(expected)
+            for name in expected:
+                assert torch.allclose(actual[name], expected[name], rtol=0, atol=0, equal_nan=True), (group, name)
+        assert torch.equal(cache.tokens(), plain.tokens()) and bool(cache.tokens().any())
+    files = {Path(line.split(maxsplit=5)[5].strip()) for line in _mapped() if str(tmp_path) in line}
+    kept = [path for path in tmp_path.rglob("*.pt")]
+    assert len(files) >= 2 * sum(len(getattr(plain, group)) for group in GROUPS) and files <= set(kept)
+
+
+def _mapped() -> list[str]:
+    """What this process has mapped into memory; empty where the system does not say."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text().splitlines() if maps.exists() else pytest.skip("needs /proc/self/maps")
+
+
+def test_only_what_is_kept_is_written(tmp_path: Path) -> None:
+    """A view of a large tensor takes the space of its own entries."""
+    model = build("gpt2", torch.float32, n_layers=2)
+    cache = propagate(model, TOKENS, TARGET, rules="attnlrp", names_filter="blocks.0.attn.hook_q", device=tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.pt"))
+    tensors = 2 * cache["blocks.0.attn.hook_q"].numel() * 4
+    assert tensors <= size <= tensors + 2 * 4096
