@@ -14,7 +14,7 @@ from torch import Tensor
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.conditional import Condition, backward_through
-from lens_relevance.hooks.read_positions import ReadPositions, can_take
+from lens_relevance.hooks.read_positions import ReadPositions
 from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session
 from lens_relevance.inputs.metrics import Metric, gradient_at
@@ -22,6 +22,7 @@ from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import ReferenceRun
 from lens_relevance.inputs.targets import Target
 from lens_relevance.inputs.token_ids import positions
+from lens_relevance.logit_reading import can_read_some
 from lens_relevance.sites import Anatomy
 
 
@@ -82,7 +83,7 @@ def one_pass(model: HookedModel, prompt: Prompt, taps: Taps, *, point: str | Non
 def metric_before(model: HookedModel, prompt: Prompt, target: Target | None, *, n: int) -> tuple[Metric | None, ReadPositions | None]:
     """The target's metric, and where in n references' runs of each example it reads logits; None for what is known after the forward
     (the top prediction, a latent), and for all positions."""
-    if not can_take(model):
+    if not can_read_some(model):
         return None, None
     metric = None if target is None or target.point is not None else target.metric(model, prompt.tokens, prompt.mask)
     at = positions(-1, prompt.tokens, prompt.mask).unsqueeze(1) if metric is None else metric.at

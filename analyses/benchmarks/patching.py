@@ -1,17 +1,19 @@
 """Activation patching beside `transformer_lens.patching`: the same numbers, and how many times sooner.
 
     python -m analyses.benchmarks.patching [--pairs 4 --positions 16 --layers 12 --rounds 3 --threads 1]
+    python -m analyses.benchmarks.patching --model FOLDER --pairs 16
 
-GPT-2-small shape with random weights. What it gains depends on the pairs: runs are not repeated before the first token in which clean and
-corrupt differ, so there are two sets, one with a single other token two thirds through (as in IOI, where a name is swapped) and one with
-nothing in common. Rounds interleave, and each figure is the median over rounds of the ratio within a round.
+Without a model: GPT-2-small shape with random weights. What it gains depends on the pairs: runs are not repeated before the first token in
+which clean and corrupt differ, so there are two sets, one with a single other token two thirds through (as in IOI, where a name is swapped)
+and one with nothing in common. With a model: all heads on pairs of the ioi task. Rounds interleave, and each figure is the median over
+rounds of the ratio within a round.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -21,8 +23,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.engine import gpt2_shape
+from analyses.models.loading import load_model
 from analyses.patching import activation_patching
-from analyses.tasks import PromptPairs
+from analyses.tasks import PromptPairs, ioi
 from lens_relevance import logit_diff
 
 SWEEPS: dict[str, tuple[str, Callable[..., Tensor]]] = {
@@ -43,7 +46,7 @@ def make_pairs(n: int, positions: int, one_token: bool) -> PromptPairs:
 
 def by_transformer_lens(model: TransformerBridge, pairs: PromptPairs, component: str, *, sweep: Callable[..., Tensor]) -> Tensor:
     """[layer, head] or [layer, pos]: the patched metric, averaged over pairs."""
-    metric = pairs.target.metric(model, pairs.clean, pairs.clean_mask)  # type: ignore[union-attr]
+    metric = pairs.metric(model)
     hook = {"z": "attn.hook_z", "resid_pre": "hook_resid_pre"}[component]
     with torch.no_grad():
         _, clean = model.run_with_cache(
@@ -75,17 +78,30 @@ def measure(model: TransformerBridge, pairs: PromptPairs, name: str, *, rounds: 
     }
 
 
-def main(*, pairs: int = 4, positions: int = 16, layers: int = 12, rounds: int = 3, threads: int = 1) -> None:
+def main(
+    *,
+    model: Annotated[str | None, typer.Option(help="A name on the hub or a folder; GPT-2-small shape if left out.")] = None,
+    pairs: int = 4,
+    positions: int = 16,
+    layers: int = 12,
+    rounds: int = 3,
+    threads: int = 1,
+) -> None:
     """Print the table."""
     torch.set_num_threads(threads)
     tl_patching.tqdm = lambda items: items  # its bars would drown the table
-    model = gpt2_shape(layers)
     rows = []
-    for differ, one_token in (("in one token", True), ("in all tokens", False)):
-        made = make_pairs(pairs, positions, one_token)
-        activation_patching(model, made, "z")  # warm up
-        rows += [{"pairs differ": differ, **measure(model, made, name, rounds=rounds)} for name in SWEEPS]
-    typer.echo(f"GPT-2-small shape, {layers} layers, {pairs} pairs of {positions} tokens, {threads} thread(s), {rounds} round(s)")
+    if model is None:
+        loaded, sweeps = gpt2_shape(layers), list(SWEEPS)
+        sets = {"in one token": make_pairs(pairs, positions, True), "in all tokens": make_pairs(pairs, positions, False)}
+    else:
+        loaded, sweeps = load_model(model), ["all heads"]
+        sets = {"in a name": ioi(loaded, n=pairs)}
+    for differ, made in sets.items():
+        activation_patching(loaded, made, "z")  # warm up
+        rows += [{"pairs differ": differ, **measure(loaded, made, name, rounds=rounds)} for name in sweeps]
+    shape = f"{len(loaded.blocks)} layers, {pairs} pairs of {made.clean.shape[1]} tokens"
+    typer.echo(f"{model or 'GPT-2-small shape'}, {shape}, {threads} thread(s), {rounds} round(s)")
     formats = {"transformer_lens (s)": "{:.1f}".format, "ours (s)": "{:.1f}".format, "times faster": "{:.1f}".format}
     typer.echo(pd.DataFrame(rows).to_string(index=False, formatters=formats | {"largest difference": "{:.1e}".format}))
 

@@ -5,7 +5,7 @@ Many circuits are evaluated in one forward, as rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from lens_relevance.finite import check_target
 from lens_relevance.hooks.model_state import as_found, check_model
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.targets import as_target
+from lens_relevance.logit_reading import LogitReading
 
 Replacement = Literal["corrupt", "mean"]
 BYTES_AT_ONCE = 2**26  # more is slower: the pages are fresh each time
@@ -106,9 +107,9 @@ class Ablation:
         columns = []
         with as_found(self.model), torch.no_grad():
             for run in self._runs:
-                metric = run.pairs.metric(self.model)
-                step = max(1, self.bytes_at_once // (run.bytes_per_row * len(run.pairs)))
-                rows = [self._metrics(run, kept[i : i + step], metric, len(run.pairs)) for i in range(0, len(kept), step)]
+                reading = LogitReading(self.model, run.pairs.metric(self.model), run.pairs.clean.shape[1])
+                step = max(1, self.bytes_at_once // (run.bytes_per_row(reading) * len(run.pairs)))
+                rows = [self._metrics(run, kept[i : i + step], reading, len(run.pairs)) for i in range(0, len(kept), step)]
                 columns.append(torch.cat(rows))
         return torch.cat(columns, 1)
 
@@ -117,10 +118,10 @@ class Ablation:
         pairs = self.pairs
         return pairs.batches(rows_together(self.model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=16))
 
-    def _metrics(self, run: NodeHooks | EdgeHooks, kept: Tensor, metric: Callable[[Tensor], Tensor], n: int) -> Tensor:
-        with run.hooked(self.items.spread(kept)):
+    def _metrics(self, run: NodeHooks | EdgeHooks, kept: Tensor, reading: LogitReading, n: int) -> Tensor:
+        with run.hooked(self.items.spread(kept)), reading.narrow(run.copies * len(kept)):
             logits = run.logits(len(kept))
-        return torch.stack([metric(logits[i * n : (i + 1) * n]).expand(n) for i in range(len(kept))])
+        return torch.stack([reading.metric(logits[i * n : (i + 1) * n]).expand(n) for i in range(len(kept))])
 
     def _check(self, how_many: str, rebuilt: Float[Tensor, " example"], tokens: Tensor, mask: Tensor) -> None:
         """With everything kept the rebuilt model must be the model on the clean prompts, with nothing kept on the corrupt ones."""
@@ -128,7 +129,10 @@ class Ablation:
         with torch.no_grad():
             for run in self._runs:
                 rows = slice(start, start := start + len(run.pairs))
-                parts.append(run.pairs.metric(self.model)(forward(self.model, tokens[rows], mask[rows])).expand(len(run.pairs)))
+                reading = LogitReading(self.model, run.pairs.metric(self.model), tokens.shape[1])
+                with reading.narrow():
+                    logits = forward(self.model, tokens[rows], mask[rows])
+                parts.append(reading.metric(logits).expand(len(run.pairs)))
         true = torch.cat(parts)
         check_target(true, self.model, Prompt(tokens, mask), what="the metric")
         gap = float((rebuilt - true).abs().max())

@@ -22,6 +22,7 @@ from analyses.circuits.runs import forward, replacements
 from analyses.edges.transport import push
 from analyses.edges.wiring import Layer, Wiring, linear
 from analyses.tasks.pairs import PromptPairs
+from lens_relevance.logit_reading import LogitReading
 from lens_relevance.rules import LNRule
 from lens_relevance.rules.base import working
 from lens_relevance.sites import Site
@@ -44,10 +45,14 @@ class EdgeHooks:
         for layer in wiring.layers:
             names += [layer.z.output_name] + ([layer.mlp_write] if layer.has_mlp else [])
         self.other = replacements(model, pairs.corrupt, pairs.corrupt_mask, names=names, mean_tokens=mean_tokens)
-        pos, d_model = pairs.clean.shape[1], int(model.cfg.d_model)
-        readers = max(len(layer.attn_readers) for layer in wiring.layers)
-        per_position = d_model * (len(items.writers) + 3 * readers) + self.copies * int(model.cfg.d_vocab)
-        self.bytes_per_row = pos * (4 * per_position + len(items.writers) * readers)
+
+    def bytes_per_row(self, reading: LogitReading) -> int:
+        """What a row of a forward takes."""
+        readers, writers = max(len(layer.attn_readers) for layer in self.wiring.layers), len(self.place)
+        n_pos, config = self.pairs.clean.shape[1], self.model.cfg
+        read = n_pos if reading.at is None else reading.at.shape[1]
+        per_position = 4 * int(config.d_model) * (writers + 3 * readers) + writers * readers
+        return n_pos * per_position + 4 * read * self.copies * int(config.d_vocab)
 
     def logits(self, n_circuits: int) -> Tensor:
         """Logits of the hooked model, circuit by circuit."""

@@ -15,6 +15,7 @@ from analyses.circuits.items import Items
 from analyses.circuits.runs import forward, replacements
 from analyses.edges.wiring import Wiring
 from analyses.tasks.pairs import PromptPairs
+from lens_relevance.logit_reading import LogitReading
 
 Masks = Bool[Tensor, "circuit pos writer"]
 
@@ -30,8 +31,13 @@ class NodeHooks:
         self.other = replacements(
             model, pairs.corrupt, pairs.corrupt_mask, names=["blocks.0.hook_in", *heads, *mlps], mean_tokens=mean_tokens
         )
-        widest = max(int(model.cfg.d_vocab), 8 * int(model.cfg.d_model))
-        self.bytes_per_row = pairs.clean.shape[1] * widest * 8
+        self.copies = 1
+
+    def bytes_per_row(self, reading: LogitReading) -> int:
+        """What a row of a forward takes."""
+        n_pos = self.pairs.clean.shape[1]
+        read = n_pos if reading.at is None else reading.at.shape[1]
+        return 8 * max(read * int(self.model.cfg.d_vocab), n_pos * 8 * int(self.model.cfg.d_model))
 
     def logits(self, n_circuits: int) -> Tensor:
         """Logits of the hooked model, circuit by circuit."""

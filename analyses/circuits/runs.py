@@ -9,6 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_relevance.logit_reading import without_logits
+
 Recorded = dict[str, Tensor]
 
 
@@ -28,7 +30,8 @@ def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], mask: Int[T
         recorded[name] = x.detach()
         return x
 
-    with torch.no_grad(), model.hooks(fwd_hooks=[(name, lambda x, hook, name=name: keep(x, hook, name)) for name in names]):
+    hooks = [(name, lambda x, hook, name=name: keep(x, hook, name)) for name in names]
+    with torch.no_grad(), without_logits(model, tokens), model.hooks(fwd_hooks=hooks):
         forward(model, tokens, mask)
     return recorded
 

@@ -16,6 +16,7 @@ from analyses.tasks import PromptPairs
 from lens_relevance.attention_methods.run import check_patterns
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.logit_reading import without_logits
 from lens_relevance.sites import anatomy
 
 # The patterns are TransformerLens's. Its detect_head itself takes text alone, one prompt and one kind of head per forward; here token ids
@@ -45,7 +46,8 @@ def pattern_scores(model: TransformerBridge, prompts: PromptPairs | Inputs) -> p
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model_anatomy.n_layers)]
     total, count = torch.zeros(()), 0
     for batch in batches(model, prompts):
-        _, cache = model.run_with_cache(batch.tokens, names_filter=names, attention_mask=batch.mask)
+        with without_logits(model, batch.tokens):
+            _, cache = model.run_with_cache(batch.tokens, names_filter=names, attention_mask=batch.mask)
         for row, real in enumerate(batch.mask.bool()):
             patterns = torch.stack([cache[name][row][:, real][:, :, real] for name in names])
             total, count = total + _scores(patterns, batch.tokens[row, real]).cpu(), count + 1

@@ -23,6 +23,7 @@ from lens_relevance import RelevanceError
 from lens_relevance.attention_methods import head_flow
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.logit_reading import without_logits
 from lens_relevance.ruleset_tables import Table
 
 
@@ -103,7 +104,7 @@ def describe_head(
         )[:, 0, head]
         direct = direct or DirectLogits(model, layer, "attn")
         pattern, v = (f"blocks.{layer}.attn.hook_{name}" for name in ("pattern", "v"))
-        with torch.no_grad():
+        with torch.no_grad(), without_logits(model, batch.tokens):
             _, cache = model.run_with_cache(batch.tokens, names_filter=[pattern, v, *direct.norms], attention_mask=batch.mask)
             other = None
             if batch.reference is not None:

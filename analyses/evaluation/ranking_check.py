@@ -103,7 +103,7 @@ def _losses(
 
     def metric(tokens: Int[Tensor, "pair pos"], hooks: list[tuple[str, Any]]) -> Float[Tensor, " pair"]:
         with model.hooks(fwd_hooks=hooks):
-            return evaluate(piece.metric, forward(model, tokens, piece.mask)).expand(len(tokens))
+            return evaluate(piece.metric, forward(model, tokens, piece.mask, piece.columns)).expand(len(tokens))
 
     corrupt = metric(piece.corrupt, [] if means else _keepers(kind, needed, new))
     clean = metric(piece.clean, [])
@@ -146,7 +146,7 @@ def _clean_values(
     (piece,) = pieces_of(model, pairs, None, batch_size=len(pairs))
     kept: Values = {}
     with model.hooks(fwd_hooks=_keepers(kind, needed, kept)):
-        forward(model, piece.clean, piece.mask)
+        forward(model, piece.clean, piece.mask, piece.columns)
     real = (torch.ones_like(piece.clean) if piece.mask is None else piece.mask).cpu().unsqueeze(2)
     values = torch.cat([kept[layer].flatten(2).double().cpu() for layer in needed], 2)
     return torch.cat([values.where(real.bool(), 0.0), real.double()], 2)

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.methods.base import Estimator, Scores, collect, hidden, points
 from analyses.tasks import PromptPairs
 from lens_relevance import propagate
+from lens_relevance.logit_reading import without_logits
 
 
 def atp_star() -> Estimator:
@@ -73,6 +74,6 @@ def _outputs(model: TransformerBridge, pairs: PromptPairs, clean: dict[str, Tens
         return z[name]
 
     hooks = [(name, partial(exchange, name)) for name in clean] + [(name, partial(set_back, name)) for name in z]
-    with model.hooks(fwd_hooks=hooks):
+    with without_logits(model, pairs.corrupt), model.hooks(fwd_hooks=hooks):
         model(pairs.corrupt, **hidden(pairs))
     return anew

@@ -17,6 +17,7 @@ from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 from lens_relevance.hooked_model import HookedModel
+from lens_relevance.logit_reading import without_logits
 
 Scores = dict[str, Float[Tensor, "batch layer index"]]
 """Per component: [batch, layer, position] for resid, attn, mlp; [batch, layer, head] and [batch, layer, neuron], summed over positions."""
@@ -137,7 +138,8 @@ def activations(
 ) -> dict[str, Tensor]:
     """Activations of one plain run."""
     arguments: dict[str, Any] = {"names_filter": list(names), **hidden(pairs)}
-    _, cache = model.run_with_cache(tokens, **arguments)
+    with without_logits(model, tokens):
+        _, cache = model.run_with_cache(tokens, **arguments)
     return {name: cache[name] for name in names}
 
 

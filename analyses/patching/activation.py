@@ -69,8 +69,8 @@ def activation_patching(
     with bar_if(progress) as bar:
         task = bar.add_task("activation patching", total=None)
         for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
-            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls="noising" in directions)
-            corrupt = record(model, piece.corrupt, piece.mask, wanted=keys, with_calls="denoising" in directions)
+            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls="noising" in directions, columns=piece.columns)
+            corrupt = record(model, piece.corrupt, piece.mask, wanted=keys, with_calls="denoising" in directions, columns=piece.columns)
             check_finite(model, piece.metric, clean, corrupt)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
@@ -78,7 +78,7 @@ def activation_patching(
             first, runs = piece.first_difference(), []
             for one_way in directions:
                 base, source = (corrupt, clean) if one_way == "denoising" else (clean, corrupt)
-                readout = Readout(piece.metric, base.logits)
+                readout = Readout(piece.metric, base.logits, piece.columns)
                 patcher = Patcher(model, base, readout, first, batch_size, lambda count: bar.advance(task, count))
                 runs.append(_runs(one_way, patcher, nodes, _values(base, source.values)))
             m_clean, m_corrupt = (evaluate(piece.metric, recording.logits).cpu() for recording in (clean, corrupt))
@@ -120,13 +120,13 @@ def ablation(
     with bar_if(progress) as bar:
         task = bar.add_task(f"{value} ablation", total=None)
         for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
-            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls=True)
+            clean = record(model, piece.clean, piece.mask, wanted=keys, with_calls=True, columns=piece.columns)
             check_finite(model, piece.metric, clean)
             _check_live(model, clean, keys)
             nodes = nodes_of(components, {key: tuple(clean.values[key].shape) for key in keys}, by_position)
             bar.update(task, total=len(nodes) * -(-len(pairs.clean) // clean.n))
             new = {key: torch.zeros_like(old) if ablated is None else ablated[key].expand_as(old) for key, old in clean.values.items()}
-            readout = Readout(piece.metric, clean.logits)
+            readout = Readout(piece.metric, clean.logits, piece.columns)
             patcher = Patcher(model, clean, readout, 0, batch_size, lambda count: bar.advance(task, count))
             runs = _runs(value, patcher, nodes, _values(clean, new))
             pieces.append(
@@ -177,7 +177,7 @@ def _mean_values(model: TransformerBridge, pairs: PromptPairs, metric: Any, keys
     for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
         mask = (torch.ones_like(piece.clean) if piece.mask is None else piece.mask).bool()
         count = count + mask.sum(0)
-        for (name, layer), value in record(model, piece.clean, piece.mask, wanted=keys).values.items():
+        for (name, layer), value in record(model, piece.clean, piece.mask, wanted=keys, columns=piece.columns).values.items():
             at = COMPONENTS[name].axes.index("pos")
             kept = mask.to(value.device).reshape([len(mask)] + [mask.shape[1] if axis == at else 1 for axis in range(1, value.ndim)])
             totals[name, layer] = totals.get((name, layer), 0.0) + value.where(kept, 0.0).sum(0, keepdim=True)

@@ -84,7 +84,7 @@ def check_pattern_live(model: TransformerBridge, recording: Recording, layer: in
     for name, hooks in {"plain": [], "zeroed": [(pattern, lambda value, hook: torch.zeros_like(value))]}.items():
         with model.hooks(fwd_hooks=[*hooks, (z, keep(name))]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TransformerLens warns of some hooks that it drops; all are refused here
-            forward(model, tokens, mask)
+            forward(model, tokens, mask, recording.columns)
     if torch.equal(heads["plain"], heads["zeroed"]):
         raise RelevanceError(
             f"the pattern of block {layer} is shown but not used ({type(model.blocks[layer].attn).__name__} leaves attention to Hugging "

@@ -114,7 +114,7 @@ def path_patching(
         task = bar.add_task("path patching", total=None)
         for piece in pieces_of(model, pairs, metric, batch_size=batch_size):
             recordings = [
-                record(model, ids, piece.mask, wanted=keys, with_calls=base)
+                record(model, ids, piece.mask, wanted=keys, with_calls=base, columns=piece.columns)
                 for ids, base in ((piece.clean, direction == "noising"), (piece.corrupt, direction == "denoising"))
             ]
             check_finite(model, piece.metric, *recordings)
@@ -126,7 +126,7 @@ def path_patching(
             if not paths:
                 raise RelevanceError("no receiver lies in a layer above a sender, so there is no path between them")
             bar.update(task, total=len(paths) * -(-len(pairs.clean) // base.n))
-            readout, first = Readout(piece.metric, base.logits), piece.first_difference()
+            readout, first = Readout(piece.metric, base.logits, piece.columns), piece.first_difference()
             patcher = Patcher(model, base, readout, first, batch_size, lambda count: bar.advance(task, count))
             patched = _patched(patcher, source.values, sending, receiving, freeze)
             unpatched = [evaluate(piece.metric, recording.logits).cpu() for recording in recordings]

@@ -17,18 +17,23 @@ from analyses.datasets.progress import progress_bar
 from analyses.patching.plan import TOKENS_PER_PASS
 from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.metrics import AtPositions, Metric
 from lens_relevance.inputs.targets import as_target
+from lens_relevance.logit_reading import can_read_some
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of the pairs that are run together. The mask is None where every token is real."""
+    """Rows of the pairs that are run together. The mask is None where every token is real.
+
+    columns: the positions at which logits are computed; None: all. metric: of the logits there.
+    """
 
     clean: Int[Tensor, "n pos"]
     corrupt: Int[Tensor, "n pos"]
     mask: Int[Tensor, "n pos"] | None
     metric: Metric
+    columns: Int[Tensor, " column"] | None
 
     def first_difference(self) -> int:
         """The first position at which clean and corrupt differ in any row; the last one if they never do."""
@@ -52,7 +57,16 @@ def pieces_of(model: TransformerBridge, pairs: PromptPairs, metric: Any, *, batc
         clean, corrupt, mask, same = (ids[rows].to(model.cfg.device) for ids in (pairs.clean, pairs.corrupt, *masks))
         here = target.select(rows)
         (clean, mask), (corrupt, _) = here.extend(model, clean, mask), here.extend(model, corrupt, same)
-        yield Piece(clean, corrupt, None if mask.all() else mask, here.metric(model, clean, mask))
+        yield Piece(clean, corrupt, None if mask.all() else mask, *_at_columns(model, here.metric(model, clean, mask)))
+
+
+def _at_columns(model: TransformerBridge, metric: Metric) -> tuple[Metric, Int[Tensor, " column"] | None]:
+    """The metric as a function of the logits at the positions that it reads of some row, and these positions."""
+    if metric.at is None or not can_read_some(model):
+        return metric, None
+    columns, index = metric.at.unique(return_inverse=True)
+    in_order = index.shape[1] == len(columns) and bool((index == torch.arange(len(columns), device=index.device)).all())
+    return metric.of_read() if in_order else AtPositions(index, metric.of_read()), columns
 
 
 def bar_if(progress: bool) -> Progress:

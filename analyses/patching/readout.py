@@ -20,29 +20,30 @@ class Readout:
     """A metric with what it reads, so that no other logits need to be computed.
 
     Attributes:
-        columns: positions [column] at which the metric reads the logits of some row.
+        columns: positions [column] at which the metric reads the logits of some row, of those at which they were `computed` (None: all).
         tokens: tokens [token] whose logits it reads there, of some row; None for the whole vocabulary.
     """
 
-    def __init__(self, metric: Metric, logits: Float[Tensor, "n pos d_vocab"]) -> None:
+    def __init__(self, metric: Metric, logits: Float[Tensor, "n pos d_vocab"], computed: Int[Tensor, " pos"] | None = None) -> None:
         self.metric = metric
         value, read = evaluate(metric, logits), _read(metric, logits)
-        self.columns: Int[Tensor, " column"] = read.any(dim=1).nonzero().flatten()
+        self._index: Int[Tensor, " column"] = read.any(dim=1).nonzero().flatten()
         tokens: Int[Tensor, " token"] = read.any(dim=0).nonzero().flatten()
         self.tokens = tokens if len(tokens) * FEW <= logits.shape[-1] else None
         # Whatever is not read stays NaN: a metric that looks elsewhere after all returns NaN and is caught here.
         self._logits = torch.full_like(logits, torch.nan)
-        if self.tokens is not None and not torch.equal(self(logits[:, self.columns][:, :, self.tokens]), value):
+        if self.tokens is not None and not torch.equal(self(logits[:, self._index][:, :, self.tokens]), value):
             self.tokens = None
-        if self.tokens is None and not torch.equal(self(logits[:, self.columns]), value):
-            self.columns = torch.arange(logits.shape[1], device=logits.device)
+        if self.tokens is None and not torch.equal(self(logits[:, self._index]), value):
+            self._index = torch.arange(logits.shape[1], device=logits.device)
+        self.columns: Int[Tensor, " column"] = self._index if computed is None else computed.to(self._index)[self._index]
 
     def __call__(self, logits: Float[Tensor, "n column token"]) -> Float[Tensor, " n_or_1"]:
         """The metric of one run from its logits of `tokens` at `columns`."""
         if self.tokens is None:
-            self._logits[:, self.columns] = logits
+            self._logits[:, self._index] = logits
         else:
-            self._logits[:, self.columns[:, None], self.tokens] = logits
+            self._logits[:, self._index[:, None], self.tokens] = logits
         return evaluate(self.metric, self._logits).clone()  # a metric may give a view of the logits, which the next run overwrites
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from analyses.components import COMPONENTS
 from lens_relevance.errors import RelevanceError
+from lens_relevance.logit_reading import logits_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -24,7 +25,7 @@ class Recording:
 
     Attributes:
         tokens, mask: what it ran on, [n, pos]; the mask is None where every token is real.
-        logits: [n, pos, d_vocab]; of a classifier [n, 1, class].
+        logits: [n, pos, d_vocab], at `columns` where these are given; of a classifier [n, 1, class].
         values: activation of each (component, layer) asked for, as its HookPoint shows it.
         calls: (args, kwargs) with which each block was called; empty if not asked for. The first argument is the residual stream.
         cache: keys and values of every layer, where the model keeps them as Hugging Face models do.
@@ -36,6 +37,7 @@ class Recording:
     values: dict[tuple[str, int], Tensor]
     calls: list[Call]
     cache: DynamicCache | None
+    columns: Int[Tensor, " column"] | None = None
 
     @property
     def n(self) -> int:
@@ -97,13 +99,18 @@ def take_rows(value: Tensor, rows: Int[Tensor, " rows"]) -> Tensor:
 
 
 def forward(
-    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None, **kwargs: Any
+    model: TransformerBridge,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"] | None,
+    columns: Int[Tensor, " column"] | None = None,
+    **kwargs: Any,
 ) -> Float[Tensor, "batch column d_vocab"]:
-    """Logits of the whole model; those of a classifier, [batch, class], at one position."""
+    """Logits of the whole model at some positions (None: at all); those of a classifier, [batch, class], at one."""
     if mask is not None:
         kwargs["attention_mask"] = mask
     kwargs.setdefault("use_cache", False)
-    logits = model(tokens, **kwargs)
+    with logits_at(model, None if columns is None else columns.expand(len(tokens), -1), tokens.shape[1]):
+        logits = model(tokens, **kwargs)
     return logits if logits.ndim > 2 else logits.unsqueeze(1)
 
 
@@ -114,10 +121,12 @@ def record(
     *,
     wanted: Sequence[tuple[str, int]],
     with_calls: bool = False,
+    columns: Int[Tensor, " column"] | None = None,
 ) -> Recording:
     """Run the model once and keep the activations of each (component, layer) in `wanted`.
 
     Args:
+        columns: the positions at which logits are computed; None: all.
         with_calls: also keep what is needed to go on from any block: how each block was called, and its keys and values.
 
     Raises:
@@ -133,9 +142,9 @@ def record(
 
     with model.hooks(fwd_hooks=[keep(key) for key in wanted]):
         if with_calls:
-            logits, calls, cache = _forward_with_calls(model, tokens, mask)
+            logits, calls, cache = _forward_with_calls(model, tokens, mask, columns)
         else:
-            logits, calls, cache = forward(model, tokens, mask), [], None
+            logits, calls, cache = forward(model, tokens, mask, columns), [], None
     for component, layer in wanted:
         if (component, layer) not in values:
             point = COMPONENTS[component].read_at(layer)
@@ -143,10 +152,12 @@ def record(
                 f"{component!r} of block {layer} never fires in this model ({point} is not part of its forward pass), so it can be neither "
                 "read nor patched"
             )
-    return Recording(tokens, mask, logits, values, calls, cache)
+    return Recording(tokens, mask, logits, values, calls, cache, columns)
 
 
-def _forward_with_calls(model: TransformerBridge, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Call], DynamicCache | None]:
+def _forward_with_calls(
+    model: TransformerBridge, tokens: Tensor, mask: Tensor | None, columns: Tensor | None
+) -> tuple[Tensor, list[Call], DynamicCache | None]:
     """Logits, how each block was called, and keys and values where the model can keep them."""
     calls: list[Call] = []
 
@@ -157,7 +168,7 @@ def _forward_with_calls(model: TransformerBridge, tokens: Tensor, mask: Tensor |
     try:
         cache = DynamicCache()
         try:
-            logits = forward(model, tokens, mask, past_key_values=cache, use_cache=True)
+            logits = forward(model, tokens, mask, columns, past_key_values=cache, use_cache=True)
         except (TypeError, ValueError, AttributeError, NotImplementedError):
             pass  # this family does not take such a cache
         else:
@@ -165,7 +176,7 @@ def _forward_with_calls(model: TransformerBridge, tokens: Tensor, mask: Tensor |
             if len(kept) == len(model.blocks) and all(keys is not None and keys.shape[2] == tokens.shape[1] for keys in kept):
                 return logits, calls, cache
         calls.clear()
-        return forward(model, tokens, mask), calls, None
+        return forward(model, tokens, mask, columns), calls, None
     finally:
         for handle in handles:
             handle.remove()

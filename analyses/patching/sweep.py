@@ -67,6 +67,8 @@ def run_rows(
     with model.hooks(fwd_hooks=[hooked(layer, name, edit) for layer, here in edits.items() for name, edit in here]):
         if shortcut == "none":
             mask = None if recording.mask is None else recording.mask[rows.base]
+            if recording.columns is not None:
+                return forward(model, recording.tokens[rows.base], mask, columns)
             return forward(model, recording.tokens[rows.base], mask)[:, columns]
         residual = run.up_to_last_block(rows)
         first_read = int(columns[0]) if shortcut == "position" else 0
@@ -143,7 +145,8 @@ def to_logits(
     logits = _as_final(model, _unembed(model, model.ln_final(outcome), readout.tokens)).to(recording.logits.device)
     if logits.shape[1] == len(columns):
         return logits
-    whole = take_rows(recording.logits, rows.base)[:, columns][:, :, tokens]
+    computed = columns if recording.columns is None else torch.searchsorted(recording.columns, columns)
+    whole = take_rows(recording.logits, rows.base)[:, computed][:, :, tokens]
     whole[:, columns >= rows.start] = logits
     return whole
 

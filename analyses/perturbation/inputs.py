@@ -12,12 +12,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from analyses.perturbation.removal_runs import Removal
+from analyses.perturbation.removal_runs import Removal, target_and_answer
 from lens_relevance import RelevanceError, Target
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.prompt import Prompt, read_inputs
 from lens_relevance.inputs.targets import as_target
-from lens_relevance.inputs.token_ids import positions
 from lens_relevance.sites import anatomy
 
 PATCH_BASELINES = ("zero", "mean_patch", "blur")
@@ -44,15 +43,7 @@ class _InputRemoval(Removal):
 
     def answers(self, prompt: Prompt, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(target [n], most likely answer [n])."""
-        logits = prompt.call(self.model)
-        logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
-        tokens, mask = prompt.tokens, prompt.mask
-        if logits.shape[1] != tokens.shape[1]:  # a classifier has one position
-            tokens = tokens.new_zeros(logits.shape[:2])
-            mask = torch.ones_like(tokens)
-        value = self.target.select(rows).metric(self.model, tokens, mask)(logits)
-        last = positions(getattr(self.target, "position", -1), tokens, mask)
-        return value.expand(len(rows)).double(), logits[torch.arange(len(rows)), last].argmax(-1)
+        return target_and_answer(self.model, self.target.select(rows), prompt)
 
 
 class PatchRemoval(_InputRemoval):

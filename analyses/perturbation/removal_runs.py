@@ -8,6 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lens_relevance import Target
+from lens_relevance.hooked_model import HookedModel
+from lens_relevance.inputs.metrics import read_at
+from lens_relevance.inputs.prompt import Prompt
+from lens_relevance.inputs.token_ids import positions
+from lens_relevance.logit_reading import can_read_some, logits_at
+
 
 class Removal(ABC):
     """Evaluates inputs without some of their items: (rows, removed) -> (target, whether the prediction is still that of the whole input).
@@ -51,6 +58,31 @@ class Removal(ABC):
     @abstractmethod
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Tensor, Tensor]:
         """The target [n] and the most likely answer [n] of these inputs without these items."""
+
+
+def target_and_answer(model: HookedModel, target: Target, prompt: Prompt) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """The target and the most likely answer of each row; logits are computed where these two are read, and nowhere else."""
+    tokens, mask = prompt.tokens, prompt.mask
+    if can_read_some(model):
+        metric = target.metric(model, tokens, mask)
+        if metric.at is not None:
+            at, last = metric.at.to(tokens.device), _read_last(target, tokens, mask)
+            with logits_at(model, at if torch.equal(at, last) else torch.cat([at, last], 1), tokens.shape[1]):
+                logits = prompt.call(model)
+            value = metric.of_read()(logits[:, : at.shape[1]])
+            return value.expand(len(tokens)).double(), logits[:, -1].argmax(-1)
+    logits = prompt.call(model)
+    logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
+    if logits.shape[1] != tokens.shape[1]:  # a classifier has one position
+        tokens = tokens.new_zeros(logits.shape[:2])
+        mask = torch.ones_like(tokens)
+    value = target.metric(model, tokens, mask)(logits)
+    return value.expand(len(tokens)).double(), read_at(logits, _read_last(target, tokens, mask))[:, 0].argmax(-1)
+
+
+def _read_last(target: Target, tokens: Tensor, mask: Tensor) -> Int[Tensor, "n 1"]:
+    """Where the answer stands: at the target's position, or the last."""
+    return positions(getattr(target, "position", -1), tokens, mask).unsqueeze(1)
 
 
 def one_by_one(removal: Removal, removable: Bool[Tensor, "batch item"]) -> Float[Tensor, "batch item"]:

@@ -9,12 +9,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.perturbation.removal_runs import Removal
+from analyses.perturbation.removal_runs import Removal, target_and_answer
 from lens_relevance import RelevanceError, Target
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.inputs.targets import TokenTarget, as_target
-from lens_relevance.inputs.token_ids import positions
 from lens_relevance.sites import anatomy
 from lens_relevance.sites.token_sets import TOKENS
 
@@ -82,11 +81,7 @@ class TextRemoval(Removal):
         return self._forward(tokens, torch.ones_like(tokens), rows)
 
     def _forward(self, tokens: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        padded = {} if bool((mask == 1).all()) else {"attention_mask": mask}
-        logits = self.model(tokens, return_type="logits", use_cache=False, **padded)
-        value = self.target.select(rows).metric(self.model, tokens, mask)(logits)
-        last = positions(getattr(self.target, "position", -1), tokens, mask)
-        return value.expand(len(rows)).double(), logits[torch.arange(len(rows)), last].argmax(-1)
+        return target_and_answer(self.model, self.target.select(rows), Prompt(tokens, mask))
 
     def _fillers(self, seed: int) -> Tensor:
         """Embeddings [batch, pos, d_model] that take the place of removed tokens."""
