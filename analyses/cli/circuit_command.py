@@ -12,6 +12,7 @@ from analyses.cli.app import app
 from analyses.cli.options import (
     Device,
     Dtype,
+    Force,
     Model,
     Number,
     Pairs,
@@ -35,6 +36,7 @@ def circuit(
     n: Number = 16,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
+    force: Force = False,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -12,6 +12,7 @@ from analyses.cli.app import app
 from analyses.cli.options import (
     Device,
     Dtype,
+    Force,
     Model,
     TrustRemoteCode,
     clean_errors,
@@ -25,6 +26,7 @@ def coverage(
     model: Model = "embedded",
     sites: Annotated[bool, typer.Option("--sites", help="List every site too.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv with all sites and rulesets.")] = None,
+    force: Force = False,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -14,6 +14,7 @@ from analyses.cli.options import (
     Answer,
     Device,
     Dtype,
+    Force,
     Model,
     Prompt,
     Rules,
@@ -42,6 +43,7 @@ def graph(
     out: Annotated[
         Path, typer.Option(help="Where to: .html, .svg, .png, .json or .graphml; without an ending, .html, .json and .graphml.")
     ] = Path("graph"),
+    force: Force = False,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,

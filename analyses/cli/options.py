@@ -40,6 +40,7 @@ Pairs = Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .js
 Number = Annotated[int, typer.Option("--n", min=1, help="How many pairs of the task.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="A folder: an interrupted run, started again with it, goes on where it stopped.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task's draw.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what --out names, even if it was not written by lens-relevance.")]
 
 
 def clean_errors(command: Callable[..., None]) -> Callable[..., None]:

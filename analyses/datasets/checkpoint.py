@@ -1,130 +1,138 @@
 """A long run on disk, so that it can go on after an interruption: a folder with what run it is (JSON) and what it has so far (safetensors).
 
-Every file is written beside its place and then renamed into it, so that a run killed at any moment leaves whole files or none. No pickle: a
-checkpoint runs no code.
+Every file is written beside its place and then renamed into it, so that a run killed at any moment leaves whole files or none. Each part bears
+a checksum of its tensors, its name and its run, so that damaged and foreign files are known. No pickle: a checkpoint runs no code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from analyses.tasks import PromptPairs
-from lens_relevance import RelevanceError, __version__
+from analyses.datasets.files import write_whole
+from lens_relevance import RelevanceError
 
 _RUN = "run.json"
+_FIRST = "first batch"
+_CHECKSUM = "checksum"
+# How far two runs of the same model on the same prompts may be apart, on another machine or with other threads: relative to the largest.
+_ROUNDING = {"float64": 1e-9, "float32": 1e-4}
+_ROUNDING_OF_HALF = 2e-2
 
 
 class Checkpoint:
     """The parts of one run under a folder, by name.
 
-    run: what makes the results what they are, as JSON can hold it; see `fingerprint`.
+    run: what makes the results what they are, as JSON can hold it; see `analyses.datasets.fingerprint`.
 
-    Raises RelevanceError where the folder holds another run, or something that is no checkpoint.
+    Raises RelevanceError where the folder holds another run, or something that is no checkpoint, or cannot be written to.
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise RelevanceError(f"a checkpoint is a folder, and {folder} is a file; name another path")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Looked at in this order because another process may just be starting the same run: it writes run.json before anything else.
-        strangers = [path.name for path in self.folder.iterdir() if _RUN not in path.name]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Looked at in this order because another process may just be starting the same run: it writes run.json before anything else.
+            strangers = [path.name for path in self.folder.iterdir() if _RUN.removesuffix(".json") not in path.name]
+        except OSError as error:
+            raise RelevanceError(f"{folder} cannot be made or read as a checkpoint: {error.strerror or error}") from error
         if (self.folder / _RUN).exists():
             self._check(run)
         elif strangers:
             raise RelevanceError(f"{folder} holds {strangers[0]} but no {_RUN}, so it is no checkpoint; name an empty or a new folder")
         else:
-            self._write(_RUN, json.dumps(run, indent=1).encode())
+            content = json.dumps(run, indent=1)
+            write_whole(self.folder / _RUN, lambda path: path.write_text(content, encoding="utf-8"))
+        self._run = digest([("run", (self.folder / _RUN).read_bytes())])
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The tensors saved under a name; None if there are none yet."""
         path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
         try:
-            return safetensors.load_file(path) if path.exists() else None
+            with safe_open(path, framework="pt") as file:
+                tensors, noted = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError) as error:
-            raise RelevanceError(f"{path} cannot be read ({error}); delete the folder to start anew") from error
+            raise RelevanceError(f"{path} cannot be read ({error}); delete that file, and the run goes on without it") from error
+        if noted != self._checksum(name, tensors):
+            raise RelevanceError(
+                f"{path} is damaged or was not written by this run: its checksum does not fit. Delete that file, and the run goes on without it"
+            )
+        return tensors
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write tensors under a name, in place of what was there."""
-        self._write(f"{name}.safetensors", safetensors.save({key: value.contiguous().clone() for key, value in tensors.items()}))
+        whole = {key: value.contiguous().clone() for key, value in tensors.items()}
+        content = safetensors.save(whole, metadata={_CHECKSUM: self._checksum(name, whole)})
+        write_whole(self.folder / f"{name}.safetensors", lambda path: path.write_bytes(content))
+
+    def _checksum(self, name: str, tensors: dict[str, Tensor]) -> str:
+        named = ((key, tensor_bytes(value)) for key, value in sorted(tensors.items()))
+        return digest([("name", name.encode()), ("run", self._run.encode()), *named])
 
     def _check(self, run: dict[str, Any]) -> None:
         try:
-            there = json.loads((self.folder / _RUN).read_text())
+            there = json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RelevanceError(f"{self.folder / _RUN} cannot be read ({error}); delete the folder to start anew") from error
-        differing = [key for key in dict.fromkeys([*run, *there]) if there.get(key) != json.loads(json.dumps(run.get(key)))]
-        if differing:
-            details = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(run.get(key))} here" for key in differing)
+        if not isinstance(there, dict):
+            raise RelevanceError(f"{self.folder / _RUN} was not written by a run of ours; name another path, or delete it to start anew")
+        here = json.loads(json.dumps(run))
+        details = [
+            f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
+            for key in dict.fromkeys([*here, *there])
+            if key != _FIRST and there.get(key) != here.get(key)
+        ]
+        if not details:
+            details = [f"the model gives other {name} on the first pairs" for name in _differing(there.get(_FIRST), here.get(_FIRST))]
+        if details:
             raise RelevanceError(
-                f"{self.folder} is the checkpoint of another run ({details}); name another path, or delete it to start anew"
+                f"{self.folder} is the checkpoint of another run ({'; '.join(details)}); name another path, or delete it to start anew"
             )
 
-    def _write(self, name: str, content: bytes) -> None:
-        # The process id keeps processes that share the folder out of each other's unfinished files.
-        unfinished = self.folder / f".{name}.{os.getpid()}.tmp"
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / name)
+
+def _differing(there: Any, here: Any) -> list[str]:
+    """Which lists of numbers of the first batch are further apart than rounding makes them."""
+    if here is None and there is None:
+        return []
+    if not isinstance(there, dict) or not isinstance(here, dict) or there.keys() != here.keys():
+        return ["numbers"]
+    allowed = _ROUNDING.get(str(here["dtype"]), _ROUNDING_OF_HALF)
+    return [name for name in here if name != "dtype" and not _close(there[name], here[name], allowed)]
 
 
-def fingerprint(model: Any, pairs: PromptPairs, **settings: Any) -> dict[str, Any]:
-    """What a run is known by: hashes of the model's weights and of the pairs, this version, and the settings.
-
-    A function as target is known by its name alone: what it does cannot be read off.
-    """
-    # a generator: copies of all weights at once might not fit
-    weights = ((name, _bytes(weight)) for name, weight in sorted(model.state_dict().items()) if isinstance(weight, Tensor))
-    hooked = sorted(name for name, point in model.hook_dict.items() if point.has_hooks())
-    tokens = [(name, _bytes(getattr(pairs, name))) for name in ("clean", "corrupt", "clean_mask", "corrupt_mask")]
-    return {
-        "model": _digest(weights),
-        "hooks on the model": hooked,
-        "pairs": _digest([*tokens, ("target", json.dumps(_plain(pairs.target)).encode())]),
-        "lens_relevance": __version__,
-        **settings,
-    }
+def _close(there: Any, here: list[float], allowed: float) -> bool:
+    if not isinstance(there, list) or len(there) != len(here) or not all(isinstance(number, int | float) for number in there):
+        return False
+    one, other = torch.tensor(there, dtype=torch.float64), torch.tensor(here, dtype=torch.float64)
+    return bool(((one - other).abs() <= allowed * other.abs().max()).all()) if len(here) else True
 
 
-def _digest(named: Iterable[tuple[str, bytes]]) -> str:
-    digest = hashlib.sha256()
+def digest(named: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 of names and contents."""
+    result = hashlib.sha256()
     for name, content in named:
-        digest.update(f"{name} {len(content)} ".encode() + content)
-    return digest.hexdigest()
+        result.update(f"{name} {len(content)} ".encode() + content)
+    return result.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
     """Type, shape and values; only type and shape of what is offloaded, whose values are not in memory."""
     described = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     if tensor.is_meta:
         return described
     return described + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _plain(value: Any) -> Any:
-    """A target, with all its tensors, as JSON can hold it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 def _short(value: Any) -> str:

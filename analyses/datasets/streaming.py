@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from analyses.datasets.checkpoint import Checkpoint, fingerprint
+from analyses.datasets.checkpoint import Checkpoint
+from analyses.datasets.fingerprint import fingerprint
 from analyses.datasets.processes import processes
 from analyses.datasets.progress import progress_bar
 from analyses.tasks import PromptPairs
