@@ -20,6 +20,7 @@ from lens_relevance.errors import NotKeptError, RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.named_tensors import NamedTensors
 from lens_relevance.rules.base import difference, share
+from lens_relevance.whole_files import write_whole
 
 
 @dataclass
@@ -204,7 +205,8 @@ class RelevanceCache(Mapping[str, Tensor]):
         meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent, "grid": self.grid}
         account = "" if self.account is None else self.account.to_json(orient="split", double_precision=15)
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(contiguous, str(path), metadata={"lens_relevance": json.dumps(meta), "account": account})
+        metadata = {"lens_relevance": json.dumps(meta), "account": account}
+        write_whole(path, lambda beside: save_file(contiguous, str(beside), metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> RelevanceCache:

@@ -48,11 +48,13 @@ def circuit(
     from analyses.circuits import faithfulness_table
     from analyses.circuits.faithfulness import METHODS
     from analyses.models.loading import load_model
+    from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
     from lens_relevance import RelevanceError
 
     if level not in ("node", "edge"):
         raise RelevanceError(f"level is node or edge, not {level!r}")
+    file = None if out is None else OutputFile(out, force=force, columns=("method", "order", "cmd", "cpr"))
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
@@ -61,9 +63,9 @@ def circuit(
         raise RelevanceError("circuits are found on one half of the pairs and evaluated on the other, so there must be two pairs or more")
     found_on, held_out = question.pairs[slice(0, half)], question.pairs[slice(half, None)]
     table = faithfulness_table(loaded, found_on, chosen, level=level, held_out=held_out)  # type: ignore[arg-type]
-    if out is not None:
-        table.to_csv(out, index=False)
     title = (
         f"Circuits of {level}s, {question.title}: found on {half} pairs (selection_cmd), CMD (0 is best) and CPR on {len(held_out)} others"
     )
     Console().print(frame_table(table.round(4), title))
+    if file is not None:
+        file.write_table(table)

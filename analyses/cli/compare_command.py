@@ -50,15 +50,17 @@ def compare(
     """Hold every method against activation patching, and write the table as a page."""
     from analyses.components import resolve_direction
     from analyses.datasets.processes import processes
-    from analyses.evaluation.comparison import METHODS
+    from analyses.evaluation.comparison import COLUMNS, METHODS
     from analyses.evaluation.comparison import compare as compare_methods
     from analyses.models.loading import load_model
+    from analyses.output_files import OutputFile
     from analyses.report.comparison_page import UNDEFINED, best_methods, comparison_page, correlation_table
     from analyses.report.terminal import frame_table
     from lens_relevance.inputs.targets import describe
 
     yardstick = resolve_direction(direction)
     chosen = METHODS if methods is None else [name.strip() for name in methods.split(",")]
+    file = OutputFile(out, force=force, columns=COLUMNS)
     here = processes()
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
@@ -66,10 +68,6 @@ def compare(
     comparison = compare_methods(loaded, question.pairs, chosen, components=wanted, direction=yardstick, checkpoint=checkpoint)
     if here.index:
         return  # every process has the result; the first one speaks
-    if out.suffix == ".csv":
-        comparison.table.to_csv(out, index=False)
-    else:
-        comparison_page(comparison, model, describe(question.pairs.target, loaded), words=question.words, command=typed_command()).save(out)
     console = Console()
     console.print(
         frame_table(correlation_table(comparison.table, brief=True), f"Pearson with activation patching ({direction}), {question.words}")
@@ -77,4 +75,9 @@ def compare(
     console.print(frame_table(best_methods(comparison.table), "Best"))
     if comparison.table["pearson"].isna().any():
         console.print(UNDEFINED, markup=False, highlight=False)
+    if out.suffix == ".csv":
+        file.write_table(comparison.table)
+    else:
+        target = describe(question.pairs.target, loaded)
+        file.write(comparison_page(comparison, model, target, words=question.words, command=typed_command()).save)
     console.print(f"patching itself: {comparison.patching_seconds:.1f} s; all figures: {out}", markup=False, highlight=False)

@@ -33,9 +33,11 @@ def coverage(
 ) -> None:
     """Show which rulesets work on a model, and where it has parts without a rule."""
     from analyses.models.loading import load_model
+    from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
     from lens_relevance import coverage as covered
 
+    file = None if out is None else OutputFile(out, force=force, columns=("site", "operation", "inputs", "output", "live", "off"))
     report = covered(load_model(model, trust_remote_code, dtype=dtype, device=device))
     console = Console()
     console.print(frame_table(report.rulesets, f"Rulesets on {model}"))
@@ -45,5 +47,5 @@ def coverage(
         console.print(
             frame_table(report.sites[["site", "operation", "live", "off", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")
         )
-    if out is not None:
-        report.sites.to_csv(out, index=False)
+    if file is not None:
+        file.write_table(report.sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -51,26 +52,24 @@ def graph(
     """Draw the edges over which relevance flows through the model for one prompt, and list the strongest paths."""
     from analyses.graph import flow_graph
     from analyses.models.loading import load_model
+    from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
     from lens_relevance import RelevanceError, random_tokens
     from lens_relevance.ruleset_tables import needs_reference, ruleset
 
     if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
         raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json or .graphml")
-    files = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
+    names = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
+    files = [OutputFile(name, force=force) for name in names]
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, n=1, seed=seed)
     pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
     counterpart = random_tokens(8) if question.baseline else pair.corrupt
     reference = counterpart if needs_reference(ruleset(chosen)) else None
     flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
-    for file in files:
-        if file.suffix == ".json":
-            flow.to_json(file)
-        elif file.suffix == ".graphml":
-            flow.to_graphml(file)
-        else:
-            flow.show().save(file)
     Console().print(frame_table(flow.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
     typer.echo("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(flow.tokens)))
-    typer.echo(f"{', '.join(map(str, files))}: {len(flow.edges)} edges, {len(flow.nodes)} nodes, {question.target_in_words(loaded)}")
+    writers: dict[str, Callable[[Path], object]] = {".json": flow.to_json, ".graphml": flow.to_graphml}
+    for file in files:
+        file.write(writers.get(file.path.suffix) or flow.show().save)
+    typer.echo(f"{', '.join(map(str, names))}: {len(flow.edges)} edges, {len(flow.nodes)} nodes, {question.target_in_words(loaded)}")

@@ -49,11 +49,13 @@ def rank(
     from analyses.datasets.processes import processes
     from analyses.evaluation.ranking import rank_heads, rank_neurons
     from analyses.models.loading import load_model
+    from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
     from lens_relevance import RelevanceError
 
     if what not in ("heads", "neurons"):
         raise RelevanceError(f"rank heads or neurons, not {what!r}")
+    file = None if out is None else OutputFile(out, force=force, columns=("layer", what.removesuffix("s"), "score", "standard_error"))
     here = processes()
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
@@ -63,5 +65,5 @@ def rank(
     Console().print(frame_table(ranking.head(top), f"{what} by {method}: {question.words}"))
     if ablate:
         typer.echo(str(ranking.attrs["ablation"]))
-    if out is not None:
-        ranking.to_csv(out, index=False)
+    if file is not None:
+        file.write_table(ranking)

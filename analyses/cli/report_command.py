@@ -52,11 +52,13 @@ def report(
     """Write one HTML page: words, layers and heads by relevance, beside activation patching, with the account. It opens offline."""
     from analyses.evaluation.agreement import correlation_in_words
     from analyses.models.loading import load_model
+    from analyses.output_files import OutputFile
     from analyses.report import find, report_page
 
+    file = OutputFile(out, force=force)
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed)
     findings = find(loaded, question, rules, with_graph=True)
-    report_page(findings, typed_command()).save(out)
     pearson = correlation_in_words(findings.pearson)
     typer.echo(f"{out}: {findings.target}, {findings.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")
+    file.write(report_page(findings, typed_command()).save)

@@ -1,7 +1,7 @@
 """A long run on disk, so that it can go on after an interruption: a folder with what run it is (JSON) and what it has so far (safetensors).
 
-Every file is written beside its place and then renamed into it, so that a run killed at any moment leaves whole files or none. Each part bears
-a checksum of its tensors, its name and its run, so that damaged and foreign files are known. No pickle: a checkpoint runs no code.
+Every file is written beside its place and then renamed into it, so that a run killed at any moment leaves whole files or none. Each part
+holds a checksum of its tensors, its name and its run, so that damaged and foreign files are known. No pickle: a checkpoint runs no code.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from analyses.datasets.files import write_whole
 from lens_relevance import RelevanceError
+from lens_relevance.whole_files import write_whole
 
+NUMBERS = "numbers"  # of a run, which are compared up to rounding
 _RUN = "run.json"
-_FIRST = "first batch"
 _CHECKSUM = "checksum"
-# How far two runs of the same model on the same prompts may be apart, on another machine or with other threads: relative to the largest.
-_ROUNDING = {"float64": 1e-9, "float32": 1e-4}
+# How far the same model on the same prompts may be from itself on another machine or with other threads, relative to the largest number.
+_ROUNDING = {"float64": 1e-5, "float32": 1e-5}  # norms are often computed in float32 where all else is float64
 _ROUNDING_OF_HALF = 2e-2
 
 
@@ -43,9 +43,9 @@ class Checkpoint:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Looked at in this order because another process may just be starting the same run: it writes run.json before anything else.
-            strangers = [path.name for path in self.folder.iterdir() if _RUN.removesuffix(".json") not in path.name]
+            strangers = [path.name for path in self.folder.iterdir() if not path.name.startswith((_RUN, ".run."))]
         except OSError as error:
-            raise RelevanceError(f"{folder} cannot be made or read as a checkpoint: {error.strerror or error}") from error
+            raise RelevanceError(f"{folder} cannot be used as a checkpoint: {error.strerror or error}") from error
         if (self.folder / _RUN).exists():
             self._check(run)
         elif strangers:
@@ -53,7 +53,8 @@ class Checkpoint:
         else:
             content = json.dumps(run, indent=1)
             write_whole(self.folder / _RUN, lambda path: path.write_text(content, encoding="utf-8"))
-        self._run = digest([("run", (self.folder / _RUN).read_bytes())])
+        exact = {key: value for key, value in run.items() if key != NUMBERS}
+        self._run = digest([("run", json.dumps(exact, sort_keys=True).encode())])
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The tensors saved under a name; None if there are none yet."""
@@ -64,10 +65,10 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 tensors, noted = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError) as error:
-            raise RelevanceError(f"{path} cannot be read ({error}); delete that file, and the run goes on without it") from error
+            raise RelevanceError(f"{path} cannot be read ({error}); delete that file, and what it held is computed again") from error
         if noted != self._checksum(name, tensors):
             raise RelevanceError(
-                f"{path} is damaged or was not written by this run: its checksum does not fit. Delete that file, and the run goes on without it"
+                f"{path} is damaged or of another run: its checksum does not fit. Delete that file, and what it held is computed again"
             )
         return tensors
 
@@ -82,33 +83,32 @@ class Checkpoint:
         return digest([("name", name.encode()), ("run", self._run.encode()), *named])
 
     def _check(self, run: dict[str, Any]) -> None:
+        path = self.folder / _RUN
         try:
-            there = json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
+            there = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RelevanceError(f"{self.folder / _RUN} cannot be read ({error}); delete the folder to start anew") from error
+            raise RelevanceError(f"{path} cannot be read ({error}); delete the folder to start anew") from error
         if not isinstance(there, dict):
-            raise RelevanceError(f"{self.folder / _RUN} was not written by a run of ours; name another path, or delete it to start anew")
+            raise RelevanceError(f"{path} describes no run; name another folder, or delete this one to start anew")
         here = json.loads(json.dumps(run))
         details = [
             f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
             for key in dict.fromkeys([*here, *there])
-            if key != _FIRST and there.get(key) != here.get(key)
+            if key != NUMBERS and there.get(key) != here.get(key)
         ]
         if not details:
-            details = [f"the model gives other {name} on the first pairs" for name in _differing(there.get(_FIRST), here.get(_FIRST))]
+            details = [f"{name} differ" for name in _differing(there.get(NUMBERS, {}), here.get(NUMBERS, {}))]
         if details:
             raise RelevanceError(
                 f"{self.folder} is the checkpoint of another run ({'; '.join(details)}); name another path, or delete it to start anew"
             )
 
 
-def _differing(there: Any, here: Any) -> list[str]:
-    """Which lists of numbers of the first batch are further apart than rounding makes them."""
-    if here is None and there is None:
-        return []
-    if not isinstance(there, dict) or not isinstance(here, dict) or there.keys() != here.keys():
-        return ["numbers"]
-    allowed = _ROUNDING.get(str(here["dtype"]), _ROUNDING_OF_HALF)
+def _differing(there: Any, here: dict[str, Any]) -> list[str]:
+    """Which lists of numbers differ by more than rounding."""
+    if not isinstance(there, dict) or there.keys() != here.keys():
+        return ["the numbers of the first batch"]
+    allowed = _ROUNDING.get(str(here.get("dtype")), _ROUNDING_OF_HALF)
     return [name for name in here if name != "dtype" and not _close(there[name], here[name], allowed)]
 
 
@@ -116,7 +116,8 @@ def _close(there: Any, here: list[float], allowed: float) -> bool:
     if not isinstance(there, list) or len(there) != len(here) or not all(isinstance(number, int | float) for number in there):
         return False
     one, other = torch.tensor(there, dtype=torch.float64), torch.tensor(here, dtype=torch.float64)
-    return bool(((one - other).abs() <= allowed * other.abs().max()).all()) if len(here) else True
+    largest = float(other[other.isfinite()].abs().max()) if bool(other.isfinite().any()) else 0.0
+    return torch.allclose(one, other, rtol=0, atol=allowed * largest, equal_nan=True)  # logits can be -inf by design
 
 
 def digest(named: Iterable[tuple[str, bytes]]) -> str:

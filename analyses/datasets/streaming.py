@@ -67,7 +67,7 @@ class PairStream:
         self.size = size
         self.checkpoint = None
         if checkpoint is not None:
-            run = fingerprint(model, pairs, **settings, batch_size=size, processes=self.processes.count)
+            run = fingerprint(model, {"pairs": pairs}, size, **settings, batch_size=size, processes=self.processes.count)
             self.checkpoint = Checkpoint(checkpoint, run)
 
     def fold(self, new: Callable[[], R], step: Callable[[PromptPairs], Tensor], description: str, *, name: str = "sums") -> R:

@@ -9,7 +9,9 @@ import networkx as nx
 import pandas as pd
 
 from analyses.graph.tables import FlowTables, Tables
+from analyses.output_files import MARK
 from lens_relevance.errors import RelevanceError
+from lens_relevance.whole_files import write_whole
 
 _TABLES = ("edges", "nodes", "sinks", "neurons")
 _FORMAT = "lens_relevance flow graph 1"
@@ -28,16 +30,18 @@ def to_networkx(graph: FlowTables) -> nx.DiGraph:
 
 def to_graphml(graph: FlowTables, path: str | Path) -> None:
     """See `FlowGraph.to_graphml`."""
-    nx.write_graphml(to_networkx(graph), str(path))
+    network = to_networkx(graph)
+    network.graph["generator"] = MARK
+    write_whole(path, lambda beside: nx.write_graphml(network, str(beside)))
 
 
 def to_json(graph: FlowTables, path: str | Path | None) -> str:
     """See `FlowGraph.to_json`. Floats are written with all their digits."""
-    content = {"format": _FORMAT, "tokens": list(graph.tokens), "value": graph.value, "info": graph.info}
+    content = {"format": _FORMAT, "generator": MARK, "tokens": list(graph.tokens), "value": graph.value, "info": graph.info}
     content |= {name: {str(c): getattr(graph, name)[c].tolist() for c in getattr(graph, name).columns} for name in _TABLES}
     text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     return text
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.targets import Target, TokenTarget, describe
+from lens_relevance.whole_files import write_whole
 
 _FORMAT = "lens_relevance prompt pairs 1"
 TENSORS = ("clean", "corrupt", "clean_mask", "corrupt_mask")
@@ -33,7 +34,8 @@ def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tens
             "only logit, logit_diff, log_prob and the targets of the tasks are data"
         )
     metadata = {"format": _FORMAT, "target": json.dumps(described), "dropped": json.dumps(list(dropped))}
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_whole(path, lambda beside: save_file(copies, beside, metadata=metadata))
 
 
 def load(path: Path) -> dict[str, Any]:

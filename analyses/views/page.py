@@ -14,10 +14,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analyses.output_files import MARK
 from analyses.views import scripts
 from analyses.views.markup import escape, facts_html, inline_markup, script_json, table_html
 from analyses.views.palette import figure_bytes, small_png, styled
 from lens_relevance.errors import RelevanceError
+from lens_relevance.whole_files import write_whole
 
 # The browser itself then refuses every request, whatever a token may hold.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -104,7 +106,8 @@ class View:
         content = {".html": lambda: self.to_html().encode(), ".png": self.png, ".svg": self.svg}.get(path.suffix.lower())
         if content is None:
             raise RelevanceError(f"cannot save a picture as {path.suffix or 'a file without an ending'!r}: use .html, .png or .svg")
-        path.write_bytes(content())
+        data = content()
+        write_whole(path, lambda beside: beside.write_bytes(data))
         return path
 
     def _repr_html_(self) -> str:
@@ -211,6 +214,7 @@ class Page:
         return (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f'<meta name="generator" content="{MARK}">'
             '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
             f"<title>{title}</title>{head}</head>"
             f'<body class="lr-page"><header><h1>{title}</h1>{subtitle}{contents}</header>'
@@ -220,5 +224,6 @@ class Page:
     def save(self, path: str | Path) -> Path:
         """Write the page to `path` (UTF-8)."""
         path = Path(path)
-        path.write_text(self.to_html(), encoding="utf-8")
+        html = self.to_html()
+        write_whole(path, lambda beside: beside.write_text(html, encoding="utf-8"))
         return path

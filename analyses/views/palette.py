@@ -20,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import Image
 
+from analyses.output_files import MARK
 from analyses.views.markup import format_number
 
 POSITIVE = "#2166ac"
@@ -59,7 +60,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def figure_bytes(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
     """The figure as a file: `"png"` or `"svg"`, without a date, so that equal figures are equal bytes."""
-    metadata: dict[str, str | None] = {"Date": None} if file_format == "svg" else {"Software": None}
+    metadata: dict[str, str | None] = {"Date": None, "Creator": MARK} if file_format == "svg" else {"Software": MARK}
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     buffer = io.BytesIO()
