@@ -2,8 +2,9 @@
 
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, above, greedy, top
-from analyses.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve, faithfulness_table
+from analyses.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from analyses.circuits.items import Items
+from analyses.circuits.methods_compared import faithfulness_table
 from analyses.circuits.recovery import Overlap, auroc, known_circuit, overlap
 from analyses.circuits.scores import ItemScores, score_items
 

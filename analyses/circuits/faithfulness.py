@@ -8,27 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
-from analyses.circuits.items import Level
-from analyses.circuits.scores import PATCHING, RANDOM, ItemScores, Order, score_items
-from analyses.datasets.progress import progress_bar
-from analyses.methods import Estimator
-from analyses.tasks.pairs import PromptPairs
+from analyses.circuits.scores import ItemScores, Order
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooks.model_state import left_as_found
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 EVERY_K_BELOW = 1_000
-METHODS = ("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", "eap_ig", PATCHING, RANDOM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,47 +80,6 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
     cpr, cmd = areas(counts / n, f)
     frame = pd.DataFrame({"k": counts, "share": counts / n, "metric": metric, "faithfulness": f})
     return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
-
-
-@left_as_found
-def faithfulness_table(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    methods: Sequence[str | Estimator] = METHODS,
-    *,
-    level: Level = "edge",
-    seed: int = 0,
-    held_out: PromptPairs | None = None,
-) -> pd.DataFrame:
-    """CMD and CPR of each method (see `score_items`): columns method, order, cmd, cpr, best CMD first. Edges leave `patching` out.
-
-    Args:
-        pairs: on which circuits are found, and evaluated unless there are held-out pairs.
-        methods: names or Estimators (see `score_items`); `random` is the mean over five seeds.
-        level: what circuits are made of, "node" or "edge".
-        seed: of the first random order.
-        held_out: pairs that circuits are evaluated on. cmd and cpr are then those on held-out pairs, and a further column, `selection_cmd`,
-            is the CMD on `pairs`, by which rows are ordered: the first row is the method that one would have chosen, and its cmd what it is
-            worth.
-    """
-    found_on = Ablation(model, pairs, level)
-    evaluated_on = found_on if held_out is None else Ablation(model, held_out, level)
-    rows = []
-    with progress_bar() as bar:
-        for method in bar.track([m for m in methods if (m, level) != (PATCHING, "edge")], description="circuits"):
-            scored = [score_items(found_on, method, seed=seed + i) for i in range(5 if method == RANDOM else 1)]
-            for order in ("absolute", "signed"):
-                row = {"method": scored[0].method, "order": order} | _mean_areas(evaluated_on, scored, order)
-                if held_out is not None:
-                    row["selection_cmd"] = _mean_areas(found_on, scored, order)["cmd"]
-                rows.append(row)
-    columns = ["method", "order", "cmd", "cpr"] + ([] if held_out is None else ["selection_cmd"])
-    return pd.DataFrame(rows, columns=columns).sort_values(columns[-1] if held_out is not None else "cmd", kind="stable", ignore_index=True)
-
-
-def _mean_areas(ablation: Ablation, scored: Sequence[ItemScores], order: Order) -> dict[str, Any]:
-    curves = [faithfulness_curve(ablation, scores, order) for scores in scored]
-    return {name: float(np.mean([getattr(curve, name) for curve in curves])) for name in ("cmd", "cpr")}
 
 
 def _recovered(ablation: Ablation, metric: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from analyses.cli.app import app
 from analyses.cli.options import (
+    Checkpoint,
     Device,
     Dtype,
     Force,
@@ -37,6 +38,7 @@ def circuit(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
     force: Force = False,
+    checkpoint: Checkpoint = None,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -46,7 +48,7 @@ def circuit(
     Circuits are found on one half of the pairs and evaluated on the other.
     """
     from analyses.circuits import faithfulness_table
-    from analyses.circuits.faithfulness import METHODS
+    from analyses.circuits.methods_compared import METHODS
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
@@ -62,7 +64,7 @@ def circuit(
     if half == 0:
         raise RelevanceError("circuits are found on one half of the pairs and evaluated on the other, so there must be two pairs or more")
     found_on, held_out = question.pairs[slice(0, half)], question.pairs[slice(half, None)]
-    table = faithfulness_table(loaded, found_on, chosen, level=level, held_out=held_out)  # type: ignore[arg-type]
+    table = faithfulness_table(loaded, found_on, chosen, level=level, held_out=held_out, checkpoint=checkpoint)  # type: ignore[arg-type]
     title = (
         f"Circuits of {level}s, {question.title}: found on {half} pairs (selection_cmd), CMD (0 is best) and CPR on {len(held_out)} others"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,14 @@ class Checkpoint:
         whole = {key: value.contiguous().clone() for key, value in tensors.items()}
         content = safetensors.save(whole, metadata={_CHECKSUM: self._checksum(name, whole)})
         write_whole(self.folder / f"{name}.safetensors", lambda path: path.write_bytes(content))
+
+    def remembered(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is saved under a name; where there is nothing yet, it is computed and saved."""
+        found = self.load(name)
+        if found is None:
+            found = compute()
+            self.save(name, found)
+        return found
 
     def _checksum(self, name: str, tensors: dict[str, Tensor]) -> str:
         named = ((key, tensor_bytes(value)) for key, value in sorted(tensors.items()))
