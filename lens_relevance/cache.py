@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
@@ -203,6 +203,7 @@ class RelevanceCache(Mapping[str, Tensor]):
         for group in _GROUPS:
             tensors |= {f"{group}/{name}": tensor for name, tensor in getattr(self, group).items()}
         meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent, "grid": self.grid}
+        meta["tensors"] = sorted(tensors)  # so that one that is missing is noticed
         account = "" if self.account is None else self.account.to_json(orient="split", double_precision=15)
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"lens_relevance": json.dumps(meta), "account": account}
@@ -210,22 +211,38 @@ class RelevanceCache(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> RelevanceCache:
-        """Read what `save` wrote."""
-        with safe_open(str(path), framework="pt", device=device) as file:
-            header = file.metadata() or {}
+        """Read what `save` wrote.
+
+        Raises:
+            RelevanceError: the file cannot be read, is damaged, or was written by something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt", device=device) as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             if "lens_relevance" not in header:
                 raise RelevanceError(f"{path} was not written by RelevanceCache.save")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return cls._from_parts(tensors, header)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RelevanceError):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RelevanceError(f"{path} cannot be read as a saved RelevanceCache ({reason})") from error
+
+    @classmethod
+    def _from_parts(cls, tensors: dict[str, Tensor], header: dict[str, str]) -> RelevanceCache:
+        meta = json.loads(header["lens_relevance"])
+        if sorted(tensors) != meta.pop("tensors"):
+            raise ValueError("it does not hold the tensors that were saved")
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
         for name in [n for n in tensors if "/" in n]:
             group, _, point = name.partition("/")
             groups[group][point] = tensors.pop(name)
         account = None
-        if header.get("account"):
+        if header["account"]:
             split = json.loads(header["account"])
             account = pd.DataFrame(split["data"], columns=split["columns"])
-        meta = json.loads(header["lens_relevance"])
-        grid = tuple(meta.pop("grid", None) or ()) or None
+        grid = tuple(meta.pop("grid") or ()) or None
         return cls(**groups, **tensors, **meta, account=account, grid=grid)  # type: ignore[arg-type]
 
 

@@ -8,12 +8,17 @@ from pathlib import Path
 import networkx as nx
 import pandas as pd
 
-from analyses.graph.tables import FlowTables, Tables
+from analyses.graph.tables import EDGE_KEYS, FlowTables, Tables
 from analyses.output_files import MARK
 from lens_relevance.errors import RelevanceError
 from lens_relevance.whole_files import write_whole
 
-_TABLES = ("edges", "nodes", "sinks", "neurons")
+_TABLES = {
+    "edges": (*EDGE_KEYS, "score"),
+    "nodes": ("node", "component", "layer", "head", "position", "token", "score"),
+    "sinks": ("node", "position", "sink", "score"),
+    "neurons": ("node", "position", "neuron", "score"),
+}
 _FORMAT = "lens_relevance flow graph 1"
 
 
@@ -47,12 +52,21 @@ def to_json(graph: FlowTables, path: str | Path | None) -> str:
 
 def from_json(kind: type[Tables], source: str | Path) -> Tables:
     """See `FlowGraph.from_json`."""
-    text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8")
-    content = json.loads(text)
-    if content.get("format") != _FORMAT:
-        raise RelevanceError("this JSON was not written by FlowGraph.to_json")
-    tables = {name: pd.DataFrame(content[name]) for name in _TABLES}
-    return kind(**tables, tokens=tuple(content["tokens"]), value=content["value"], info=content["info"])
+    is_text = isinstance(source, str) and source.lstrip().startswith("{")
+    name = "this JSON" if is_text else str(source)
+    try:
+        content = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise RelevanceError(f"{name} was not written by FlowGraph.to_json")
+        tables = {table: pd.DataFrame(content[table]) for table in _TABLES}
+        for table, columns in _TABLES.items():
+            if missing := [column for column in columns if column not in tables[table].columns]:
+                raise KeyError(f"{table} lack the column {missing[0]}")
+        return kind(**tables, tokens=tuple(content["tokens"]), value=content["value"], info=content["info"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RelevanceError):
+            raise
+        raise RelevanceError(f"{name} cannot be read as a flow graph ({type(error).__name__}: {error})") from error
 
 
 def _key(name: str, position: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from analyses.datasets.progress import spinner
 from analyses.embedded import EMBEDDED_FOLDER
 from analyses.models.encoders import load_encoder
 from analyses.models.gguf import is_gguf, load_gguf
+from analyses.models.weights import check_folder, checked_weights
 from lens_relevance import RelevanceError
 
 EMBEDDED = "embedded"
@@ -50,7 +50,8 @@ def load_model(
     weights, place = _dtype(dtype), _device(device)
     source = str(EMBEDDED_FOLDER) if name == EMBEDDED else _source(name)
     config: Any = None
-    with spinner(f"Loading {name}"), _quiet(), _safetensors_only():
+    folder = Path(source) if Path(source).is_dir() else None
+    with spinner(f"Loading {name}"), _quiet(), checked_weights(folder):
         try:
             if is_gguf(name):
                 return load_gguf(Path(source), weights, place).eval()
@@ -60,9 +61,9 @@ def load_model(
                 return encoder
             where = {"device_map": "auto"} if place == "auto" else {"device": place or ("cpu" if name == EMBEDDED else None)}
             return TransformerBridge.boot_transformers(source, trust_remote_code=trust_remote_code, dtype=weights, **where).eval()
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, RelevanceError):
-                raise
+        except RelevanceError:
+            raise
+        except Exception as error:  # damaged files can cause any
             raise RelevanceError(_explained(name, Path(source).exists(), config, error)) from error
 
 
@@ -81,6 +82,7 @@ def _source(name: str) -> str:
         raise RelevanceError(f"{name} is not a folder of a model in Hugging Face format: it has no config.json{remedy}")
     if not any(path.glob("*.safetensors")):
         raise RelevanceError(f"{name} holds no *.safetensors; convert its weights first (model.save_pretrained writes safetensors)")
+    check_folder(path)
     return str(path)
 
 
@@ -117,32 +119,22 @@ def _explained(name: str, local: bool, config: Any, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in text.lower() or "offline" in text.lower()
     if isinstance(error, OSError) and offline and not local:
         return f"{name} is not a folder here, and the hub cannot be reached or does not hold it: give a folder, or 'embedded'"
-    return f"cannot load {name}: {text[:300]}"
-
-
-@contextmanager
-def _safetensors_only() -> Iterator[None]:
-    """Every from_pretrained inside asks for safetensors; the bridge's loader has no such option."""
-    original = inspect.getattr_static(PreTrainedModel, "from_pretrained")
-
-    def from_pretrained(cls: type[PreTrainedModel], *args: object, **kwargs: object) -> object:
-        return original.__func__(cls, *args, **{**kwargs, "use_safetensors": True})
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+    if isinstance(error, OSError | ValueError):
+        return f"cannot load {name}: {text[:300]}"
+    return f"cannot load {name}: one of its files is damaged, or they do not belong together ({type(error).__name__}: {text[:200]})"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Loading bars of transformers stay away: there is one of ours."""
     bars, level = transformers_logging.is_progress_bar_enabled(), logging.getLogger().level
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.getLogger().setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -73,7 +73,9 @@ def read_columns(path: Path) -> dict[str, list[str]]:
         else:
             raise RelevanceError(f"{path.name}: prompt pairs are read from .csv or .jsonl")
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise RelevanceError(f"{path.name} cannot be read: {error}") from error
+        raise RelevanceError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise RelevanceError(f"{path.name} is not UTF-8: {error}") from error
     except ValueError as error:
         if isinstance(error, RelevanceError):
             raise
@@ -81,10 +83,16 @@ def read_columns(path: Path) -> dict[str, list[str]]:
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise RelevanceError(f"{path.name} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+    if twice := [column for column in COLUMNS if f"{column}.1" in frame.columns]:  # as pandas names it
+        raise RelevanceError(f"{path.name} has the column {twice[0]} twice")
+    if not len(frame):
+        raise RelevanceError(f"{path.name} holds no pairs")
     columns = {column: list(frame[column]) for column in COLUMNS}
     bad = [row for row in range(len(frame)) if not all(isinstance(column[row], str) and column[row] for column in columns.values())]
     if bad:
         raise RelevanceError(f"{path.name}: row(s) {', '.join(map(str, bad[:_SHOWN]))} lack a text in one of {', '.join(COLUMNS)}")
+    if any("\0" in text for column in columns.values() for text in column):
+        raise RelevanceError(f"{path.name} holds NUL characters, so it is damaged or no text")
     return columns
 
 

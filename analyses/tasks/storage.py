@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.targets import Target, TokenTarget, describe
+from lens_relevance.inputs.targets import Kind, Target, TokenTarget, describe
 from lens_relevance.whole_files import write_whole
 
 _FORMAT = "lens_relevance prompt pairs 1"
@@ -48,15 +48,23 @@ def load(path: Path) -> dict[str, Any]:
         raise RelevanceError(f"{path} cannot be read as saved prompt pairs: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise RelevanceError(f"{path} was not written by PromptPairs.save; text goes through PromptPairs.from_file")
-    described = json.loads(metadata["target"])
-    target: Target
-    if described["kind"] == "later_years":
-        target = LaterYears(tensors["years"], tensors["later"])
-    else:
-        answer, wrong = _tokens(described["answer"]), _tokens(described["wrong"])
-        target = TokenTarget(described["kind"], answer, wrong, described["position"])
-    parts: dict[str, Any] = {name: tensors[name] for name in TENSORS}
-    return parts | {"target": target, "dropped": tuple(json.loads(metadata["dropped"]))}
+    try:
+        parts: dict[str, Any] = {name: tensors[name] for name in TENSORS}
+        dropped = json.loads(metadata["dropped"])
+        if not isinstance(dropped, list):
+            raise TypeError(f"dropped is {dropped!r}")
+        return parts | {"target": _target(json.loads(metadata["target"]), tensors), "dropped": tuple(dropped)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RelevanceError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _target(described: dict[str, Any], tensors: dict[str, Tensor]) -> Target:
+    kind = described["kind"]
+    if kind == "later_years":
+        return LaterYears(tensors["years"], tensors["later"])
+    if kind not in get_args(Kind):
+        raise ValueError(f"there is no target {kind!r}")
+    return TokenTarget(kind, _tokens(described["answer"]), _tokens(described["wrong"]), described["position"])
 
 
 def _plain(tokens: Any) -> Any:

@@ -81,6 +81,13 @@ def as_found(model: HookedModel) -> Iterator[None]:
         raise
 
 
+def end_interrupted_calls(model: HookedModel) -> None:
+    """Put back what TransformerLens notes on a module for the time of one call, where Ctrl-C has cut the call."""
+    for module in root(model).modules():
+        if vars(module).get("_suppress_next_hook_in"):  # or the next call would go past a hook
+            vars(module)["_suppress_next_hook_in"] = False
+
+
 def _flags(module: torch.nn.Module) -> dict[str, bool | None]:
     return {name: value for name, value in vars(module).items() if value is None or isinstance(value, bool)}
 

@@ -12,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 from lens_relevance.errors import LivenessError, RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
 from lens_relevance.hooks.interrupts import protected, protected_contextmanager
-from lens_relevance.hooks.model_state import check_forward
+from lens_relevance.hooks.model_state import check_forward, end_interrupted_calls
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
 from lens_relevance.hooks.ruled_point import PointState, RuledHookPoint
@@ -194,5 +194,10 @@ def session(model: HookedModel) -> Iterator[Session]:
     try:
         opened.open()
         yield opened
+    except Exception:
+        raise
+    except BaseException:  # KeyboardInterrupt; an ordinary exception cuts no clean-up
+        end_interrupted_calls(model)
+        raise
     finally:
         opened.close()

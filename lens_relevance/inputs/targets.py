@@ -23,6 +23,7 @@ from lens_relevance.inputs.metrics import AtPositions, LatentValue, LogitCombina
 from lens_relevance.inputs.token_ids import Tokens, device_of, positions, text_ids, token_ids
 
 Logits = Float[Tensor, "batch pos vocab"]
+Kind = Literal["logit", "logit_diff", "log_prob"]
 
 
 class Target(ABC):
@@ -62,7 +63,7 @@ def _rows(tokens: Tokens, rows: Any) -> Tokens:
 class TokenTarget(Target):
     """Logits or log-probabilities of given tokens at one position; built by `logit`, `logit_diff` and `log_prob`."""
 
-    kind: Literal["logit", "logit_diff", "log_prob"]
+    kind: Kind
     answer: Tokens
     wrong: Tokens = None
     position: int = -1

@@ -163,6 +163,32 @@ def test_an_interrupt_at_any_step_of_our_own(guest: TransformerBridge, name: str
     assert came > 0.8 * len(moments)  # Python drops what is raised while it does away with an object
 
 
+def flags(model: TransformerBridge) -> list[dict[str, Any]]:
+    """What modules note on themselves, which a forward (in `state`) could put back by itself."""
+    return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in model.original_model.modules()]
+
+
+@pytest.mark.parametrize("name", ["propagate", "attach", "propagate block by block"])
+def test_an_interrupt_inside_a_component_of_transformer_lens(guest: TransformerBridge, name: str) -> None:
+    """Its MLP tells the next layer to leave out a hook once, and takes that back by itself only if it comes to its end."""
+    action = ACTIONS[name]
+    action(guest)
+    noted, before = flags(guest), state(guest)
+    where = ("generalized_components/mlp.py",)
+    with InterruptAt(None, where) as counted:
+        action(guest)
+    moments = sorted({step: i for i, step in enumerate(counted.steps) if step[0] == "forward"}.values())
+    assert 10 < len(moments) < 60
+    came = 0
+    for n in moments:
+        with InterruptAt(n, where):
+            came += interrupted(action, guest)
+        changed = [new for old, new in zip(noted, flags(guest), strict=True) if old != new and new.get("_suppress_next_hook_in")]
+        assert not changed, f"interrupted at {counted.steps[n]}"
+        same(before, state(guest))
+    assert came > 0.9 * len(moments)
+
+
 def nested(model: TransformerBridge) -> None:
     with frozen(model), torch.no_grad(), attach(model, "attnlrp"):
         model(TOKENS)
