@@ -17,6 +17,7 @@ import analyses.views
 from analyses.views import View
 from lens_relevance import rulesets
 from lens_relevance.attention_methods import METHODS
+from tests.conftest import STORIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -72,6 +73,29 @@ def test_a_notebook_computes_what_it_shows(path: Path) -> None:
             # A code host that takes no scripts shows the picture.
             assert results[0]["image/png"].startswith("iVBORw0KGgo") and value.png().startswith(b"\x89PNG")
     assert shown_values >= 3
+
+
+OTHER_WORDS = (  # words that the tokenizer of a model of children's stories has, in place of the notebooks' own
+    ("When Mary and John went to the store, John gave a drink to", "There was a girl named Lily. One day, Lily was very excited because"),
+    ("When Mary and John went to the store, Mary gave a drink to", "There was a boy named Tim. One day, Tim was very excited because"),
+    ('" Mary"', '" she"'),
+    ('" John"', '" he"'),
+    ("import ioi", "import pronoun"),
+    ("ioi(", "pronoun("),
+)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the trained model ../shared/models/stories260k beside the checkout")
+@each
+def test_a_notebook_runs_on_another_architecture(path: Path) -> None:
+    """A trained Llama with gated MLPs, RMSNorm and rotary positions in place of the embedded GPT-2."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for cell in code_cells(path):
+        source = cell.source.replace('load_model("embedded")', f"load_model({str(STORIES)!r})")
+        for words, others in OTHER_WORDS:
+            source = source.replace(words, others)
+        run(re.sub(r"\bn=\d+", "n=4", source), namespace)  # what the figures are is another matter, so few pairs
+    assert namespace["model"].cfg.d_vocab == 512 and namespace["model"].cfg.gated_mlp
 
 
 @each

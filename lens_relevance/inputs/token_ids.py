@@ -41,6 +41,8 @@ def single_token(model: HookedModel, token: str | int | Tensor, what: str = "tok
         if not has_tokenizer(model):
             raise RelevanceError(f"{what} {token!r}: the model has no tokenizer; give token ids")
         ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
+        if len(ids) != 1 and (word := _word_of_sentencepiece(model, token)) is not None:
+            return word
         if len(ids) != 1:
             pieces = [model.tokenizer.decode([i]) for i in ids]
             raise RelevanceError(
@@ -54,6 +56,19 @@ def single_token(model: HookedModel, token: str | int | Tensor, what: str = "tok
     if not 0 <= index < vocabulary:
         raise RelevanceError(f"{what} id {index} is outside the vocabulary of {vocabulary}")
     return index
+
+
+def _word_of_sentencepiece(model: HookedModel, token: str) -> int | None:
+    """The id of " word" where the tokenizer adds a space of its own in front of a text (Llama's SentencePiece), so that it reads two.
+
+    Its vocabulary writes that token "\u2581word". None where there is no such token.
+    """
+    tokenizer = model.tokenizer
+    if not token.startswith(" ") or token == " ":
+        return None
+    piece = "\u2581" + token[1:].replace(" ", "\u2581")
+    index = tokenizer.convert_tokens_to_ids(piece)
+    return int(index) if isinstance(index, int) and tokenizer.convert_ids_to_tokens(index) == piece else None
 
 
 def positions(position: int, tokens: Tensor, attention_mask: Tensor | None) -> Int[Tensor, " batch"]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from lens_relevance import RelevanceError, continuation, log_prob, logit, logit_diff, propagate
 from lens_relevance.inputs.metrics import AtPositions, LogProbs, Metric
+from lens_relevance.inputs.token_ids import single_token
 from tests.engine.families import build, close, inputs_and_reference
 
 
@@ -146,3 +148,13 @@ def test_what_the_path_average_leaves_is_the_sink_target() -> None:
 def test_bad_targets_are_refused(target: object, said: str) -> None:
     with pytest.raises(RelevanceError, match=said):
         propagate(build("gpt2"), inputs_and_reference()[0], target, rules="attnlrp")  # type: ignore[arg-type]
+
+
+def test_a_word_with_its_space_under_a_tokenizer_that_adds_one(stories: TransformerBridge) -> None:
+    """Llama's SentencePiece puts a space in front of every text, so that " she" would be read as two tokens."""
+    with_space, without = single_token(stories, " she"), single_token(stories, "she")
+    assert with_space == without == stories.tokenizer.convert_tokens_to_ids("\u2581she")
+    assert len(stories.to_tokens(" she", prepend_bos=False)[0]) == 2
+    for refused in (" Mary", " ", "  she"):
+        with pytest.raises(RelevanceError, match="tokens"):
+            single_token(stories, refused)
