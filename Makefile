@@ -15,7 +15,7 @@ report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
 
 test: lint types
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

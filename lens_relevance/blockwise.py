@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.model_bridge.generalized_components import AttentionBridge
 from transformers import Cache
 
 from lens_relevance.errors import RelevanceError
@@ -281,7 +280,7 @@ def _own_cache(argument: Any) -> Any:
 def _drop_pattern(block: nn.Module) -> None:
     """Some components of TransformerLens keep their last pattern (and with it the graph), which nothing reads."""
     for module in block.modules():
-        if isinstance(module, AttentionBridge) and getattr(module, "_pattern", None) is not None:
+        if isinstance(getattr(module, "_pattern", None), Tensor):
             module._pattern = None
 
 

@@ -45,7 +45,7 @@ def run(*arguments: str) -> Result:
 
 def test_tables_are_those_of_the_ranking_and_the_comparison(folder: Path) -> None:
     model = load_model(str(folder))
-    pairs = ioi(model, 6, corruption="abc")
+    pairs = ioi(model, 3, corruption="abc")
     check = gpt2_check(model, pairs, top_k=30)
     ranking = rank_heads(model, pairs)
     order = [f"{row.layer}.{row.head}" for row in ranking.itertuples()]
