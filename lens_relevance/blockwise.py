@@ -281,7 +281,7 @@ def _drop_pattern(block: nn.Module) -> None:
     """Some components of TransformerLens keep their last pattern (and with it the graph), which nothing reads."""
     for module in block.modules():
         if isinstance(getattr(module, "_pattern", None), Tensor):
-            module._pattern = None
+            module._pattern = None  # type: ignore[assignment]
 
 
 def _first(output: Any) -> Tensor:

@@ -41,7 +41,7 @@ def single_token(model: HookedModel, token: str | int | Tensor, what: str = "tok
         if not has_tokenizer(model):
             raise RelevanceError(f"{what} {token!r}: the model has no tokenizer; give token ids")
         ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
-        if len(ids) != 1 and (word := _word_of_sentencepiece(model, token)) is not None:
+        if len(ids) != 1 and (word := _word_of_sentencepiece(model.tokenizer, token)) is not None:
             return word
         if len(ids) != 1:
             pieces = [model.tokenizer.decode([i]) for i in ids]
@@ -58,12 +58,11 @@ def single_token(model: HookedModel, token: str | int | Tensor, what: str = "tok
     return index
 
 
-def _word_of_sentencepiece(model: HookedModel, token: str) -> int | None:
+def _word_of_sentencepiece(tokenizer: Any, token: str) -> int | None:
     """The id of " word" where the tokenizer adds a space of its own in front of a text (Llama's SentencePiece), so that it reads two.
 
     Its vocabulary writes that token "\u2581word". None where there is no such token.
     """
-    tokenizer = model.tokenizer
     if not token.startswith(" ") or token == " ":
         return None
     piece = "\u2581" + token[1:].replace(" ", "\u2581")
