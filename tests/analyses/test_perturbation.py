@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
+from analyses.benchmarks.perturbation import BASELINES as REMOVALS
+from analyses.benchmarks.perturbation import METHODS, PROMPTS, seconds
 from analyses.perturbation import (
     BASELINES,
     TextRemoval,
@@ -148,6 +150,11 @@ def test_a_trained_model_beats_a_random_order(stories):
     )
     table = areas(curves).groupby("method")["area"].mean()
     assert table["attnlrp"] > table["random"] and table["chefer"] > table["random"]
+
+
+def test_the_benchmark_measures_what_it_says(embedded):
+    taken, n_curves = seconds(embedded, PROMPTS[1])
+    assert taken > 0 and n_curves == (len(METHODS) + 1) * len(REMOVALS) * 2  # with the random order
 
 
 def test_bad_input(gpt2, tokens):
