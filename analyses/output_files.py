@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analyses.shown_text import visible
 from lens_relevance import RelevanceError
 from lens_relevance.whole_files import check_writable, write_whole
 
@@ -58,13 +59,19 @@ class OutputFile:
 def table_csv(frame: pd.DataFrame) -> str:
     """A DataFrame as comma-separated values, numbers with all their digits.
 
-    A text that begins like a formula (= + - @) gets an apostrophe in front, so that a spreadsheet shows it and does not compute it.
+    A text that begins like a formula (= + - @) gets an apostrophe in front, so that a spreadsheet shows it and does not compute it;
+    control characters are shown escaped.
     """
     shown = frame.copy()
     for name in shown.columns:
         if not pd.api.types.is_numeric_dtype(shown[name]):
-            shown[name] = shown[name].map(lambda value: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value)
-    return shown.to_csv(index=False)
+            shown[name] = shown[name].map(lambda value: _cell(value) if isinstance(value, str) else value)
+    return shown.rename(columns=_cell).to_csv(index=False)
+
+
+def _cell(text: str) -> str:
+    shown = visible(text, keep="")
+    return f"'{shown}" if shown.startswith(_FORMULA) else shown
 
 
 def _is_ours(path: Path, columns: list[str]) -> bool:

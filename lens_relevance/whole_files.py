@@ -37,6 +37,10 @@ def write_whole(path: str | Path, writer: Callable[[Path], object]) -> None:
         beside = None
     except (OSError, SafetensorError) as error:
         raise _cannot_be_written(path, error) from error
+    except RelevanceError as error:  # of a writer that writes its file whole by itself, and names it
+        if isinstance(error.__cause__, OSError | SafetensorError):
+            raise _cannot_be_written(path, error.__cause__) from error
+        raise
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from analyses.cli.options import (
     TrustRemoteCode,
     asked_question,
     clean_errors,
+    say,
     typed_command,
 )
 
@@ -74,10 +75,10 @@ def compare(
     )
     console.print(frame_table(best_methods(comparison.table), "Best"))
     if comparison.table["pearson"].isna().any():
-        console.print(UNDEFINED, markup=False, highlight=False)
+        say(UNDEFINED)
     if out.suffix == ".csv":
         file.write_table(comparison.table)
     else:
         target = describe(question.pairs.target, loaded)
         file.write(comparison_page(comparison, model, target, words=question.words, command=typed_command()).save)
-    console.print(f"patching itself: {comparison.patching_seconds:.1f} s; all figures: {out}", markup=False, highlight=False)
+    say(f"patching itself: {comparison.patching_seconds:.1f} s; all figures: {out}")

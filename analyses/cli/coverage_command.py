@@ -16,6 +16,7 @@ from analyses.cli.options import (
     Model,
     TrustRemoteCode,
     clean_errors,
+    say,
 )
 
 
@@ -42,7 +43,7 @@ def coverage(
     console = Console()
     console.print(frame_table(report.rulesets, f"Rulesets on {model}"))
     for part, reason in report.uncovered.items():
-        console.print(f"no site: {part}: {reason}", markup=False, highlight=False)
+        say(f"no site: {part}: {reason}")
     if sites:
         console.print(
             frame_table(report.sites[["site", "operation", "live", "off", "deeplift", "attnlrp"]], "Sites, with the rules of two rulesets")

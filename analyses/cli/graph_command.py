@@ -25,6 +25,7 @@ from analyses.cli.options import (
     Wrong,
     asked_question,
     clean_errors,
+    say,
 )
 
 
@@ -68,8 +69,8 @@ def graph(
     reference = counterpart if needs_reference(ruleset(chosen)) else None
     flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
     Console().print(frame_table(flow.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
-    typer.echo("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(flow.tokens)))
+    say("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(flow.tokens)))
     writers: dict[str, Callable[[Path], object]] = {".json": flow.to_json, ".graphml": flow.to_graphml}
     for file in files:
         file.write(writers.get(file.path.suffix) or flow.show().save)
-    typer.echo(f"{', '.join(map(str, names))}: {len(flow.edges)} edges, {len(flow.nodes)} nodes, {question.target_in_words(loaded)}")
+    say(f"{', '.join(map(str, names))}: {len(flow.edges)} edges, {len(flow.nodes)} nodes, {question.target_in_words(loaded)}")

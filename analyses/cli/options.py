@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from analyses.shown_text import let_any_text_be_printed, visible
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -48,10 +50,11 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        let_any_text_be_printed()
         console = Console(stderr=True, soft_wrap=True)
 
         def one_line(message: Warning | str, *_: Any, **__: Any) -> None:
-            console.print("Warning:", str(message), style="yellow", markup=False, highlight=False)
+            console.print("Warning:", visible(message), style="yellow", markup=False, highlight=False)
 
         from lens_relevance import RelevanceError
 
@@ -60,10 +63,15 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, **kwargs)
             except (RelevanceError, OSError) as error:
-                console.print("Error:", str(error), style="red", markup=False, highlight=False)
+                console.print("Error:", visible(error), style="red", markup=False, highlight=False)
                 raise typer.Exit(2) from None
 
     return wrapped
+
+
+def say(text: object) -> None:
+    """Print a line as it is: no markup, no line breaks of its own."""
+    Console(soft_wrap=True).print(visible(text), markup=False, highlight=False, emoji=False)
 
 
 def asked_question(

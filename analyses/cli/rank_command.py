@@ -22,6 +22,7 @@ from analyses.cli.options import (
     TrustRemoteCode,
     asked_question,
     clean_errors,
+    say,
 )
 
 
@@ -64,6 +65,6 @@ def rank(
         return  # every process has the result; the first one speaks
     Console().print(frame_table(ranking.head(top), f"{what} by {method}: {question.words}"))
     if ablate:
-        typer.echo(str(ranking.attrs["ablation"]))
+        say(ranking.attrs["ablation"])
     if file is not None:
         file.write_table(ranking)

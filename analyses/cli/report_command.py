@@ -25,6 +25,7 @@ from analyses.cli.options import (
     Wrong,
     asked_question,
     clean_errors,
+    say,
     typed_command,
 )
 
@@ -60,5 +61,5 @@ def report(
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed)
     findings = find(loaded, question, rules, with_graph=True)
     pearson = correlation_in_words(findings.pearson)
-    typer.echo(f"{out}: {findings.target}, {findings.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")
+    say(f"{out}: {findings.target}, {findings.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")
     file.write(report_page(findings, typed_command()).save)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from analyses.graph.tables import EDGE_KEYS, FlowTables, Tables
 from analyses.output_files import MARK
+from analyses.shown_text import visible
 from lens_relevance.errors import RelevanceError
 from lens_relevance.whole_files import write_whole
 
@@ -36,6 +37,8 @@ def to_networkx(graph: FlowTables) -> nx.DiGraph:
 def to_graphml(graph: FlowTables, path: str | Path) -> None:
     """See `FlowGraph.to_graphml`."""
     network = to_networkx(graph)
+    for attributes in (network.graph, *network.nodes.values(), *network.edges.values()):  # XML forbids control characters
+        attributes |= {key: visible(value) for key, value in attributes.items() if isinstance(value, str)}
     network.graph["generator"] = MARK
     write_whole(path, lambda beside: nx.write_graphml(network, str(beside)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console, Group, RenderableType
@@ -12,6 +14,7 @@ from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.findings import Findings
 from analyses.report.page import account_sinks, head_table
 from analyses.report.summary import number, predictions_in_words, unexplained
+from analyses.shown_text import visible
 from analyses.views.palette import NEGATIVE, POSITIVE
 
 
@@ -26,10 +29,11 @@ def show(findings: Findings, console: Console) -> None:
 
 
 def _question(findings: Findings) -> Text:
-    text = Text(findings.prompt, style="bold")
+    text = Text(visible(findings.prompt), style="bold")
     if not findings.question.baseline:
-        text.append(f"\nagainst: {findings.counterpart}", style="not bold")
-    text.append(f"\n{findings.target} = {number(findings.value)}; next word: {predictions_in_words(findings)}\n", style="not bold")
+        text.append(f"\nagainst: {visible(findings.counterpart)}", style="not bold")
+    answer = visible(f"{findings.target} = {number(findings.value)}; next word: {predictions_in_words(findings)}")
+    text.append(f"\n{answer}\n", style="not bold")
     return text
 
 
@@ -42,12 +46,11 @@ def _words(findings: Findings, name: str) -> RenderableType:
     line.append("against", style=f"white on {NEGATIVE}")
     line.append(f" the answer; sum {number(sum(relevance))})\n")
     for token, value in zip(findings.tokens, relevance, strict=True):
-        line.append(token.replace("\n", "↵"), style=_style(value / limit))
+        line.append(visible(token.replace("\n", "↵")), style=_style(value / limit))
     line.append("\n")
     order = sorted(range(len(relevance)), key=lambda i: -abs(relevance[i]))[:5]
-    line.append(
-        "most: " + ", ".join(f"{findings.tokens[i].strip() or '␣'} ({i}) {number(relevance[i])}" for i in order) + "\n", style="not bold"
-    )
+    most = ", ".join(f"{visible(findings.tokens[i].strip()) or '␣'} ({i}) {number(relevance[i])}" for i in order)
+    line.append(f"most: {most}\n", style="not bold")
     return line
 
 
@@ -77,15 +80,16 @@ def frame_table(frame: pd.DataFrame, title: str) -> Group:
     """A DataFrame as a rich table under its title; text from prompts is never read as markup."""
     table = Table()
     for name in frame.columns:
-        table.add_column(Text(str(name)), justify="right" if is_numeric_dtype(frame[name]) else "left", no_wrap=name == frame.columns[0])
+        side: Literal["left", "right"] = "right" if is_numeric_dtype(frame[name]) else "left"
+        table.add_column(Text(visible(name)), justify=side, no_wrap=name == frame.columns[0])
     for row in frame.itertuples(index=False):
         table.add_row(*(Text(_cell(value)) for value in row))
-    return Group(Text(title, style="bold"), table)
+    return Group(Text(visible(title), style="bold"), table)
 
 
 def _cell(value: object) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return visible(value)
     if value != value:
         return "–"
     return f"{value:.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:.0e}"

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from analyses.shown_text import visible
 from lens_relevance.errors import RelevanceError
 
 # In a script these could end it, open a comment, or break a line inside a string literal (JSON allows U+2028, older JavaScript does not).
@@ -23,7 +24,7 @@ _WHITESPACE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 def escape(text: object) -> str:
     """Text for HTML content or a quoted attribute."""
-    return html.escape(str(text), quote=True)
+    return html.escape(visible(text, keep="\n\t\r"), quote=True)
 
 
 def script_json(value: Any) -> str:
@@ -33,10 +34,19 @@ def script_json(value: Any) -> str:
         RelevanceError: a number that is not finite, which JSON cannot hold, or a value that cannot be shown.
     """
     try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True, default=_plain)
+        text = json.dumps(_visible(value), allow_nan=False, separators=(",", ":"), ensure_ascii=True, default=_plain)
     except ValueError as error:
         raise RelevanceError(f"this cannot be shown on a page: {error}") from error
     return re.sub("[<>&\u2028\u2029]", lambda match: _SCRIPT_ESCAPES[match.group()], text)
+
+
+def _visible(value: Any) -> Any:
+    """The same with every text in it made visible."""
+    if isinstance(value, str):
+        return visible(value, keep="\n\t\r")
+    if isinstance(value, Mapping):
+        return {key: _visible(item) for key, item in value.items()}  # keys are our own
+    return [_visible(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:
@@ -68,9 +78,9 @@ def check_tokens(tokens: Sequence[str], count: int, name: str) -> list[str]:
 
 
 def show_token(token: str) -> str:
-    """A token as a label: outer spaces go, line breaks and tabs become visible, an empty one stays visible."""
-    visible = "".join(_WHITESPACE.get(sign, sign) for sign in token)
-    return visible.strip(" ") or "␣" * max(len(token), 1)
+    """A token as a label: outer spaces go, line breaks, tabs and control characters become visible, an empty one stays visible."""
+    shown = visible("".join(_WHITESPACE.get(sign, sign) for sign in token))
+    return shown.strip(" ") or "␣" * max(len(token), 1)
 
 
 def short(label: str, length: int = 11) -> str:

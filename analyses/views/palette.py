@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from analyses.output_files import MARK
+from analyses.shown_text import visible
 from analyses.views.markup import format_number
 
 POSITIVE = "#2166ac"
@@ -63,11 +64,14 @@ def figure_bytes(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
     metadata: dict[str, str | None] = {"Date": None, "Creator": MARK} if file_format == "svg" else {"Software": MARK}
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # Prompts hold signs that the plotting font lacks (CJK, emoji); a box in the static picture is not worth a warning per glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
+    if file_format == "svg":  # labels of axes are made while it is drawn
+        return visible(buffer.getvalue().decode("utf-8"), keep="\n\t\r").encode("utf-8")
     return buffer.getvalue()
 
 

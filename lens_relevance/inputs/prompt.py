@@ -206,6 +206,8 @@ def tokenize(
         raise RelevanceError("the model has no tokenizer; give token ids [batch, pos] instead of text")
     if any(not text for text in inputs):
         raise RelevanceError("the prompt is empty: give at least one word")
+    if any("\ud800" <= sign <= "\udfff" for text in inputs for sign in text):
+        raise RelevanceError("the prompt is no text: it holds bytes that are not UTF-8, or half of a character")
     return pad([model.to_tokens(text, truncate=False)[0] for text in inputs], model)
 
 

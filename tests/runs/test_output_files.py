@@ -133,7 +133,7 @@ def test_on_a_disk_that_is_full_the_table_is_printed(name: str, tmp_path: Path, 
 
     monkeypatch.setattr(whole_files.os, "replace", replace)
     result = run(*COMMANDS[name], "--out", tmp_path / name)
-    assert "No space left on device" in error_of(result)
+    assert f"{tmp_path / name} cannot be written: No space left on device" in error_of(result)
     assert len(result.stdout.splitlines()) >= 5
     assert not list(tmp_path.iterdir())
 
