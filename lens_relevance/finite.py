@@ -18,6 +18,7 @@ from lens_relevance.hooks.session import Session, session
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.sites import Anatomy, anatomy
 
+_WRAPPED = "_original_component"  # where TransformerLens keeps a module of Hugging Face's
 _HALF = {torch.float16: "float16 ends at 65504", torch.bfloat16: "bfloat16 has 8 bits of precision"}
 
 
@@ -92,13 +93,28 @@ def _is_finite(name: str, x: Tensor, body: Anatomy, prompt: Prompt) -> bool:
     return bool((x.isfinite() | hidden).all())
 
 
+def _name_in_files(model: HookedModel, damaged: Mapping[str, int]) -> str:
+    """The first of these parameters as Hugging Face names it, without the wrappers and names of TransformerLens.
+
+    Where queries, keys and values are one parameter, TransformerLens has three parts of it too; the whole is larger.
+    """
+    plain = {name: name.replace(f".{_WRAPPED}", "").split(".") for name in damaged}
+    first = plain[next(iter(damaged))]
+    siblings = [name for name, parts in plain.items() if (parts[:-2], parts[-1]) == (first[:-2], first[-1])]
+    chosen = max(siblings, key=lambda name: damaged[name])
+    wrapper = root(model).get_submodule(chosen.rpartition(f".{_WRAPPED}")[0])
+    own = getattr(wrapper, "name", None)
+    if isinstance(own, str) and len(plain[chosen]) > 1:
+        plain[chosen][-2] = own.rpartition(".")[2]
+    return ".".join(plain[chosen])
+
+
 def _cause(model: HookedModel) -> str:
     """What is known of the cause, and what can be done."""
     parameters = list(root(model).named_parameters())
-    damaged = next((name for name, parameter in parameters if not bool(parameter.isfinite().all())), None)
-    if damaged is not None:
-        plain = damaged.replace("_original_component.", "")  # as Hugging Face names it, without TransformerLens's wrappers
-        return f"The parameter {plain} holds such values: load the model's weights again"
+    damaged = {name: parameter.numel() for name, parameter in parameters if not bool(parameter.isfinite().all())}
+    if damaged:
+        return f"The parameter {_name_in_files(model, damaged)} holds such values: load the model's weights again"
     half = next((parameter.dtype for _, parameter in parameters if parameter.dtype in _HALF), None)
     if half is not None:
         return f"{_HALF[half]}: load the model in float32{' or bfloat16' if half is torch.float16 else ''}"

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -31,15 +31,16 @@ class PromptPairs:
         clean, corrupt: token ids [n, pos].
         target: a target of `lens_relevance` (one token for all rows, or one per row), or any function of the logits of all these rows,
             [n, pos, d_vocab] -> [n]. It may hold something for each row: of rows that are selected later it gives what it gives of all.
-        clean_mask, corrupt_mask: attention masks [n, pos], 1 on real tokens; all ones where not given.
+        clean_mask, corrupt_mask: attention masks [n, pos], 1 on real tokens and 0 on padding; all ones where not given. Masks of any type
+            are read as integers.
         dropped: what a task left out because it does not fit the tokenizer (words, templates).
     """
 
     clean: Int[Tensor, "n pos"]
     corrupt: Int[Tensor, "n pos"]
     target: Target | Callable[[Tensor], Tensor]  # a Target after __post_init__
-    clean_mask: Int[Tensor, "n pos"] = None  # type: ignore[assignment]  # a tensor after __post_init__
-    corrupt_mask: Int[Tensor, "n pos"] = None  # type: ignore[assignment]
+    clean_mask: Shaped[Tensor, "n pos"] = None  # type: ignore[assignment]  # a tensor after __post_init__
+    corrupt_mask: Shaped[Tensor, "n pos"] = None  # type: ignore[assignment]
     dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

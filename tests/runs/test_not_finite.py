@@ -30,6 +30,10 @@ PAIRS = random_pairs(3)
 # Where a NaN in a parameter shows first, and the parameter's name in the error.
 DAMAGED = {
     "wte.weight": "embed.hook_out",
+    "wpe.weight": "pos_embed.hook_out",
+    "h.0.attn.c_attn.weight": "blocks.0.attn.q.hook_out",
+    "h.0.attn.c_attn.bias": "blocks.0.attn.q.hook_out",
+    "h.1.attn.c_proj.weight": "blocks.1.attn.o.hook_out",
     "h.0.mlp.c_fc.bias": "blocks.0.mlp.in.hook_out",
     "h.1.mlp.c_proj.weight": "blocks.1.mlp.out.hook_out",
     "h.1.ln_2.weight": "blocks.1.ln2.hook_out",
@@ -37,14 +41,19 @@ DAMAGED = {
 }
 
 
-def damage(model: TransformerBridge, name: str, value: float = float("nan")) -> None:
+# As TransformerLens calls what Hugging Face calls c_attn and c_proj.
+OF_TRANSFORMER_LENS = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o"}
+
+
+def damage(model: TransformerBridge, name: str, value: float = float("nan"), column: int = 1) -> None:
     """One entry of a parameter; in the token embedding, that of a token that is there."""
-    (parameter,) = [p for n, p in model.original_model.named_parameters() if n.replace("_original_component.", "").endswith(name)]
-    with torch.no_grad():
-        if name.startswith("wte"):
-            parameter[int(TOKENS[0, 3]), 1] = value
-        else:
-            parameter.flatten()[1] = value
+    there = name
+    for plain, other in OF_TRANSFORMER_LENS.items():
+        there = there.replace(plain, other)
+    (parameter,) = [p for n, p in model.original_model.named_parameters() if n.replace("_original_component.", "").endswith(there)]
+    with torch.no_grad():  # not by flatten(), which copies what is no contiguous tensor
+        parameter[(int(TOKENS[0, 3]) if name.startswith("wte") else 0, column) if parameter.ndim == 2 else column] = value
+    assert sum(not bool(p.isfinite().all()) for _, p in model.original_model.named_parameters()) >= 1
 
 
 @pytest.mark.parametrize("name", list(DAMAGED))
@@ -55,9 +64,35 @@ def test_one_nan_weight_is_named(name: str, rules: str) -> None:
     with pytest.raises(RelevanceError) as caught:
         propagate(model, TOKENS, TARGET, rules=rules, reference=OTHER if rules == "deeplift" else None)
     message = str(caught.value)
-    assert f"{DAMAGED[name]} is the first HookPoint" in message or "embed" in name, message
-    assert name in message.replace("_original_component.", "") and "load the model's weights again" in message
+    assert f"{DAMAGED[name]} is the first HookPoint" in message
+    assert f"The parameter transformer.{name} holds such values: load the model's weights again" in message
     assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize(("column", "part"), [(3, "q"), (16 + 3, "k"), (32 + 3, "v")])
+@pytest.mark.parametrize("name", ["h.1.attn.c_attn.weight", "h.1.attn.c_attn.bias"])
+def test_each_part_of_a_joint_parameter_is_named(name: str, column: int, part: str) -> None:
+    """Queries, keys and values are columns of one matrix in GPT-2."""
+    model = build_gpt2()
+    damage(model, name, column=column)
+    with pytest.raises(RelevanceError, match=rf"blocks\.1\.attn\.{part}\.hook_out is the first HookPoint.* transformer\.{name} holds"):
+        propagate(model, TOKENS, TARGET)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"])
+def test_parameters_of_llama_have_their_names(name: str) -> None:
+    model = build_llama()
+    of_lens = {"self_attn.q_proj": "self_attn.q", "mlp.down_proj": "mlp.out"}
+    endings = [name, *(name.replace(a, b) for a, b in of_lens.items())]
+    (parameter,) = [
+        p
+        for n, p in model.original_model.named_parameters()
+        if n.replace("_original_component.", "").endswith(tuple(f"layers.1.{ending}" for ending in endings))
+    ]
+    with torch.no_grad():
+        parameter[0] = float("inf")
+    with pytest.raises(RelevanceError, match=rf"The parameter model\.layers\.1\.{name} holds"):
+        propagate(model, TOKENS, TARGET)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -137,12 +172,20 @@ def test_padding_may_hold_what_it_likes() -> None:
     assert propagate(model, TOKENS, TARGET, attention_mask=mask).tokens().isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def damaged_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("damaged")
+IN_FILES = {
+    "transformer.h.0.mlp.c_fc.bias": "blocks.0.mlp.in.hook_out",
+    "transformer.h.0.attn.c_attn.weight": "blocks.0.attn.q.hook_out",
+}
+
+
+@pytest.fixture(scope="module", params=list(IN_FILES))
+def damaged_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one NaN weight; the folder's name is that of the parameter."""
+    folder = tmp_path_factory.mktemp("damaged") / request.param
+    folder.mkdir()
     build_with_words(folder, ["she", "he", "went", "home", "to", "the", "store", "Mary", "John"])
     weights = load_file(folder / "model.safetensors")
-    weights["transformer.h.0.mlp.c_fc.bias"][3] = float("nan")
+    weights[request.param].view(-1)[3] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -175,7 +218,9 @@ def test_every_command_gives_one_sentence(arguments: tuple[str, ...], damaged_fo
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 2, result.output
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1 and "blocks.0.mlp.in.hook_out is the first HookPoint" in errors[0]
+    assert len(errors) == 1 and "Traceback" not in result.output
+    assert f"{IN_FILES[damaged_folder.name]} is the first HookPoint" in errors[0]
+    assert f"The parameter {damaged_folder.name} holds such values" in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.csv"]
 
 
@@ -195,9 +240,9 @@ def test_masks_are_0_and_1(name: str) -> None:
     for inputs, given in ((TOKENS, mask), ({"input_ids": TOKENS, "attention_mask": mask}, None)):
         with pytest.raises(RelevanceError, match=r"attention_mask holds .*1 where a token is real and 0 where it is padding"):
             propagate(model, inputs, TARGET, attention_mask=given)
-    if not mask.is_floating_point():  # pairs take integers, which the types say
-        with pytest.raises(RelevanceError, match="clean_mask holds"):
-            PromptPairs(TOKENS, OTHER, TARGET, clean_mask=mask)
+    for which in ("clean_mask", "corrupt_mask"):
+        with pytest.raises(RelevanceError, match=f"{which} holds .*1 where a token is real and 0 where it is padding"):
+            PromptPairs(TOKENS, OTHER, TARGET, **{which: mask})
     with pytest.raises(RelevanceError, match="mask"):
         token_relevance(model, TOKENS, TARGET, attention_mask=mask)
 
@@ -209,4 +254,6 @@ def test_masks_of_any_type_are_read(dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain, other = (propagate(build_gpt2(), TOKENS, TARGET, attention_mask=m) for m in (mask, mask.to(dtype)))
+        pairs = PromptPairs(TOKENS, OTHER, TARGET, clean_mask=mask.to(dtype))
     assert torch.equal(plain.tokens(), other.tokens()) and plain.tokens().abs().max() > 0
+    assert torch.equal(pairs.clean_mask, mask) and pairs.clean_mask.dtype == torch.long
