@@ -9,6 +9,8 @@ from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, Re
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.inputs.similarity import sentence_embeddings, similarity
 from lens_relevance.inputs.targets import Target, continuation, latent, log_prob, logit, logit_diff
+from lens_relevance.memory.estimate_of_run import Estimate
+from lens_relevance.memory.estimation import estimate
 from lens_relevance.rules import ElementwiseRule, ProductRule, Rule, Scale
 from lens_relevance.ruleset_tables import register_ruleset, rulesets
 from lens_relevance.sites import AttentionFamily, ExpertsFamily, declare_sites, register_attention, register_experts
@@ -18,6 +20,7 @@ __all__ = [
     "Coverage",
     "CoverageError",
     "ElementwiseRule",
+    "Estimate",
     "ExpertsFamily",
     "LivenessError",
     "NotKeptError",
@@ -34,6 +37,7 @@ __all__ = [
     "continuation",
     "coverage",
     "declare_sites",
+    "estimate",
     "head_flow",
     "latent",
     "log_prob",

@@ -34,8 +34,10 @@ from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session, refuse_silent
 from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.references import ReferenceRun
+from lens_relevance.memory.free_memory import hand_back
 from lens_relevance.sites import Anatomy
 
+_LARGE = 2**20  # bytes that blocks hand on, from which on freed memory is handed back: it takes a few milliseconds
 _INPUT = ""  # a block's own input among the tensors of its HookPoints
 
 
@@ -93,7 +95,7 @@ class Blockwise:
         self.blocks = chain_of_blocks(model, anatomy)
         self._opened, self._anatomy, self._taps, self._point, self._other = opened, anatomy, taps, point, other
         self._placed = [[p for p in opened.placed if p.site.layer == i] for i in range(len(self.blocks))]
-        self._storage = storage
+        self._storage, self._hands_back = storage, False
         self._own, self._reference = _Pass(), _Pass()
 
     @protected_contextmanager
@@ -152,6 +154,7 @@ class Blockwise:
 
     def _leave(self, run: _Pass, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run.handed_on = _first(output)
+        self._hands_back = run.handed_on.device.type == "cpu" and run.handed_on.nbytes >= _LARGE
         _drop_pattern(module)
 
     def _share_masks(self) -> None:
@@ -167,6 +170,8 @@ class Blockwise:
 
     def backward(self, run: Run, before: Run | None, seed: Tensor, *, conditions: Sequence[Condition]) -> Iterator[Part]:
         """Coefficients from `seed` at the target's root down to the embeddings, part by part."""
+        if self._hands_back:
+            hand_back()
         own, conditions = self._own, list(conditions)
         assert own.leaf is not None and own.start is not None
         above = {name: x for name, x in run.tensors.items() if name not in own.below | own.within}
@@ -196,6 +201,8 @@ class Blockwise:
                     placed.forget()
                 yield part
                 del part
+                if self._hands_back:
+                    hand_back()
             del own.calls[index + 1 :], self._reference.calls[index + 1 :]
         last, arriving = (own.start, upstream) if started else (root, seed)
         yield _pull_back(last, arriving, None, tensors=below, references=others, conditions=conditions)[0]

@@ -42,6 +42,8 @@ from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
+from lens_relevance.memory.estimate_of_run import block_by_block
+from lens_relevance.memory.estimation import work_of
 from lens_relevance.rules import Rule
 from lens_relevance.rules.base import difference, per_example, share
 from lens_relevance.ruleset_keys import check_keys
@@ -65,7 +67,7 @@ def propagate(
     audit: bool = False,
     through: Mapping[str, Any] | None = None,
     strict: bool = True,
-    recompute: bool = False,
+    recompute: bool | None = None,
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.
 
@@ -92,13 +94,14 @@ def propagate(
         strict: Refuse models of which a part has no site.
         recompute: Run the backward block by block, each block once more from the input that the forward kept: the memory of one block
             instead of that of all, for about half as much time again. The result is the same bit by bit; up to rounding where attention is
-            large enough to be computed for some query rows at a time. See lens_relevance.blockwise.
+            large enough to be computed for some query rows at a time. See lens_relevance.blockwise. None does so where the run would not
+            fit into memory otherwise (see `estimate`).
 
     Returns:
         Activations, coefficients and relevance by HookPoint, in the units of the target. The model is left exactly as it was.
 
     Raises:
-        RelevanceError: Bad input (a ValueError).
+        RelevanceError: Bad input (a ValueError), or a run that would not fit into memory.
         LivenessError: A rule would have done nothing.
         CoverageError: `strict`, and the ruleset would hold only for part of the model.
     """
@@ -117,6 +120,8 @@ def propagate(
     n = 1 if other is None else other.n
     asked = [*names, *(c.name for c in conditions), *([] if point is None else [point])]
     metric, reading = (None, None) if set(asked) & set(UNEMBEDDING) else metric_before(model, prompt, target, n=n)
+    settings: dict[str, Any] = dict(names=names, table=table, reference=reference, reads_all=reading is None, device=device, audit=audit)
+    recompute = block_by_block(work_of(propagate, model, body, prompt.tokens, **settings), prompt, recompute)
     with frozen(model), session(model) as opened, reading_at(model, reading), torch.enable_grad():
         ruled = _rules_of_sites(body, table, strict=strict)
         if audit:

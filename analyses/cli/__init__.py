@@ -9,6 +9,7 @@ from analyses.cli import (  # isort: skip  # noqa: F401
     compare_command,
     circuit_command,
     coverage_command,
+    estimate_command,
 )
 
 __all__ = ["app"]

@@ -128,6 +128,14 @@ def _close(there: Any, here: list[float], allowed: float) -> bool:
     return torch.allclose(one, other, rtol=0, atol=allowed * largest, equal_nan=True)  # logits can be -inf by design
 
 
+def saved_setting(folder: str | Path, name: str) -> Any:
+    """A setting of the run whose checkpoint this folder is; None where there is none."""
+    try:
+        return json.loads((Path(folder) / _RUN).read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):  # `Checkpoint` says what is wrong with it
+        return None
+
+
 def digest(named: Iterable[tuple[str, bytes]]) -> str:
     """SHA-256 of names and contents."""
     result = hashlib.sha256()

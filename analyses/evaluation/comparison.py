@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.batches import rows_together
+from analyses.datasets.pass_size import pairs_per_pass
 from analyses.datasets.streaming import PairStream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
 from analyses.methods import Estimator, estimator
@@ -36,7 +37,6 @@ COLUMNS = (
     *("forwards", "backwards", "seconds", "pearson_low", "pearson_high", "spearman_low", "spearman_high"),
 )
 _COMPARED = ("resid", "attn", "mlp", "heads", "q", "k", "v")
-_TOKENS_PER_PASS = 2048
 # A pass of patching holds many patches anyway; with few pairs at a time the bar moves, and an interruption costs little.
 _PAIRS_PATCHED = 16
 
@@ -88,7 +88,7 @@ def compare_with_patching(
         top_k: size of the sets that top_k_overlap compares; a tenth of the components, 3 at least, by default.
         pooled: correlate over components x pairs instead of over components of scores averaged over pairs.
         resamples: bootstrap resamples of the pairs for the 95 % intervals; 0 for none.
-        batch_size: pairs per pass of the estimates.
+        batch_size: pairs per pass of the estimates; None for as many as fit.
         checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
 
     Columns: method, component; pearson, spearman, sign_agreement, top_k_overlap, magnitude_error (see `evaluation.agreement`); completeness
@@ -144,7 +144,9 @@ def compare(
     stream = PairStream(
         model,
         pairs,
-        batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1]),
+        batch_size
+        if batch_size is not None
+        else pairs_per_pass(model, pairs, chosen, ["resid", *components], run=run, checkpoint=checkpoint),
         checkpoint=checkpoint,
         analysis="comparison",
         methods=named,

@@ -11,17 +11,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Run, resolve_component, resolve_run
+from analyses.datasets.pass_size import pairs_per_pass
 from analyses.datasets.streaming import PairStream
 from analyses.evaluation.ranking_check import Replacement, ablate_top
 from analyses.methods import Estimator, estimator
-from analyses.models.structure import d_mlp, n_heads, n_layers
+from analyses.models.structure import n_heads, n_layers
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
-
-# About what a laptop takes in one pass; a pass keeps a few tensors of [tokens, d_mlp] per layer.
-_TOKENS_PER_PASS = 2048
-_FLOATS_PER_PASS = 2**27
 
 
 def rank_heads(
@@ -42,7 +39,7 @@ def rank_heads(
         method: a ruleset or another method of `analyses.methods`; the score of a head is its estimate of the effect of patching z.
         run: where coefficients are taken: "corrupt", "clean" or their "mean" (one and the same for `deeplift`).
         top_k: what counts as "in the top" for a single pair, by magnitude; a tenth of the heads, 3 at least, by default.
-        batch_size: pairs per pass; None for about 2048 tokens.
+        batch_size: pairs per pass; None for as many as fit (see `analyses.datasets.pass_size`).
         ablate: verify the ranking by ablating its top k, and k random heads, to their values in the corrupt run ("corrupt", or True) or
             to their mean over the clean prompts ("mean"): the result's `attrs["ablation"]`, an `AblationCheck`.
         checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
@@ -58,8 +55,7 @@ def rank_heads(
     if resolve_component(component).index != "head":
         raise RelevanceError(f"rank_heads ranks heads, q, k or v, not {component!r}")
     top_k = top_k if top_k is not None else max(3, n_layers(model) * n_heads(model) // 10)
-    size = batch_size if batch_size is not None else max(1, _TOKENS_PER_PASS // pairs.clean.shape[1])
-    return _rank(model, pairs, estimator(method), run, component, top_k, size, ablate, checkpoint)
+    return _rank(model, pairs, estimator(method), run, component, top_k, batch_size, ablate, checkpoint)
 
 
 def rank_neurons(
@@ -75,12 +71,9 @@ def rank_neurons(
 ) -> pd.DataFrame:
     """MLP neurons (after the activation), as `rank_heads` ranks heads: columns layer, neuron, score, standard_error, top_share.
 
-    Batches are made small enough that the activations of all layers, [batch, pos, d_mlp] each, fit; `top_k` is 10 by default.
+    `top_k` is 10 by default.
     """
-    width = pairs.clean.shape[1] * d_mlp(model) * n_layers(model)
-    fitting = max(1, min(_TOKENS_PER_PASS // pairs.clean.shape[1], _FLOATS_PER_PASS // width))
-    size = batch_size if batch_size is not None else fitting
-    return _rank(model, pairs, estimator(method), run, "neurons", 10 if top_k is None else top_k, size, ablate, checkpoint)
+    return _rank(model, pairs, estimator(method), run, "neurons", 10 if top_k is None else top_k, batch_size, ablate, checkpoint)
 
 
 @left_as_found
@@ -91,7 +84,7 @@ def _rank(
     run: Run,
     name: str,
     top_k: int,
-    size: int,
+    batch_size: int | None,
     ablate: bool | Replacement,
     checkpoint: str | Path | None,
 ) -> pd.DataFrame:
@@ -100,6 +93,7 @@ def _rank(
     if ablate not in (False, True, "corrupt", "mean"):
         raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
     kind, run = resolve_component(name), resolve_run(run)
+    size = batch_size if batch_size is not None else pairs_per_pass(model, pairs, [method], [kind.name], run=run, checkpoint=checkpoint)
     stream = PairStream(model, pairs, size, checkpoint=checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
     totals = stream.fold(
         lambda: _Totals(top_k),

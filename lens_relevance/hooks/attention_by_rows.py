@@ -15,6 +15,7 @@ from torch import Tensor
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import check_value
 from lens_relevance.hooks.session import Session
+from lens_relevance.memory.trial import trial
 from lens_relevance.rules.attention_by_rows import AttentionByRows, AttentionByRowsRule, passes_by_rows
 from lens_relevance.rules.base import Rule
 from lens_relevance.sites import Site
@@ -22,6 +23,12 @@ from lens_relevance.sites.attention_by_rows import SiteByRows, as_one
 
 AT_ONCE = 2**22  # entries of scores that are computed at once, bit by bit as the model does: 16 MiB in fp32
 _COMPARED = 16  # keys that the component gets
+
+
+def is_large(batch: int, n_heads: int, positions: int) -> bool:
+    """Whether attention of this size is better computed by rows; a trial says so itself."""
+    way = trial()
+    return batch * n_heads * positions**2 > AT_ONCE if way is None else way.by_rows
 
 
 def by_rows(ruled: list[tuple[Site, Rule]], *, asked: Collection[str], batch: int, positions: int) -> list[tuple[Site, Rule]]:
@@ -40,7 +47,7 @@ def by_rows(ruled: list[tuple[Site, Rule]], *, asked: Collection[str], batch: in
         if one is None:
             continue
         assert isinstance(one.operation, AttentionByRows)
-        large = batch * one.operation.geometry.n_heads * positions**2 > AT_ONCE
+        large = is_large(batch, one.operation.geometry.n_heads, positions)
         seen = any(point.name in asked or point.has_hooks() for point in one.silent)
         if large and not seen and all(passes_by_rows(rule) for _, rule in steps):
             instead |= {site: [] for site, _ in steps} | {steps[-1][0]: [(one, AttentionByRowsRule(*(rule for _, rule in steps)))]}

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_relevance.memory.trial import piece
 from lens_relevance.rules.attention import AttentionGeometry, CappedScoresRule, Mix, Scores
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, working
 from lens_relevance.rules.product import ConstantFirstFactor, PairProduct, Product
@@ -23,6 +24,11 @@ ENTRIES = 2**24  # of the scores of these rows, at most: 64 MiB in fp32
 
 Masked = Callable[[Float[Tensor, "batch head row key"], slice, slice], Tensor]
 Visible = Callable[[slice], slice]
+
+
+def rows_at_once(batch: int, heads: int, queries: int) -> int:
+    """How many query rows are computed at a time."""
+    return max(1, min(ROWS, ENTRIES // (batch * heads * queries)))
 
 
 class AttentionByRows(Operation):
@@ -71,10 +77,11 @@ class AttentionByRows(Operation):
     def pieces(self, q: Tensor) -> Iterator[tuple[slice, slice]]:
         """Query rows, some at a time, and the keys that these see."""
         batch, heads, queries = q.shape[:-1]
-        size = max(1, min(ROWS, ENTRIES // (batch * heads * queries)))
+        size = rows_at_once(batch, heads, queries)
         for start in range(0, queries, size):
             rows = slice(start, min(start + size, queries))
-            yield rows, self.visible(rows)
+            with piece():
+                yield rows, self.visible(rows)
 
     def steps(self, q: Tensor, k: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """Scores and pattern of these rows."""

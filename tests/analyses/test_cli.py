@@ -162,6 +162,13 @@ def test_coverage_says_what_works(run: Callable[..., Result], tmp_path: Path) ->
     assert "blocks.0.attn" in (tmp_path / "sites.csv").read_text()
 
 
+def test_estimate_says_what_a_run_takes(run: Callable[..., Result]) -> None:
+    result = run("estimate", "--tokens", "64", "--batch", "8", "--rules", "deeplift")
+    assert result.exit_code == 0, result.output
+    assert "8 x 64 tokens, at once" in result.stdout and "4" in result.stdout
+    assert run("estimate", "--rules", "nonsense").exit_code == 2
+
+
 def test_graph_is_written_as_asked(run: Callable[..., Result], tmp_path: Path) -> None:
     for ending in ("html", "json", "graphml"):
         result = run("graph", "--top", "30", "--out", str(tmp_path / f"graph.{ending}"))
