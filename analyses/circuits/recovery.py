@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
 from analyses.circuits.choose import Circuit
@@ -66,12 +66,12 @@ def overlap(circuit: Circuit, known: Circuit) -> Overlap:
 
 def auroc(scores: ItemScores, known: Circuit) -> float:
     """Chance that an item of the known circuit scores higher (by `strength`) than one outside it; ties count half."""
-    return area_under_roc(scores.strength, known.kept)
+    return float(area_under_roc(scores.strength, known.kept))
 
 
-def area_under_roc(values: np.ndarray, positive: Bool[np.ndarray, " item"]) -> float:
-    """The Mann-Whitney statistic over the number of pairs."""
+def area_under_roc(values: Float[np.ndarray, "*row item"], positive: Bool[np.ndarray, " item"]) -> Float[np.ndarray, "*row"]:
+    """The Mann-Whitney statistic over the number of pairs, row by row; ties count as halves."""
     n, m = int(positive.sum()), int((~positive).sum())
     if n == 0 or m == 0:
         raise RelevanceError("AUROC needs items inside and outside the known circuit")
-    return float((rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * m))
+    return np.asarray((rankdata(values, axis=-1)[..., positive].sum(-1) - n * (n + 1) / 2) / (n * m))

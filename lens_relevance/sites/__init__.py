@@ -5,6 +5,7 @@ from lens_relevance.sites.anatomy import Anatomy
 from lens_relevance.sites.base import LOGITS, DeclaredSite, Site
 from lens_relevance.sites.declared import activation, attention, convolution, declare_sites, gated_activation, linear, norm
 from lens_relevance.sites.families import AttentionFamily, ExpertsFamily, register_attention, register_experts
+from lens_relevance.sites.hooked_module import HookedModule, sharing_copies
 from lens_relevance.sites.lookup import anatomy
 from lens_relevance.sites.token_sets import TokenAttention
 
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionFamily",
     "DeclaredSite",
     "ExpertsFamily",
+    "HookedModule",
     "Site",
     "TokenAttention",
     "activation",
@@ -26,4 +28,5 @@ __all__ = [
     "norm",
     "register_attention",
     "register_experts",
+    "sharing_copies",
 ]

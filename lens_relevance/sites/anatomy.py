@@ -71,11 +71,12 @@ class Anatomy:
         """The stack whose positions a HookPoint has."""
         if set(self.stacks.roles) == {TOKENS}:
             return TOKENS
-        if CROSS in self.stacks.roles:
-            if ".cross_attn.k." in name or ".cross_attn.v." in name:
-                return ENCODER
-            return DECODER if name.startswith(("decoder_", "unembed")) else ENCODER
-        return next((stack for stack, roles in self.stacks.roles.items() if any(name in names for names in roles.values())), "")
+        owner = next((stack for stack, roles in self.stacks.roles.items() if any(name in names for names in roles.values())), "")
+        if owner or CROSS not in self.stacks.roles:
+            return DECODER if owner == CROSS else owner  # heads between the two write at the decoder's positions
+        if ".cross_attn.k." in name or ".cross_attn.v." in name:
+            return ENCODER
+        return DECODER if name.startswith(("decoder_", "unembed")) else ENCODER
 
     def count_layers(self) -> None:
         """Tell each site in a block how many blocks its stack has, so that a ruleset can count them from the end."""

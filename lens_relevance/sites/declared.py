@@ -35,6 +35,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, is_bridge
 from lens_relevance.rules import Activation, AttentionGeometry, Convolution, GatedActivation, Linear, Mix, Norm, Scores, Softmax
 from lens_relevance.sites.anatomy import Anatomy
+from lens_relevance.sites.attention import SplitHeads
 from lens_relevance.sites.base import DeclaredSite
 from lens_relevance.sites.lookup import remember, remember_more
 from lens_relevance.sites.stacks import Cut, Stacks, one_stack, roles
@@ -127,6 +128,7 @@ def declare_sites(
     z: Names = (),
     neurons: Names = (),
     attentions: Sequence[TokenAttention] = (),
+    cuts: Sequence[Cut] = (),
 ) -> None:
     """Tell where operations of a model are, so that propagate and attach know them.
 
@@ -141,9 +143,11 @@ def declare_sites(
         embeddings: HookPoints at which the graph starts, the token embeddings first. A model with several sets of positions gives these and
             the next three by stack, as in {"image": ["hook_patches"], "question": ["hook_embed"]}.
         residual: complete cuts, one per layer and the final one.
-        z: for `RelevanceCache.heads`.
+        z: for `RelevanceCache.heads`; what is kept at a declared attention's z is [batch, pos, head, d_head], as on a bridge.
         neurons: for `RelevanceCache.neurons`.
         attentions: for `token_relevance`, in the order of computation.
+        cuts: the rows of the conservation account, from the embeddings upward. By default those of `residual`; of a model with several
+            sets of positions the embeddings alone.
 
     Raises:
         RelevanceError: a name is not one of the model's HookPoints, two sites have one name or one output, `embeddings` is missing, or a
@@ -155,7 +159,7 @@ def declare_sites(
     listed = [d for group in sites for d in ([group] if isinstance(group, DeclaredSite) else group)]
     roles_given = (embeddings, residual, z, neurons)
     asked = [*(n for d in listed for n in (*d.inputs, d.output)), *(n for names in roles_given for n in _flat(names))]
-    asked += [n for one in attentions for n in (one.pattern, one.before, one.written)]
+    asked += [n for one in attentions for n in (one.pattern, one.before, one.written)] + [n for cut in cuts for n in cut.names]
     for name in asked:
         if name not in points:
             close = get_close_matches(name, points, n=5, cutoff=0.5) or list(points)[:10]
@@ -168,16 +172,19 @@ def declare_sites(
         if twice is not None:
             raise RelevanceError(f"declare_sites: two sites have the {what} {twice!r}; an operation is declared once")
     if is_bridge(model):
-        if any(roles_given) or attentions:
+        if any(roles_given) or attentions or cuts:
             raise RelevanceError("declare_sites: embeddings, residual stream and attentions of a bridge are known; give it sites alone")
         remember_more(model, listed)
         return
     if not embeddings:
         raise RelevanceError("declare_sites: name at least one HookPoint in `embeddings`, where the graph starts")
     stacks = _stacks(embeddings=embeddings, residual=residual, z=z, neurons=neurons)
+    if cuts:
+        stacks.cuts = list(cuts)
+    by_head = {d.output: SplitHeads(d.operation.geometry.n_heads) for d in listed if isinstance(d.operation, Mix)}
     names = {name: name for name in points}
     built = [d.at(points) for d in listed]
-    remember(model, Anatomy(built, points, names, stacks=stacks, attentions=list(attentions)))
+    remember(model, Anatomy(built, points, names, stacks=stacks, attentions=list(attentions), conversions=by_head))
 
 
 def _stacks(**given: Names) -> Stacks:

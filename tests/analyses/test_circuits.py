@@ -229,6 +229,9 @@ def test_auroc_counts_ties_half() -> None:
     positive = np.array([True, True, False, False])
     assert area_under_roc(np.array([2.0, 0, 0, 0]), positive) == pytest.approx(0.75)
     assert area_under_roc(np.array([0.0, 0, 0, 0]), positive) == pytest.approx(0.5)
+    # of 3 and 1 against 2, 1, 0: 3 wins three times, 1 wins once and draws once
+    rows, two = np.array([[3.0, 1.0, 2.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]]), np.array([True, True, False, False, False])
+    assert area_under_roc(rows, two).tolist() == [4.5 / 6, 0.5]
 
 
 def test_patching_scores_are_single_node_interventions() -> None:

@@ -115,7 +115,10 @@ def test_attach_works_too() -> None:
     with attach(model, "attnlrp"), model.hooks(bwd_hooks=[hook]):
         logits = model(TOKENS)
         (logits[:, -1, 3] - logits[:, -1, 4]).sum().backward()
-    close(gradients["z"], propagate(model, TOKENS, TARGET, rules="attnlrp").coefficients["hook_z"], 1e-12)
+    cache = propagate(model, TOKENS, TARGET, rules="attnlrp")
+    close(gradients["z"].unflatten(-1, (2, 4)), cache.coefficients["hook_z"], 1e-12)  # kept by head, as a bridge's
+    close(cache.heads()[:, :, 0], cache["hook_z"].sum(-1), 1e-12)
+    assert cache.heads().shape == (*TOKENS.shape, 1, 2)
 
 
 def test_coverage_of_a_model_without_a_config() -> None:
