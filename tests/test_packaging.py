@@ -16,6 +16,7 @@ import lens_relevance
 from analyses.tasks.fitting import tokenize_rows
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.hooks.versions import TESTED
+from lens_relevance.inputs.token_ids import positions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +46,19 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     assert importlib.metadata.version("lens-relevance") == lens_relevance.__version__
 
 
+def test_the_citation_names_the_version() -> None:
+    assert f"\nversion: {lens_relevance.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_workflows_call_the_script_of_the_continuous_integration() -> None:
+    """On every version of Python that the package says it supports."""
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    versions = [line.split(":: ")[-1] for line in classifiers if line.startswith("Programming Language :: Python :: 3.")]
+    assert f"python: [{', '.join(repr(v).replace(chr(39), chr(34)) for v in versions)}]" in workflow
+    assert "- run: .ci/run" in workflow and (ROOT / ".ci" / "run").exists()
+
+
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
@@ -66,3 +80,5 @@ def test_shapes_and_types_are_checked_at_run_time() -> None:
         LaterYears(torch.zeros(3, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool))  # 3 years against 4
     with pytest.raises(jaxtyping.TypeCheckError):
         tokenize_rows("no model", ["text"])  # type: ignore[arg-type]
+    with pytest.raises(jaxtyping.TypeCheckError):
+        positions(-1, "no ids", None)  # type: ignore[arg-type]

@@ -1,5 +1,9 @@
 """The application `lens-relevance`, on which each module of this folder registers its command."""
 
+from importlib.metadata import version
+from platform import python_version
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -8,3 +12,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_versions(asked: bool) -> None:
+    """The versions on which a figure depends, read from the installed packages' own data: importing them takes seconds."""
+    if not asked:
+        return
+    typer.echo(f"lens-relevance {version('lens-relevance')}")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers", "torch"))
+    typer.echo(f"Python {python_version()}, {packages}")
+    raise typer.Exit()
+
+
+@app.callback()
+def main(
+    *,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print the versions of the package and of what it runs on."
+        ),
+    ] = False,
+) -> None:
+    """What a language model looks at: relevance of words, heads and neurons, checked by activation patching."""

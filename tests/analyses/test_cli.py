@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
+import lens_relevance
 from analyses.cli import app
 from analyses.evaluation.comparison import COLUMNS
 from analyses.models.loading import load_model
@@ -191,3 +193,9 @@ def test_circuit_holds_methods_side_by_side(run: Callable[..., Result], tmp_path
     table = pd.read_csv(tmp_path / "table.csv")
     assert list(table["method"].unique()) == ["deeplift", "random"] and table["selection_cmd"].is_monotonic_increasing
     assert run("circuit", "--n", "1").exit_code == 2
+
+
+def test_the_versions_on_which_a_figure_depends() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0 and shown.output.startswith(f"lens-relevance {lens_relevance.__version__}\n")
+    assert f"torch {torch.__version__.split('+')[0]}" in shown.output and "transformers 5." in shown.output
