@@ -1,4 +1,4 @@
-"""The model is a guest: what a call changes on it is put back, also after an exception or Ctrl-C."""
+"""The state of the user's model: what a call changes on it is put back, also after an exception or Ctrl-C."""
 
 from __future__ import annotations
 

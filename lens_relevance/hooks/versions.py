@@ -1,4 +1,4 @@
-"""The versions that the rules were tested with: they hang on the insides of both libraries, which move between minor releases."""
+"""The versions that the rules were tested with: the rules depend on internals of both libraries, which change between minor releases."""
 
 from __future__ import annotations
 
