@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -76,9 +77,13 @@ def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
 
 
 def random_order(seed: int = 0) -> Attribution:
-    """Scores without meaning: what every method must beat."""
+    """Scores without meaning: what every method must beat. Each prompt has an order of its own, whatever batch it comes in."""
 
     def scores(model: TransformerBridge, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
-        return torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows = []
+        for row in tokens.cpu():
+            own = zlib.crc32(row.numpy().tobytes(), seed)
+            rows.append(torch.rand(len(row), generator=torch.Generator().manual_seed(own), dtype=torch.float64))
+        return torch.stack(rows)
 
     return scores

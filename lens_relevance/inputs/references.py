@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -73,8 +74,8 @@ class Baseline:
             return ReferenceRun(many.with_ids(drawn), n=self.n)
         baselines = {}
         for stack, where in replaced.items():
-            table = embedding_table(model, stack)
-            baselines[stack] = (where, table.mean(0) if self.kind == "mean_embedding" else torch.zeros_like(table[0]))
+            mean = mean_token_embedding(model, stack)
+            baselines[stack] = (where, mean if self.kind == "mean_embedding" else torch.zeros_like(mean))
         return ReferenceRun(prompt, baselines)
 
     def __str__(self) -> str:
@@ -171,6 +172,29 @@ def embedding_table(model: HookedModel, stack: str) -> Float[Tensor, "vocab d_mo
     """What a stack's token embedding gives for every id, scaled where the model scales it."""
     original = _embedding(model, stack)
     return original(torch.arange(original.num_embeddings, device=original.weight.device))
+
+
+_MEANS: WeakKeyDictionary[nn.Embedding, tuple[object, Tensor]] = WeakKeyDictionary()
+
+
+def mean_token_embedding(model: HookedModel, stack: str) -> Float[Tensor, " d_model"]:
+    """The mean of `embedding_table`, computed once for as long as the embedding stays as it is: a large vocabulary takes seconds."""
+    original = _embedding(model, stack)
+    state = _state(original)
+    if state is None:
+        return embedding_table(model, stack).mean(0)
+    if original not in _MEANS or _MEANS[original][0] != state:
+        _MEANS[original] = (state, embedding_table(model, stack).mean(0))
+    return _MEANS[original][1].clone()
+
+
+def _state(module: nn.Embedding) -> object | None:
+    """What changes when the module computes something else; None where that cannot be seen (hooks of its own, inference tensors)."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if module._forward_hooks or module._forward_pre_hooks or any(t.is_inference() or t.is_meta for t in tensors):
+        return None
+    settings = tuple((name, value) for name, value in vars(module).items() if isinstance(value, int | float | bool))
+    return settings, tuple((t.data_ptr(), t._version, t.dtype, t.device, tuple(t.shape)) for t in tensors)
 
 
 def _embedding(model: HookedModel, stack: str) -> nn.Embedding:

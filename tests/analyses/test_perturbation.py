@@ -19,6 +19,7 @@ from analyses.perturbation import (
     curves_view,
     occlusion,
     perturbation_curves,
+    random_order,
     removal_curves,
     summary,
 )
@@ -181,3 +182,15 @@ def test_bad_input(gpt2, tokens):
     ]:
         with pytest.raises(RelevanceError, match=message):
             call()
+
+
+def test_the_random_order_is_each_prompts_own(gpt2) -> None:
+    order = attribution("random")
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 4, 5, 6]])
+    scores = order(gpt2, tokens, TARGET, torch.ones_like(tokens))
+    assert torch.equal(scores[0], scores[2]) and not torch.equal(scores[0].argsort(), scores[1].argsort())
+    for row in range(3):  # one by one as in a batch
+        assert torch.equal(order(gpt2, tokens[row : row + 1], TARGET, torch.ones(1, 6))[0], scores[row])
+    assert not torch.equal(random_order(seed=1)(gpt2, tokens, TARGET, torch.ones_like(tokens)), scores)
+    places = torch.stack([order(gpt2, torch.randint(9, (1, 6)), TARGET, torch.ones(1, 6))[0].argmax() for _ in range(200)])
+    assert (places.bincount(minlength=6) > 10).all()

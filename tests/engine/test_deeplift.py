@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from analyses.benchmarks.tiny_models import build as build_tiny
 from lens_relevance import RelevanceCache, log_prob, logit, logit_diff, mean_embedding, propagate, random_tokens
-from lens_relevance.inputs.prompt import Prompt
+from lens_relevance.inputs import references
+from lens_relevance.inputs.prompt import Prompt, read_inputs
 from tests.engine.families import FAMILIES, TARGET, UPCASTING, build, close, exact, inputs_and_reference, unexplained, whole
 from tests.models import build_gpt2, build_llama, build_native
 from tests.precision import no_upcasts
@@ -177,3 +179,37 @@ def test_a_saturated_model_where_the_gradient_sees_nothing() -> None:
 def test_without_a_reference_the_error_says_what_to_pass() -> None:
     with pytest.raises(ValueError, match="reference="):
         propagate(build_gpt2(), TOKENS, TARGET, rules="deeplift")
+
+
+def test_the_mean_embedding_is_computed_once_for_an_embedding_that_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny("gemma3")  # which scales its embeddings by a buffer
+    calls: list[str] = []
+    table = references.embedding_table
+    monkeypatch.setattr(references, "embedding_table", lambda model, stack: calls.append(stack) or table(model, stack))
+
+    def mean() -> torch.Tensor:
+        found = mean_embedding().run(model, read_inputs(model, TOKENS)).embeddings["tokens"][1]
+        torch.testing.assert_close(found, table(model, "tokens").mean(0), rtol=0, atol=0)
+        return found
+
+    first = mean()
+    first.zero_()  # what is handed out is a copy
+    assert mean().abs().max() > 0 and calls == ["tokens"]
+    embedding = references._embedding(model, "tokens")
+    with torch.no_grad():
+        embedding.weight[3] += 1.0
+    mean()
+    assert len(calls) == 2
+    embedding.embed_scale.mul_(2.0)
+    mean()
+    assert len(calls) == 3
+    embedding.weight.data = embedding.weight.data.clone() * 3
+    mean()
+    assert len(calls) == 4
+    mean()
+    assert len(calls) == 4
+    handle = embedding.register_forward_hook(lambda module, inputs, output: output + 1)
+    mean()
+    mean()
+    handle.remove()
+    assert len(calls) == 6  # hooks can do anything, so nothing is kept
