@@ -56,7 +56,8 @@ How well each head's attention follows the sound (listed heads in bold):
 
 By this measure {follows.sum()} heads follow the sound ({FOLLOWS} or more), {(follows & ~listed).sum()} of them unlisted, and of the listed
 ones {(listed & ~follows).sum()} do not: the measure itself gives the list an AUROC of {area_under_roc(role.ravel(), listed.ravel()):.2f}.
-The list says which heads a timestamp is best read from, not which heads follow the sound.
+Single-head patching gives it {_best_area(heard[0], "noising", "denoising"):.2f} at best, the order of the layers alone
+{_best_area(heard[0], "depth"):.2f}. The list says which heads a timestamp is best read from, not which heads follow the sound.
 
 ## rxnmapper's ALBERT: the head that maps atoms
 
@@ -71,6 +72,10 @@ Head 10.5 among the first {WANTED_RANK}: {_reached(mapped[0]["rank"] <= WANTED_R
 
 Attention from the masked atom to its counterpart, the first five heads: {first}.
 """
+
+
+def _best_area(table: pd.DataFrame, *methods: str) -> float:
+    return float(table.loc[table["method"].isin(methods), "auroc"].max())
 
 
 def _reached(where: pd.Series[bool], table: pd.DataFrame) -> str:

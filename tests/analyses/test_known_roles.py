@@ -135,12 +135,15 @@ def test_folders_without_the_models_are_refused(tmp_path: Path) -> None:
 
 def test_the_page_says_what_was_measured() -> None:
     rng = np.random.default_rng(0)
-    scores = {name: rng.normal(size=(5, 4, 6)) for name in ("relp", "noising", "denoising")}
+    scores = {name: rng.normal(size=(5, 4, 6)) for name in ("relp", "noising", "denoising", "depth")}
     role = rng.uniform(size=(4, 6))
     table = ranking_table(scores, speech.KNOWN, role, resamples=20)
     looks = rng.uniform(size=(12, 8))
     mapped = ranking_table({name: rng.normal(size=(5, 12, 8)) for name in scores}, reactions.KNOWN, looks, resamples=20)
     text = page((table, role), (mapped, looks), n_words=7, when="today")
+    reached = int((table["auroc"] >= 0.9).sum())
+    assert f"An AUROC of 0.9 or more: {reached} of {len(table)} methods and readings" in text
+    assert f"the order of the layers alone\n{table.loc[table['method'] == 'depth', 'auroc'].max():.2f}" in text
     assert "| `relp` | signed |" in text and f"**{role[1, 0]:.2f}**" in text and f"{looks.max():.2f}" in text
 
 
