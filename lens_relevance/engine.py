@@ -32,7 +32,7 @@ from lens_relevance.forward import (
 )
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.attention_by_rows import by_rows, place_by_rows
-from lens_relevance.hooks.conditional import read_conditions
+from lens_relevance.hooks.conditional import Through, read_conditions
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.model_state import check_model, frozen, no_gradients
 from lens_relevance.hooks.read_positions import UNEMBEDDING, reading_at
@@ -65,7 +65,7 @@ def propagate(
     attention_mask: Tensor | None = None,
     device: torch.device | str | Path | None = None,
     audit: bool = False,
-    through: Mapping[str, Any] | None = None,
+    through: Through = None,
     strict: bool = True,
     recompute: bool | None = None,
 ) -> RelevanceCache:
@@ -90,7 +90,8 @@ def propagate(
         device: Where kept tensors go, under `recompute` the inputs of the blocks too: a device, or a folder (a Path), in which a new folder
             is made and each tensor gets a file, read when it is used. Delete the folder when you no longer need the result.
         audit: Fill `.conservation()`.
-        through: Only what flows through these units, e.g. {"blocks.1.attn.hook_z": {"head": [3]}}; see lens_relevance.hooks.conditional.
+        through: Only what flows through these units: "L1H3", ["L9N7", "L9N8"], or {"blocks.1.attn.hook_z": {"head": [3]}}; see
+            lens_relevance.hooks.conditional.
         strict: Refuse models of which a part has no site.
         recompute: Run the backward block by block, each block once more from the input that the forward kept: the memory of one block
             instead of that of all, for about half as much time again. The result is the same bit by bit; up to rounding where attention is

@@ -23,6 +23,7 @@ from analyses.models.structure import n_layers
 from analyses.patching import activation_patching
 from analyses.patching.checks import check_gap
 from analyses.tasks import PromptPairs
+from analyses.tasks.pairs import require_pairs
 from lens_relevance import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.targets import as_target
@@ -131,6 +132,7 @@ def compare(
     checkpoint: str | Path | None = None,
 ) -> Comparison:
     """`compare_with_patching`, with the scores that its table was made from."""
+    pairs = require_pairs(pairs)
     chosen = [estimator(method) for method in methods]
     components, run = list(dict.fromkeys(resolve_component(name).name for name in components)), resolve_run(run)
     resolve_direction(direction)

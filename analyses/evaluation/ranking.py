@@ -17,6 +17,7 @@ from analyses.evaluation.ranking_check import Replacement, ablate_top
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_heads, n_layers
 from analyses.tasks import PromptPairs
+from analyses.tasks.pairs import require_pairs
 from lens_relevance import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 
@@ -55,7 +56,7 @@ def rank_heads(
     if resolve_component(component).index != "head":
         raise RelevanceError(f"rank_heads ranks heads, q, k or v, not {component!r}")
     top_k = top_k if top_k is not None else max(3, n_layers(model) * n_heads(model) // 10)
-    return _rank(model, pairs, estimator(method), run, component, top_k, batch_size, ablate, checkpoint)
+    return _rank(model, require_pairs(pairs), estimator(method), run, component, top_k, batch_size, ablate, checkpoint)
 
 
 def rank_neurons(
@@ -73,7 +74,8 @@ def rank_neurons(
 
     `top_k` is 10 by default.
     """
-    return _rank(model, pairs, estimator(method), run, "neurons", 10 if top_k is None else top_k, batch_size, ablate, checkpoint)
+    top_k = 10 if top_k is None else top_k
+    return _rank(model, require_pairs(pairs), estimator(method), run, "neurons", top_k, batch_size, ablate, checkpoint)
 
 
 @left_as_found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -147,3 +147,13 @@ class PromptPairs:
         """`from_strings` on a .csv or a .jsonl (one JSON object per line) with the columns clean, corrupt, answer, wrong."""
         columns = prompts.read_columns(Path(path))
         return cls.from_strings(model, **columns)
+
+
+def require_pairs(pairs: Any) -> PromptPairs:
+    """The pairs; raises RelevanceError for prompts on their own, with what to write instead."""
+    if not isinstance(pairs, PromptPairs):
+        raise RelevanceError(
+            f"pairs of prompts are needed, not {type(pairs).__name__}: PromptPairs.from_strings(model, clean=[prompt], corrupt=[against], "
+            "answer=[...], wrong=[...]), a task such as ioi(model), or PromptPairs.from_file(model, path)"
+        )
+    return pairs

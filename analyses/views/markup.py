@@ -58,7 +58,16 @@ def _plain(value: Any) -> Any:
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
-    """Tensor, array or nested list as float64 numpy; ValueError where it holds a number that is not finite."""
+    """Tensor, array or nested list as float64 numpy.
+
+    Raises:
+        RelevanceError: a number that is not finite, or something that holds no numbers, such as a whole RelevanceCache.
+    """
+    if isinstance(values, Mapping):
+        raise RelevanceError(
+            f"{name} is a {type(values).__name__}, which holds many things: give the numbers of one, such as cache.tokens()[0] [pos] or "
+            "cache.heads()[0].sum(0) [layer, head]"
+        )
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()  # numpy knows no bfloat16
     array = np.asarray(values, dtype=np.float64)

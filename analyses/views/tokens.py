@@ -24,17 +24,18 @@ _CHARACTERS_PER_LINE = 100
 _PADDING = 0.9  # around a token, in characters: tokenizers differ in whether a token carries its space
 
 
-def token_view(tokens: Sequence[str], relevance: Float[Tensor | np.ndarray, " pos"], title: str = "Relevance of each token") -> View:
+def token_view(tokens: Sequence[str], relevance: Float[Tensor | np.ndarray, "*batch pos"], title: str = "Relevance of each token") -> View:
     """Tokens coloured by signed relevance (CircuitsVis `colored_tokens`): blue speaks for the target, red against it.
 
     Args:
         tokens: one string per position, as `model.to_str_tokens` gives them.
-        relevance: one number per position, in the target's unit; shown on hover with 6 significant digits.
+        relevance: one number per position ([pos], or [1, pos]), in the target's unit; shown on hover with 6 significant digits.
 
     Raises:
         RelevanceError: another number of tokens than of values, or a value that is not finite.
     """
     values = as_array(relevance, "relevance")
+    values = values[0] if values.ndim == 2 and len(values) == 1 else values  # a batch of one, as `cache.tokens()` gives it
     tokens = check_tokens(tokens, len(values), "relevance")
     limit = limit_of(values)
     props = {

@@ -1,7 +1,8 @@
 """Conditional relevance: only what flows through chosen units, as concept-based LRP does (CRP, Achtibat et al. 2023; our reading).
 
 `through` maps HookPoints to the units kept there, by axis: {"blocks.1.attn.hook_z": {"head": [0, 3]}},
-{"blocks.2.mlp.hook_post": {"unit": [17]}}, {"blocks.1.hook_resid_pre": {"position": [4]}}. The flow from the target has to pass every
+{"blocks.2.mlp.hook_post": {"unit": [17]}}, {"blocks.1.hook_resid_pre": {"position": [4]}}; heads and neurons also go by name, "L1H3" or
+["L1H0", "L1H3"]. The flow from the target has to pass every
 HookPoint named, from the top of the model downward, and only through those units; everything else, the paths around a HookPoint among it,
 is left out. So the sum over a partition of a HookPoint's units is what passes that HookPoint, and for a whole cut (a resid_pre) it is the
 unrestricted relevance.
@@ -9,7 +10,8 @@ unrestricted relevance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +60,34 @@ class Condition:
         return restricted if conversion is None else conversion.revert(restricted).reshape(coefficient.shape)
 
 
-def read_conditions(anatomy: Anatomy, through: Mapping[str, Any] | None) -> list[Condition]:
+Through = Mapping[str, Any] | str | Sequence[str] | None
+_HEAD, _NEURON = re.compile(r"L(\d+)H(\d+)"), re.compile(r"L(\d+)N(\d+)")
+
+
+def _by_point(through: Through) -> Mapping[str, Any]:
+    """Names of heads and neurons ("L1H3", "L9N1841") as units by HookPoint; those of one layer and kind belong together."""
+    if through is None:
+        return {}
+    if isinstance(through, Mapping):
+        return through
+    units: dict[str, dict[str, list[int]]] = {}
+    for text in [through] if isinstance(through, str) else list(through):
+        if isinstance(text, str) and (head := _HEAD.fullmatch(text.strip())):
+            units.setdefault(f"blocks.{head[1]}.attn.hook_z", {"head": []})["head"].append(int(head[2]))
+        elif isinstance(text, str) and (neuron := _NEURON.fullmatch(text.strip())):
+            units.setdefault(f"blocks.{neuron[1]}.mlp.hook_post", {"unit": []})["unit"].append(int(neuron[2]))
+        else:
+            raise RelevanceError(
+                f"through: {text!r} is neither a head (L1H3) nor a neuron (L9N1841); other units go by HookPoint and axis, as in "
+                "{'blocks.1.hook_resid_pre': {'position': [4]}}"
+            )
+    return units
+
+
+def read_conditions(anatomy: Anatomy, through: Through) -> list[Condition]:
     """Conditions from what the user gave."""
     conditions = []
-    for name, units in (through or {}).items():
+    for name, units in _by_point(through).items():
         if not isinstance(units, Mapping) or not units:
             raise RelevanceError(f"through[{name!r}] must name units by axis, as in {{'head': [0, 3]}}, got {units!r}")
         canonical = anatomy.canonical(name)

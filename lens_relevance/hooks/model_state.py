@@ -106,6 +106,11 @@ def left_as_found(analysis: Callable[P, T]) -> Callable[P, T]:
 def check_model(model: HookedModel) -> None:
     """Refuse states of the model in which relevance would be wrong without anybody noticing."""
     warn_if_untested()
+    if not hasattr(model, "hook_dict"):
+        raise RelevanceError(
+            f"{type(model).__name__} has no HookPoints: give a TransformerBridge (load_model, TransformerBridge.boot_transformers) or a "
+            "HookedRootModule with declare_sites"
+        )
     if torch.is_inference_mode_enabled():
         raise RelevanceError(
             "relevance needs autograd, which torch.inference_mode() forbids; use torch.no_grad() instead, or leave the block"
