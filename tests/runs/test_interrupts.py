@@ -256,6 +256,20 @@ def test_a_handler_of_the_program_is_called_and_kept() -> None:
         signal.signal(signal.SIGINT, previous)
 
 
+def test_our_handler_put_back_by_the_program_is_no_trap() -> None:
+    """A program that changes the handler inside a block, and restores what it found there after the block."""
+    model = build_gpt2()
+    with attach(model, "attnlrp"):
+        found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert isinstance(found, type(interrupts._handler))
+    signal.signal(signal.SIGINT, found)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), attach(model, "attnlrp"):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_other_threads_go_without() -> None:
     found: list[object] = []
 
