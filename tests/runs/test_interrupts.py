@@ -94,6 +94,8 @@ def guest(_model: TransformerBridge) -> TransformerBridge:
 def interrupted(action: Action, model: TransformerBridge, timer: threading.Timer | None = None) -> bool:
     """Whether an interrupt came out of the action, or after it: the timer may be late, and so is one that had to wait for a clean-up."""
     try:
+        if timer is not None:
+            timer.start()  # in here: it may go off before this returns
         action(model)
         if timer is not None:
             timer.join()
@@ -206,7 +208,6 @@ def test_interrupts_at_random_moments(guest: TransformerBridge) -> None:
         name = list(ACTIONS)[trial % len(ACTIONS)]
         delay = chance.uniform(0, taken[name])
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         came += interrupted(ACTIONS[name], guest, timer)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
