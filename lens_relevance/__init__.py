@@ -5,7 +5,7 @@ from lens_relevance.attention_methods import TokenRelevance, TokenSetsRelevance,
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.coverage_table import Coverage, coverage
 from lens_relevance.engine import attach, propagate
-from lens_relevance.errors import CoverageError, LivenessError, NotKeptError, RelevanceError
+from lens_relevance.errors import CoverageError, LivenessError, MismatchError, NotKeptError, RelevanceError
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
 from lens_relevance.inputs.similarity import sentence_embeddings, similarity
 from lens_relevance.inputs.targets import Target, continuation, latent, log_prob, logit, logit_diff
@@ -23,6 +23,7 @@ __all__ = [
     "Estimate",
     "ExpertsFamily",
     "LivenessError",
+    "MismatchError",
     "NotKeptError",
     "ProductRule",
     "RelevanceCache",

@@ -217,6 +217,7 @@ class Blockwise:
         leaf = call.hidden.to(call.device).requires_grad_(graph)
         replaced = replaced_embeddings(self._opened, self._anatomy, self._other) if reference and self._other else nullcontext()
         self._opened.recording = reference
+        self._opened.begin_part()
         with torch.set_grad_enabled(graph), replaced:
             args, kwargs = call.arguments(leaf)
             output = _first(self.blocks[index](*args, **kwargs))

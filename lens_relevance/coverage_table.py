@@ -17,18 +17,15 @@ from torch import Tensor, nn
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooks.checks import ForwardCheck
 from lens_relevance.hooks.model_state import check_model, frozen, left_as_found
-from lens_relevance.hooks.recording import Taps
 from lens_relevance.hooks.session import session
 from lens_relevance.inputs.class_labels import class_names, is_headless
 from lens_relevance.inputs.prompt import Inputs, read_inputs
 from lens_relevance.inputs.targets import logit, logit_diff
-from lens_relevance.rules import Scores
-from lens_relevance.rules.base import working
-from lens_relevance.rules.softmax import is_masked
 from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import PLAIN, needs_reference, rule_for, ruleset, rulesets
-from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
+from lens_relevance.sites import Anatomy, Site, anatomy
 from lens_relevance.sites.embeddings import image_token
 
 
@@ -37,7 +34,7 @@ class Coverage:
     """What `coverage` found.
 
     sites: one row per operation: site, operation, inputs, output, live (a gradient passed its output), off (how far its output lies from
-        the operation recomputed from its inputs, relative to the largest entry: rounding, or the site says something wrong), and the rule
+        the operation recomputed from its inputs, relative to its size: rounding, or the site says something wrong), and the rule
         under each ruleset.
     rulesets: one row per ruleset: ruleset, applies (False where its entries for some place or layers match nothing of this model: norms on
         queries and keys, say), works, unexplained (largest share of the target that the conservation account leaves open), reason (why it
@@ -69,7 +66,8 @@ def coverage(
     else:
         other = _reversed(inputs)
     listed = list(names) if names is not None else list(rulesets())
-    target = _target(model)
+    target = target_for(model)
+    compared = _compared(model, body, inputs)
     rows, live = [], set()
     for name in listed:
         reference = other if needs_reference(ruleset(name)) else None
@@ -79,16 +77,16 @@ def coverage(
             rows.append((name, False, False, float("nan"), str(error)))
             continue
         try:
-            cache = propagate(model, inputs, target, rules=name, names_filter=lambda _: True, reference=reference, audit=True)
+            cache = propagate(model, inputs, target, rules=name, names_filter=lambda _: True, reference=reference, audit=True, check=False)
         except RelevanceError as error:
             rows.append((name, True, False, float("nan"), str(error)))
             continue
         account = cache.conservation()
         live |= set(cache.coefficients)
         worst = float((account["unexplained"].abs() / account["value"].abs().clip(lower=1e-6)).max())
-        rows.append((name, True, worst < 1e-2, worst, "" if worst < 1e-2 else "the conservation account does not close"))
+        reason = compared.found[0] if compared.found else "" if worst < 1e-2 else "the conservation account does not close"
+        rows.append((name, True, not reason, worst, reason))
     enabled = [site for site in body.sites if site.enabled(PLAIN)]
-    off = _recomputed(model, body, enabled, inputs)
     sites = pd.DataFrame(
         {
             "site": site.name,
@@ -96,7 +94,7 @@ def coverage(
             "inputs": ", ".join(str(p.name) for p in site.inputs),
             "output": site.output_name,
             "live": site.output is None or site.output_name in live,
-            "off": off[site.name],
+            "off": compared.off.get(site.name, float("nan")),
             **{name: _rule_in_words(name, site) for name in listed},
         }
         for site in enabled
@@ -137,7 +135,7 @@ def random_inputs(model: HookedModel, batch: int, positions: int, *, generator: 
     return tokens
 
 
-def _target(model: HookedModel) -> Any:
+def target_for(model: HookedModel) -> Any:
     """Two outputs against each other; an only one by itself."""
     if is_headless(model):
         return lambda output: output[:, -1, 0] - output[:, -1, 1]
@@ -160,34 +158,16 @@ def _reversed(inputs: Inputs) -> Inputs:
     return inputs.flip(-1)
 
 
-@torch.no_grad()
-def _recomputed(model: HookedModel, body: Anatomy, sites: list[Site], inputs: Inputs) -> dict[str, float]:
-    """By site: how far its output is from its operation on its inputs, relative to the output's largest entry; NaN where one is missing."""
-    with frozen(model), session(model) as opened:
-        for site in sites:
+def _compared(model: HookedModel, body: Anatomy, inputs: Inputs) -> ForwardCheck:
+    """One forward, compared with the sites."""
+    found, prompt = ForwardCheck(body, body.sites, refuses=False), read_inputs(model, inputs)
+    with torch.enable_grad(), frozen(model), session(model) as opened:
+        for site in body.sites:
             opened.listen(site)
-        taps = Taps(opened, body, list(dict.fromkeys(str(p.name) for s in sites for p in (*s.inputs, s.output) if p is not None)))
-        logits = read_inputs(model, inputs).call(model)
-        tensors = {**taps.take(), LOGITS: logits}
-        return {site.name: _off(site, tensors) for site in sites}
-
-
-def _off(site: Site, tensors: dict[str, Tensor]) -> float:
-    names = [*(str(p.name) for p in site.inputs), site.output_name]
-    if any(name not in tensors for name in names):
-        return float("nan")
-    *inputs, output = (tensors[name] for name in names)
-    try:
-        value = site.operation(*inputs)
-    except NotImplementedError:
-        return float("nan")
-    output, seen = working(output), torch.ones_like(output, dtype=torch.bool)
-    if isinstance(site.operation, Scores):  # a mask is added to the scores, and a bias of positions may be (ALiBi)
-        if site.operation.geometry.adds_bias and site.operation.geometry.bias is None:
-            return float("nan")
-        seen = ~is_masked(output)
-    difference = (output - value.reshape(output.shape)).abs()[seen]
-    return float(difference.max() / output[seen].abs().max().clamp(min=1e-12)) if len(difference) else 0.0
+        opened.start_at([body.points[name] for name in body.leaves], len(prompt.tokens))
+        opened.compare(found)
+        prompt.call(model)
+    return found
 
 
 def _rule_in_words(name: str, site: Site) -> str:

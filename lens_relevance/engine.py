@@ -15,7 +15,8 @@ from torch import Tensor
 from lens_relevance._version import __version__
 from lens_relevance.blockwise import Blockwise
 from lens_relevance.cache import RelevanceCache
-from lens_relevance.conservation import account, audited_points
+from lens_relevance.completeness import Completeness, adds_up, from_lowest
+from lens_relevance.conservation import Relevance, account, audited_points
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.finite import check_coefficients, check_target
 from lens_relevance.forward import (
@@ -32,11 +33,13 @@ from lens_relevance.forward import (
 )
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.attention_by_rows import by_rows, place_by_rows
+from lens_relevance.hooks.checks import ForwardCheck
 from lens_relevance.hooks.conditional import Through, read_conditions
+from lens_relevance.hooks.fingerprint import Checked
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.model_state import check_model, frozen, no_gradients
 from lens_relevance.hooks.read_positions import UNEMBEDDING, reading_at
-from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, wanted
+from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, hooked_points, wanted
 from lens_relevance.hooks.session import Session, session
 from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
@@ -44,13 +47,15 @@ from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_
 from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
 from lens_relevance.memory.estimate_of_run import block_by_block
 from lens_relevance.memory.estimation import work_of
+from lens_relevance.memory.trial import trial
 from lens_relevance.rules import Rule
-from lens_relevance.rules.base import difference, per_example, share
+from lens_relevance.rules.base import difference, per_example, share, working
 from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import Table, needs_reference, rule_for, ruleset, ruleset_name
 from lens_relevance.sites import LOGITS, Anatomy, Site, anatomy
 from lens_relevance.sites.attention_by_rows import SiteByRows
 
+_CHECKED = Checked()
 _version = cache(version)  # which looks through the folder of every installed package
 
 
@@ -68,6 +73,7 @@ def propagate(
     through: Through = None,
     strict: bool = True,
     recompute: bool | None = None,
+    check: bool = True,
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.
 
@@ -97,6 +103,8 @@ def propagate(
             instead of that of all, for about half as much time again. The result is the same bit by bit; up to rounding where attention is
             large enough to be computed for some query rows at a time. See lens_relevance.blockwise. None does so where the run would not
             fit into memory otherwise (see `estimate`).
+        check: At the first call, and whenever the model's modules or settings have changed, compare what each component computes with what
+            its site says (see lens_relevance.hooks.checks).
 
     Returns:
         Activations, coefficients and relevance by HookPoint, in the units of the target. The model is left exactly as it was.
@@ -104,6 +112,7 @@ def propagate(
     Raises:
         RelevanceError: Bad input (a ValueError), or a run that would not fit into memory.
         LivenessError: A rule would have done nothing.
+        MismatchError: A component computes something else than its site says.
         CoverageError: `strict`, and the ruleset would hold only for part of the model.
     """
     check_model(model)
@@ -123,14 +132,24 @@ def propagate(
     metric, reading = (None, None) if set(asked) & set(UNEMBEDDING) else metric_before(model, prompt, target, n=n)
     settings: dict[str, Any] = dict(names=names, table=table, reference=reference, reads_all=reading is None, device=device, audit=audit)
     recompute = block_by_block(work_of(propagate, model, body, prompt.tokens, **settings), prompt, recompute)
+    hooked, tapped = hooked_points(body), list(asked)
+    compares = check and trial() is None and not _CHECKED.holds(model, body)
     with frozen(model), session(model) as opened, reading_at(model, reading), torch.enable_grad():
         ruled = _rules_of_sites(body, table, strict=strict)
         if audit:
-            asked += audited_points(body, [site for site, rule in ruled if site.enabled(rule)])
+            asked += audited_points(body, [site for site, rule in ruled if site.enabled(rule) or site.considered(rule)])
         if recompute:
             ruled = by_rows(ruled, asked=asked, batch=len(prompt.tokens) * n, positions=prompt.tokens.shape[1])
-        _place(opened, ruled)
+        compared = ForwardCheck(body, [site for site, _ in ruled]) if compares else None
+        _place(opened, body, ruled)
+        if compared is not None:
+            opened.compare(compared, part_by_part=recompute)
         taps = Taps(opened, body, asked)
+        taps.add_both_sides(hooked)
+        complete = None
+        if check and other is not None and needs_reference(table) and not conditions and adds_up(body, ruled):
+            complete = Completeness(body, ruled, hooked)
+            taps.add(complete.names)
         opened.start_at([body.points[name] for name in body.leaves], len(prompt.tokens) * n)
         storage = Storage(device)
         blockwise = Blockwise(model, opened, body, taps, storage=storage, point=point, other=other) if recompute else None
@@ -141,6 +160,8 @@ def propagate(
                 before = one_pass(model, other.prompt, taps, point=point)
         with blockwise.forward() if blockwise else nullcontext():
             run = one_pass(model, prompt.repeat(n), taps, point=point)
+        if not audit and blockwise is None:
+            run.tensors = from_lowest(run.tensors, tapped)
         if target is None or metric is None or reading is None or not reading.taken:
             tokens, mask = positions_of(prompt, body, point, run=run)
             target = top_prediction(run.root[::n], tokens, mask) if target is None else target
@@ -158,17 +179,23 @@ def propagate(
         kept, everything = Kept(body, names, prompt.masks, n=n, storage=storage), Part({}, {}, {})
         for part in (at_once if blockwise is None else blockwise.backward)(run, before, seed, conditions=conditions):
             kept.add(part)
+            if complete is not None:
+                complete.add(part, run.root.new_zeros(len(run.root), dtype=working(run.root).dtype))
             if audit:
                 everything.add(part)
             del part  # or this part's graph would stay while the next one is worked on
         absent |= taps.absent(explicit)
         taps.check_reached(kept.reached, absent, explicit)
+    if complete is not None and before is not None:
+        complete.refuse_a_gap(run.root.detach(), before.root, seed, below=taps.fired_until(point))
+    if compared is not None:
+        _CHECKED.add(model, body)
     with no_gradients():
         ledger = None
         if audit:
             if conditions or point is not None:
                 raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
-            ledger = _ledger(body, ruled, run, before, everything, seed, value, reference_value, n)
+            ledger = _ledger(body, ruled, run, before, everything, seed, value, reference_value, n, hooked)
     check_coefficients(kept.finite(), model)
     return RelevanceCache(
         **kept.groups(),
@@ -190,7 +217,7 @@ def propagate(
 
 
 @protected_contextmanager
-def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, strict: bool = True) -> Iterator[None]:
+def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, strict: bool = True, check: bool = True) -> Iterator[None]:
     """Rules on a model's HookPoints while the block lasts: every gradient tool, TransformerLens's too, then propagates relevance.
 
         with attach(model, "relp"):
@@ -203,20 +230,25 @@ def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, str
         rules: A ruleset's name or table.
         reference: For pair rules, the run that each forward inside is compared with (token ids or prompts).
         strict: Refuse models of which a part has no site.
+        check: As for `propagate`; what is compared is the first forward inside that has a graph.
 
     Raises:
         RelevanceError: As `propagate` does.
         LivenessError: In a backward that does not pass a rule, which would have done nothing.
     """
     check_model(model)
-    table = _table(rules, reference)
+    table, body = _table(rules, reference), anatomy(model)
+    compared = ForwardCheck(body, body.sites) if check and not _CHECKED.holds(model, body) else None
     with session(model) as opened:
-        body = anatomy(model)
-        _place(opened, _rules_of_sites(body, table, strict=strict))
+        _place(opened, body, _rules_of_sites(body, table, strict=strict))
+        if compared is not None:
+            opened.compare(compared)
         if needs_reference(table):
             with torch.no_grad(), recording(opened):
                 read_inputs(model, reference).call(model)
         yield
+    if compared is not None and compared.has_seen_graph:
+        _CHECKED.add(model, body)
 
 
 def _table(rules: str | Table, reference: Any) -> Table:
@@ -254,8 +286,10 @@ def _rules_of_sites(body: Anatomy, table: Table, *, strict: bool) -> list[tuple[
     return [(site, rule_for(table, site)) for site in body.sites]
 
 
-def _place(opened: Session, ruled: list[tuple[Site, Rule]]) -> None:
+def _place(opened: Session, body: Anatomy, ruled: list[tuple[Site, Rule]]) -> None:
     """Put each site's rule on it."""
+    for name in body.decorative:
+        opened.state(body.points[name]).is_decorative = True
     for site, rule in ruled:
         if isinstance(site, SiteByRows):
             place_by_rows(opened, site, rule)
@@ -275,20 +309,22 @@ def _ledger(
     value: Tensor,
     reference_value: Tensor | None,
     n: int,
+    hooked: list[str],
 ) -> Any:
     """The conservation account of a run; the sink `target` is what the logits' coefficients do not account for."""
     whole = value if reference_value is None else value - reference_value
     seed = seed.reshape(run.logits.shape)
     at_logits = per_example(share(difference(run.logits, None if before is None else before.logits), seed))
     references = None if before is None else {**part.references, LOGITS: before.logits}
+    whole = whole.to(at_logits.dtype)
+    relevance = Relevance({**part.tensors, LOGITS: run.logits}, references, {**part.coefficients, LOGITS: seed}, whole)
     return account(
         body,
         [(site, rule) for site, rule in ruled if site.enabled(rule)],
-        {**{name: tensor.detach() for name, tensor in part.tensors.items()}, LOGITS: run.logits.detach()},
-        references=references,
-        coefficients={**part.coefficients, LOGITS: seed},
-        value=whole.to(at_logits.dtype),
-        target_sink=whole.to(at_logits.dtype) - at_logits,
+        relevance,
+        hooked=hooked,
+        value=whole,
+        target_sink=whole - at_logits,
         average=lambda rows: average(rows, n),
     )
 

@@ -11,6 +11,10 @@ class LivenessError(RelevanceError):
     """A rule was put on a HookPoint that the model does not go on with, so that it would have done nothing."""
 
 
+class MismatchError(RelevanceError):
+    """A component computes something else than its site says, so that relevance would be wrong there."""
+
+
 class CoverageError(RelevanceError):
     """Part of the model has no site, so that a ruleset would only hold for the rest of it."""
 

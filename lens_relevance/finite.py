@@ -87,7 +87,7 @@ def _is_finite(name: str, x: Tensor, body: Anatomy, prompt: Prompt) -> bool:
         return True
     conversion, mask = body.conversion(name), prompt.masks.get(body.stack_of(name))
     x = batched(x if conversion is None else conversion.convert(x), mask, 1)
-    if mask is not None and x.ndim > 2 and len(x) == len(mask):
+    if mask is not None and x.ndim > 2 and len(x) == len(mask) and mask.shape[1] in x.shape:  # image patches have none
         x = zero_at_padding(name, x, mask, body.points[name].pos_dim)
     hidden = x == -torch.inf if name.endswith("hook_attn_scores") else torch.zeros_like(x, dtype=torch.bool)  # by a mask
     return bool((x.isfinite() | hidden).all())

@@ -31,7 +31,7 @@ from lens_relevance import (
     AttentionFamily,
     CoverageError,
     ExpertsFamily,
-    LivenessError,
+    MismatchError,
     RelevanceError,
     coverage,
     logit_diff,
@@ -174,10 +174,10 @@ def test_an_attention_family_gives_what_its_formula_says(distance: TransformerBr
 
 def test_a_family_that_says_something_else_is_an_error(distance: TransformerBridge, listed: TransformerBridge) -> None:
     register_attention("DistanceAttention", replace(DISTANCE, scale=lambda module: 0.5))
-    with pytest.raises(LivenessError, match="blocks.0.attn:z does not compute what its site says"):
+    with pytest.raises(MismatchError, match="blocks.0.attn:z does not compute what its site says"):
         propagate(distance, TOKENS, TARGET)
     register_experts("ListedMoeBlock", replace(LISTED, gated=lambda block: GatedActivation(torch.tanh)))
-    with pytest.raises(LivenessError, match="mixture of experts does not compute what its site says"):
+    with pytest.raises(MismatchError, match="blocks.0.mlp does not compute what its site says"):
         propagate(listed, TOKENS, TARGET)
 
 

@@ -75,8 +75,9 @@ class _Handler:
             found = signal.getsignal(signal.SIGINT)
             if not callable(found):  # ignored, or left to the system: no KeyboardInterrupt is raised then
                 return False
-            self._previous = found
-            signal.signal(signal.SIGINT, self)
+            if found is not self:  # it is where a program kept it from inside a block, and put it back later
+                self._previous = found
+                signal.signal(signal.SIGINT, self)
         self._blocks += 1
         return True
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from lens_relevance.errors import LivenessError, RelevanceError
 from lens_relevance.hooks.substitution import Substitute, Visit
 from lens_relevance.rules.base import Reference, Rule
+from lens_relevance.rules.normalization import passes_steps
 from lens_relevance.sites import Site
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class PlacedRule:
     @property
     def active(self) -> bool:
         """A reference run is recorded for every form of a site: which one the run itself will use is not known yet."""
-        return self.session.recording or self.site.enabled(self.rule)
+        return self.session.recording or self.site.enabled(self.rule) or self.site.considered(self.rule)
 
     def reset(self) -> None:
         self.visit, self.captured, self.fired, self.node = None, {}, 0, None
@@ -57,6 +58,17 @@ class PlacedRule:
     def substitute(self, output: Tensor) -> Tensor:
         inputs, visit = self.captured, self.visit
         self.captured, self.visit = {}, None
+        inner = self.site.inner
+        if inner is not None and self.site.output not in inner.points and not self.session.recording:
+            if inner.is_edited and not passes_steps(self.rule):
+                raise RelevanceError(
+                    f"a hook edits {' or '.join(str(p.name) for p in inner.points)}, and the rule {self.rule!r} at {self.site.name} knows "
+                    "the operation as a whole alone: derive it from NormRule, and it is asked for each step, or leave out the hook"
+                )
+            if not self.site.enabled(self.rule):  # the steps stand in for it
+                if visit is not None:
+                    visit.is_off = True
+                return output
         self.fired += 1
         if len(inputs) < len(self.site.inputs):
             missing = [str(p.name) for i, p in enumerate(self.site.inputs) if i not in inputs]

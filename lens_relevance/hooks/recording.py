@@ -35,6 +35,16 @@ def wanted(body: Anatomy, names_filter: NamesFilter) -> tuple[list[str], set[str
     return names, set(names)
 
 
+def hooked_points(body: Anatomy) -> list[str]:
+    """Names of HookPoints with forward hooks, of the user or of TransformerLens itself."""
+    return [name for name, point in body.points.items() if point.fwd_hooks and name not in body.decorative]
+
+
+def before_hooks(name: str) -> str:
+    """What a tensor is called that a HookPoint's hooks are given, where what they return is called by the HookPoint."""
+    return f"{name} (before its hooks)"
+
+
 class Taps:
     """Collects the tensors that pass chosen HookPoints, as they leave the point's hooks."""
 
@@ -55,6 +65,12 @@ class Taps:
                     continue  # not even touched: T5's norms go on with what they find there, if anybody does
                 self._opened.state(self._body.points[name]).taps.append(partial(self._store, name))
 
+    def add_both_sides(self, names: list[str]) -> None:
+        """Tap HookPoints before their hooks (`before_hooks(name)`) and after."""
+        self.add(names)
+        for name in names:
+            self._opened.state(self._body.points[name]).taps_before_hooks.append(partial(self._store, before_hooks(name)))
+
     def _store(self, name: str, x: Tensor) -> Tensor | None:
         """Keep what passes. A HookPoint hands on the tensor it was given, so that two of them may hold the same one: only a view of its
         own has the coefficient of this point's branch."""
@@ -74,6 +90,11 @@ class Taps:
         """The tensors of the forward just run, in the order in which they fired."""
         taken, self._tensors = self._tensors, {}
         return taken
+
+    def fired_until(self, name: str | None) -> list[str]:
+        """The tapped HookPoints that fired, in their order, up to this one."""
+        fired = list(self.fired)
+        return fired if name is None else fired[: fired.index(name) + 1]
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         """A raw tensor in TransformerLens's layout."""

@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooks.checks import ForwardCheck
 from lens_relevance.hooks.interrupts import protected, protected_contextmanager
 from lens_relevance.hooks.model_state import check_forward, end_interrupted_calls
 from lens_relevance.hooks.placed_rule import PlacedRule
@@ -27,6 +28,8 @@ class Session:
     def __init__(self, model: HookedModel) -> None:
         self.model = model
         self.recording = False
+        self._check: ForwardCheck | None = None
+        self._compares_to_the_end = False
         self.placed: list[PlacedRule] = []
         self._states: dict[HookPoint, PointState] = {}
         self._components: dict[nn.Module, list[PlacedRule]] = {}
@@ -48,6 +51,18 @@ class Session:
             point.__dict__["_lens_relevance"] = self._states[point]
             point.__class__ = RuledHookPoint
         return self._states[point]
+
+    def compare(self, check: ForwardCheck, *, part_by_part: bool = False) -> None:
+        """Compare the next forwards with what the sites say, until one with a graph has been; part_by_part: to the end of the session."""
+        self._check, self._compares_to_the_end = check, part_by_part
+        for name, point in check.anatomy.points.items():
+            if name not in check.anatomy.decorative and type(point) in (HookPoint, RuledHookPoint):
+                self.state(point)
+
+    def begin_part(self) -> None:
+        """A part of the model is run by itself, on a graph of its own."""
+        if self._check is not None:
+            self._check.begin_part()
 
     def start_at(self, points: Sequence[HookPoint], rows: int) -> None:
         """Let the graph of a forward of so many rows start at these HookPoints."""
@@ -80,6 +95,8 @@ class Session:
     @protected
     def listen(self, site: Site) -> None:
         """Hand a site the call arguments of the module it asks for; recompute it where the model does so behind closed doors."""
+        for point in site.inner.points if site.inner is not None else ():
+            self.state(point).inner = site.inner
         if site.rebuilt is not None:
             at = self.state(site.rebuilt)
             at.rebuilding = at.rebuilding or Rebuilding()
@@ -104,11 +121,9 @@ class Session:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for point in self._states:
-            point.__class__ = HookPoint
-            del point.__dict__["_lens_relevance"]
+        for point in list(self._states):
+            self._restore(point)
         self._handles.clear()
-        self._states.clear()
         self._components.clear()
         self.placed.clear()
 
@@ -116,13 +131,18 @@ class Session:
         for placed in self.placed:
             placed.reset()
         for state in self._states.values():
-            state.started = False
+            state.started, state.check = False, None if self.recording else self._check
+            if state.rebuilding is not None:
+                state.rebuilding.check = state.check
+        if self._check is not None:
+            self._check.begin()
         check_forward(self.model, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A component returns: what it does with its input has to have passed the rules placed inside it."""
-        wanted = {placed.node: placed for placed in self._components[module] if placed.node is not None}
-        for placed in wanted.values():
+        placed_here = self._components[module]
+        wanted = {placed.node: placed for placed in placed_here if placed.node is not None and placed.site.enabled(placed.rule)}
+        for placed in placed_here:
             placed.node = None
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad), None)
         first = output[0] if isinstance(output, tuple) else output
@@ -142,7 +162,27 @@ class Session:
             decorative = wanted[missing.pop()]
             first.register_hook(Refusal(bypassed(decorative.site, decorative.rule)))
 
+    def _end_comparing(self) -> None:
+        """All that was to be compared has been: HookPoints that stood there for nothing else are as before."""
+        self._check = None
+        for point, state in list(self._states.items()):
+            state.check = None
+            if state.rebuilding is not None:
+                state.rebuilding.check = None
+            if not state.is_busy and state.rebuilt_by is None:
+                self._restore(point)
+
+    @protected
+    def _restore(self, point: HookPoint) -> None:
+        point.__class__ = HookPoint
+        del point.__dict__["_lens_relevance"]
+        del self._states[point]
+
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._check is not None and not self.recording:
+            self._check.arrives(None, logits_of(output))
+            if self._check.has_seen_graph and not self._compares_to_the_end:
+                self._end_comparing()
         for placed in self.placed:
             if placed.site.output is None:
                 output = _with_logits(output, placed.substitute)
@@ -175,6 +215,11 @@ class _StandIn:
 
     def remove(self) -> None:
         del self._module.__dict__[self._name]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a model returned (a tensor, a tuple or an output object); without a head, its output."""
+    return output if isinstance(output, Tensor) else output.logits if hasattr(output, "logits") else output[0]
 
 
 def _with_logits(output: Any, substitute: Callable[[Tensor], Tensor]) -> Any:

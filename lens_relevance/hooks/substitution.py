@@ -22,15 +22,15 @@ from lens_relevance.sites import Site
 class Visit:
     """One passage of a forward through one site: what the backward needs to know besides tensors."""
 
-    __slots__ = ("rule", "sent", "site", "visited")
+    __slots__ = ("is_off", "rule", "sent", "site", "visited")
 
     def __init__(self, site: Site, rule: Rule) -> None:
-        self.site, self.rule, self.visited = site, rule, False
+        self.site, self.rule, self.visited, self.is_off = site, rule, False, False
         self.sent: Tensor | None = None  # by a rule that scales the gradient at the output, in the backward under way
 
     def refuse_bypass(self, _: Tensor) -> None:
         """Runs when a gradient reaches the operation's input through the model's own computation."""
-        if not (self.rule.on_output and self.visited):
+        if not (self.is_off or (self.rule.on_output and self.visited)):
             raise LivenessError(bypassed(self.site, self.rule))
 
     def refuse_partial_bypass(self, arrived: Tensor) -> None:

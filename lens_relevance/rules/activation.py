@@ -104,8 +104,12 @@ class ElementwiseRule(Rule, ABC):
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         return (working(upstream) * kept[0],)
 
+    @property
+    def is_exact(self) -> bool:
+        return self.slope_exact
+
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        if self.slope_exact if reference is not None else self.slope_conserves:
+        if self.is_exact if reference is not None else self.slope_conserves:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
 

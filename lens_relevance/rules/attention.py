@@ -181,8 +181,12 @@ class CappedScoresRule(Rule):
         assert isinstance(op, Scores)
         return op.back(working(upstream) * kept[2], kept[0], kept[1], tuple(kept[3:]))
 
+    @property
+    def is_exact(self) -> bool:
+        return self.product.is_exact and self.soft_cap.is_exact
+
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        if reference is not None and self.product.factors_exact and self.soft_cap.slope_exact:
+        if reference is not None and self.is_exact:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
 

@@ -108,6 +108,10 @@ class AttentionByRowsRule(Rule):
     def needs_reference(self) -> bool:  # type: ignore[override]
         return any(rule.needs_reference for rule in (self.scores, self.pattern, self.z))
 
+    @property
+    def is_exact(self) -> bool:
+        return all(rule.is_exact for rule in (self.scores, self.pattern, self.z))
+
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         return (*inputs, output) if reference is None else (*inputs, output, *reference.inputs, reference.output)
 

@@ -61,6 +61,10 @@ class Operation:
     def __call__(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} cannot be recomputed from its inputs alone")
 
+    def along(self, direction: Float[Tensor, " d_out"], *inputs: Tensor) -> Tensor:
+        """The output's product with a direction; operations that end in a matrix have it for the cost of a vector."""
+        return working(self(*inputs)) @ direction
+
     def gradient(self, inputs: Tensors, upstream: Tensor) -> Coefficients:
         """The plain gradient of the operation, recomputed from its inputs (used by the audit, never by the engine)."""
         with torch.enable_grad():
@@ -104,6 +108,11 @@ class Rule:
     def is_plain(self) -> bool:
         """Whether autograd already does what this rule asks, so that nothing need be attached."""
         return type(self) is Rule
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing stays behind between two runs, but what the operation itself cannot pass on (a router's changed choice)."""
+        return False
 
     def at(self, place: Place) -> Rule:
         """The rule for one site of a model; the rule itself unless it depends on where it sits (its layer, say)."""

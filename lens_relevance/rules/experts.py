@@ -75,6 +75,22 @@ class Experts(Operation):
             y = y + self.outs(x, self.shared)
         return y.reshape(inputs[0].shape)
 
+    def along(self, direction: Tensor, *inputs: Tensor) -> Tensor:
+        """Expert by expert, on the tokens that chose it."""
+        x, chosen = self.flat(inputs[0]), self.chosen(inputs[0])
+        weights = self.router.weights(self.router.logits(self.router.scores(x), chosen), chosen)
+        y = torch.zeros_like(x[:, 0])
+        for e in range(self.n):
+            tokens = chosen[:, e].nonzero().flatten()
+            y.index_add_(0, tokens, weights[tokens, e] * self._expert_along(direction, x[tokens], self.expert(e)))
+        if self.shared is not None:
+            y = y + self._expert_along(direction, x, self.shared)
+        return y.reshape(inputs[0].shape[:-1])
+
+    def _expert_along(self, direction: Tensor, x: Float[Tensor, "tokens d_model"], expert: Expert) -> Float[Tensor, " tokens"]:
+        y = self.gated(*expert.parts(x)) @ (direction @ expert.down.to(x.dtype))
+        return y if expert.down_bias is None else y + expert.down_bias.to(x.dtype) @ direction
+
 
 class _Routed(NamedTuple):
     """What is kept of one expert: the tokens that any run sends to it, and for those
@@ -106,6 +122,10 @@ class ExpertsRule(Rule):
     @property
     def is_plain(self) -> bool:
         return self.gated.is_plain and self.router.is_plain
+
+    @property
+    def is_exact(self) -> bool:
+        return self.gated.is_exact and self.router.is_exact
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         """Two factors from router weights to router scores, then those of `_Routed` per expert, then two of the shared expert."""
@@ -193,7 +213,7 @@ class ExpertsRule(Rule):
         if reference is None:
             if self.router.holds_first and self.router.factors_conserve and self.gated.conserves(op.gated) and not op.has_biases:
                 return nothing_kept(upstream)
-        elif self.router.factors_exact and self.gated.is_exact:
+        elif self.is_exact:
             return per_example(share(_changed_choice(op, inputs[0], reference.inputs[0]), upstream))
         return super().sink(op, inputs, output, reference, upstream)
 

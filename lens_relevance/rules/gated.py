@@ -71,7 +71,7 @@ class GatedRule(Rule):
     @property
     def is_exact(self) -> bool:
         """Whether nothing stays behind between two runs."""
-        return self.activation.slope_exact and self.product.factors_exact
+        return self.activation.is_exact and self.product.is_exact
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         assert isinstance(op, GatedActivation)

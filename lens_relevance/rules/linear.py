@@ -63,6 +63,11 @@ class Linear(LinearOperation):
         x = working(inputs[0])
         return torch.nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    def along(self, direction: Tensor, *inputs: Tensor) -> Tensor:
+        x = working(inputs[0])
+        y = x @ (direction.to(self.weight.dtype) @ self.weight).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype) @ direction.to(x.dtype)
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.T
 
@@ -107,6 +112,10 @@ class ZeroRule(LinearRule):
 
     @property
     def is_plain(self) -> bool:
+        return True
+
+    @property
+    def is_exact(self) -> bool:
         return True
 
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:

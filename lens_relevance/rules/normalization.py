@@ -109,6 +109,11 @@ def _norm_of(op: Operation) -> Norm:
     return op if isinstance(op, Norm) else op.norm  # type: ignore[attr-defined]
 
 
+def _scale_of(op: Operation, inputs: Tensors) -> Tensor:
+    """What the operation divides by, of these inputs: in the second step the scale as it is handed over, which hooks may have edited."""
+    return working(inputs[1]) if isinstance(op, NormDivide) else _norm_of(op).scale(working(inputs[0]))
+
+
 class NormRule(Rule):
     """Base of the rules for norms that know them whole (`Norm`) and in steps (`NormScale`, `NormDivide`)."""
 
@@ -122,7 +127,7 @@ class LNRule(NormRule):
     """The standard deviation is a constant; centring and weight stay (Ali et al. 2022)."""
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        return (_norm_of(op).scale(working(inputs[0])),)
+        return (_scale_of(op, inputs),)
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         norm, scale = _norm_of(op), kept[0]
@@ -151,12 +156,15 @@ class PairNorm(NormRule):
     def __init__(self, constant_scale: bool = False) -> None:
         self.constant_scale = constant_scale
 
+    @property
+    def is_exact(self) -> bool:
+        return not self.constant_scale
+
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         assert reference is not None
         norm = _norm_of(op)
         c1, c2 = norm.centre(working(inputs[0])), norm.centre(working(reference.inputs[0]))
-        s1 = (c1.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-        s2 = (c2.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        s1, s2 = _scale_of(op, inputs), _scale_of(op, reference.inputs)
         for run, flat, other in (("reference", s2, s1), ("input", s1, s2)):
             if bool(((flat.pow(2) < 11 * norm.eps) & (other > 3 * flat)).any()):
                 raise RelevanceError(

@@ -104,8 +104,12 @@ class ProductRule(Rule, ABC):
         assert isinstance(op, Product)
         return op.back(working(upstream), kept[0], kept[1], tuple(kept[2:]))
 
+    @property
+    def is_exact(self) -> bool:
+        return self.factors_exact
+
     def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
-        if self.factors_exact if reference is not None else self.factors_conserve and isinstance(op, Product) and op.is_bare:
+        if self.is_exact if reference is not None else self.factors_conserve and isinstance(op, Product) and op.is_bare:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
 

@@ -73,6 +73,10 @@ class PairSoftmax(SoftmaxRule):
 
     needs_reference = True
 
+    @property
+    def is_exact(self) -> bool:
+        return True
+
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
         assert reference is not None
         assert isinstance(op, Softmax)

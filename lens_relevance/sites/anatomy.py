@@ -29,6 +29,7 @@ class Anatomy:
         attentions: which token set attends to which, in the order of computation.
         blocks: those of a bridge with one stack of them.
         conversions: to a layout by heads and back, where TransformerLens's own conversion takes another number of heads.
+        is_declared: whether these are the sites of a model of the user's own, of which linear steps need none.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -40,6 +41,14 @@ class Anatomy:
     attentions: list[TokenAttention] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     conversions: dict[str, SplitHeads] = field(default_factory=dict)
+    is_declared: bool = False
+
+    @property
+    def inside_experts(self) -> list[HookPoint]:
+        """HookPoints inside mixtures of experts, each of which is one site as a whole."""
+        mixtures = [site for site in self.sites if site.kind == "experts"]
+        names, ends = tuple(f"{site.name}." for site in mixtures), {p for site in mixtures for p in (*site.inputs, site.output)}
+        return [point for name, point in self.points.items() if name.startswith(names) and point not in ends]
 
     def conversion(self, name: str) -> Any:
         """From a HookPoint's raw tensor to TransformerLens's layout (`convert`) and back (`revert`), or None where they are the same."""

@@ -134,11 +134,15 @@ class SplitHeads:
 
 
 def _rotate_halves(x: Tensor, sign: int, constants: tuple[Tensor, ...]) -> Tensor:
-    """Rotary embedding of [.., head, pos, d_head] with the model's own cos and sin [batch, pos, rotary]; sign -1 is its transpose."""
+    """Rotary embedding of [.., head, pos, d_head] with the model's own cos and sin [batch, pos, rotary]; sign -1 is its transpose.
+
+    A hook may have edited the sines, so that the two halves of them differ: the transpose takes each with the feature it was multiplied to.
+    """
     cos, sin = (c.to(x.dtype).unsqueeze(1) for c in constants)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, -1)
-    return torch.cat([turned * cos + sign * torch.cat([-second, first], -1) * sin, rest], -1)
+    first, second = (turned if sign > 0 else turned * sin).chunk(2, -1)
+    swapped = torch.cat([-second, first], -1)
+    return torch.cat([turned * cos + (swapped * sin if sign > 0 else -swapped), rest], -1)
 
 
 _LIVE: dict[type[AttentionBridge], Callable[[str, Any], list[Site]]] = {  # a subclass may compute otherwise

@@ -23,6 +23,28 @@ def block_of(name: str) -> tuple[str, int | None]:
     return (found.group(1), int(found.group(2))) if found else ("", None)
 
 
+class InnerPoints:
+    """HookPoints inside an operation, at which hooks may edit one of its steps.
+
+    Attributes:
+        points: The HookPoints, in the order in which they fire.
+        passes_by: Whether the model goes past them unless a hook edits what it finds there; then it goes on with what they return.
+        is_edited: Whether a hook did, in the forward under way or the last one.
+    """
+
+    def __init__(self, *points: HookPoint, passes_by: Callable[[], bool]) -> None:
+        self.points, self.passes_by = points, passes_by
+        self.is_edited = False
+
+    @property
+    def have_hooks(self) -> bool:
+        return any(point.fwd_hooks for point in self.points)
+
+    def note(self, point: HookPoint, is_edited: bool) -> None:
+        """A HookPoint has fired."""
+        self.is_edited = is_edited or (self.is_edited and point is not self.points[0])
+
+
 @dataclass(eq=False)
 class Site:
     """One operation and the HookPoints around it.
@@ -36,6 +58,8 @@ class Site:
         caller: a module whose call arguments the operation needs (masks, positions).
         on_call: receives these arguments, by position and by name, before each forward of `caller`.
         enabled: whether the site describes its operation at the moment, under a rule (a norm has two forms, see rules/normalization.py).
+        considered: whether it may turn out to, in the forward under way, where that depends on what hooks do.
+        inner: HookPoints inside the operation, or of one of its steps, at which hooks may edit it.
         component: the module whose output has to depend on the site, where there is one: it shows whether the model uses the HookPoints.
         rebuilt: where a model computes the operation without using its HookPoints, the one at which it is recomputed: the first from the
             site's output on whose tensor the model uses (see hooks/recomputation.py).
@@ -50,6 +74,8 @@ class Site:
     caller: nn.Module | None = None
     on_call: Callable[[tuple[object, ...], dict[str, object]], None] | None = None
     enabled: Callable[[Rule], bool] = field(default=lambda rule: True)
+    considered: Callable[[Rule], bool] = field(default=lambda rule: False)
+    inner: InnerPoints | None = None
     component: nn.Module | None = None
     rebuilt: HookPoint | None = None
     n_layers: int | None = None

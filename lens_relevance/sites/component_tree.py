@@ -18,7 +18,7 @@ from lens_relevance.sites.base import Site
 from lens_relevance.sites.blocks import bridge_blocks
 from lens_relevance.sites.experts import expert_sites
 from lens_relevance.sites.linear import linear_sites
-from lens_relevance.sites.mlp import mlp_sites
+from lens_relevance.sites.mlp import fed_by, mlp_sites
 from lens_relevance.sites.normalization import decorative_statistics, norm_sites
 from lens_relevance.sites.output import output_sites, pooler_sites
 from lens_relevance.sites.stacks import bridge_stacks, reads_images
@@ -34,7 +34,7 @@ _TRANSPARENT = (*_EMBEDDINGS, components.RotaryEmbeddingBridge, components.Block
 
 def bridge_anatomy(model: TransformerBridge) -> Anatomy:
     """The sites of a bridge, found by walking its component tree."""
-    found, embeddings = Anatomy(), list[str]()
+    found, embeddings, fed = Anatomy(), list[str](), dict[str, HookPoint]()
     for name, point in model.hook_dict.items():
         found.aliases[name] = str(point.name)
         found.points[str(point.name)] = point
@@ -43,8 +43,9 @@ def bridge_anatomy(model: TransformerBridge) -> Anatomy:
     for name, component in _components(model):
         try:
             sites = _sites_of(name, component)
+            fed |= fed_by(name, component)
             for site in sites:
-                site.component = component
+                site.component, site.inputs = component, (fed[site.name],) if site.name in fed else site.inputs
                 if site.kind == "z" and site.output is not None and isinstance(component, components.MLAAttentionBridge):
                     found.conversions[site.output_name] = SplitHeads(site.operation.geometry.n_heads)  # type: ignore[attr-defined]
             found.sites += sites

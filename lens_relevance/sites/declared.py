@@ -184,7 +184,8 @@ def declare_sites(
     by_head = {d.output: SplitHeads(d.operation.geometry.n_heads) for d in listed if isinstance(d.operation, Mix)}
     names = {name: name for name in points}
     built = [d.at(points) for d in listed]
-    remember(model, Anatomy(built, points, names, stacks=stacks, attentions=list(attentions), conversions=by_head))
+    found = Anatomy(built, points, names, stacks=stacks, attentions=list(attentions), conversions=by_head, is_declared=True)
+    remember(model, found)
 
 
 def _stacks(**given: Names) -> Stacks:

@@ -7,7 +7,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components import MLPBridge
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components import GatedMLPBridge, MLPBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Activation, GatedActivation
@@ -28,6 +30,14 @@ def mlp_sites(name: str, component: MLPBridge) -> list[Site]:
         return [Site(name, "mlp", gated, (inner["gate"].hook_out, into.hook_out), inner["out"].hook_in)]
     after = inner["out"].hook_in if inner["ln"] is None else inner["ln"].hook_in
     return [Site(name, "mlp", Activation(function, label), (into.hook_out,), after)]
+
+
+def fed_by(name: str, component: GeneralizedComponent) -> dict[str, HookPoint]:
+    """By linear layer of an MLP: the HookPoint that holds its input where its own does not fire, as TransformerLens computes gated MLPs
+    with processed weights by itself."""
+    if isinstance(component, GatedMLPBridge) and getattr(component, "_use_processed_weights", False):
+        return {f"{name}.gate": component.hook_in, f"{name}.in": component.hook_in}
+    return {}
 
 
 def _activation_function(name: str, component: MLPBridge) -> tuple[Callable[[Tensor], Tensor], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components import (
 
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Norm, NormDivide, NormScale, NormWeight, Rule, passes_steps
-from lens_relevance.sites.base import Site
+from lens_relevance.sites.base import InnerPoints, Site
 
 
 def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
@@ -30,24 +31,36 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
     if decorative_statistics(component):
         return [Site(name, mount, norm, (component.hook_in,), component.hook_out)]
 
-    def in_steps(rule: Rule) -> bool:
-        """Whether hook_scale / hook_normalized are read, where the whole-norm rule would leave no gradient, and the rule knows the steps.
+    hf_norm = _runs_hf_norm(component)
 
-        Where the bridge runs HF's own norm, these points are a side branch; they join the graph only for backward hooks.
+    def read_backward() -> bool:
+        return any(point.bwd_hooks for point in inner.points)
+
+    inner = InnerPoints(component.hook_scale, component.hook_normalized, passes_by=lambda: hf_norm and not read_backward())
+
+    def in_steps(rule: Rule) -> bool:
+        """Whether the model goes on with hook_scale / hook_normalized, or they are read, and the rule knows the steps.
+
+        Where the bridge runs HF's own norm, these points are a side branch; they join the graph for backward hooks, and for forward hooks
+        that edit what they find there.
         """
         if not passes_steps(rule):
             return False
-        inner = (component.hook_scale, component.hook_normalized)
-        if any(p.bwd_hooks for p in inner):
-            return True
-        return not _runs_hf_norm(component) and any(p.fwd_hooks or getattr(p, "is_tapped", False) for p in inner)
+        if inner.passes_by():
+            return inner.is_edited
+        return hf_norm or inner.have_hooks or read_backward() or any(getattr(point, "is_tapped", False) for point in inner.points)
+
+    def may_be_in_steps(rule: Rule) -> bool:
+        return passes_steps(rule) and inner.passes_by() and inner.have_hooks
 
     x = component.hook_in
+    whole = partial(Site, enabled=lambda rule: not in_steps(rule), considered=lambda rule: inner.passes_by(), inner=inner)
+    step = partial(Site, enabled=in_steps, considered=may_be_in_steps, inner=inner)
     return [
-        Site(name, mount, norm, (x,), component.hook_out, enabled=lambda rule: not in_steps(rule)),
-        Site(f"{name}:scale", mount, NormScale(norm), (x,), component.hook_scale, enabled=in_steps),
-        Site(f"{name}:divide", mount, NormDivide(norm), (x, component.hook_scale), component.hook_normalized, enabled=in_steps),
-        Site(f"{name}:weight", mount, NormWeight(norm), (component.hook_normalized,), component.hook_out, enabled=in_steps),
+        whole(name, mount, norm, (x,), component.hook_out),
+        step(f"{name}:scale", mount, NormScale(norm), (x,), component.hook_scale),
+        step(f"{name}:divide", mount, NormDivide(norm), (x, component.hook_scale), component.hook_normalized),
+        step(f"{name}:weight", mount, NormWeight(norm), (component.hook_normalized,), component.hook_out),
     ]
 
 

@@ -11,7 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from analyses.vision_language.model import IMAGE, QUESTION, VisionLanguageModel
 from analyses.vision_language.questions import examples
-from lens_relevance import CoverageError, RelevanceError, logit, propagate
+from lens_relevance import CoverageError, MismatchError, RelevanceError, logit, propagate
 from lens_relevance.attention_methods import TokenSetsRelevance, head_flow, token_relevance
 from lens_relevance.attention_methods.two_sets import TwoSets, check_groups
 from lens_relevance.attention_methods.update_rules import Relevancies, co_attention, self_attention
@@ -255,7 +255,7 @@ def test_bad_input():
         _ = token_relevance(model, INPUTS, logit(ANSWER), method="attention_flow").heads
 
 
-def test_what_cannot_be_accumulated_is_refused():
+def test_what_cannot_be_accumulated_is_refused(monkeypatch):
     """A model whose attentions nobody declared, and one whose declared pattern is a decoration."""
     torch.manual_seed(0)
     model, asked = VisionLanguageModel().eval(), examples(2, 0)
@@ -269,6 +269,10 @@ def test_what_cannot_be_accumulated_is_refused():
     with pytest.raises(CoverageError, match="hook_nothing"):
         token_relevance(model, inputs, logit(2))
     anatomy(model).attentions = known
-    model.mapper.blocks[-1].cross_attn.hook_pattern.add_hook(lambda pattern, hook: pattern.detach())
+    for part in (model.mapper.blocks[-1].cross_attn.q, model.mapper.blocks[-1].cross_attn.k):
+        part.register_forward_hook(lambda *args: args[-1].detach())
+    with pytest.raises(MismatchError, match="the gradient at mapper.blocks.1.cross_attn.hook_q .* is cut off"):
+        token_relevance(model, inputs, logit(2))
+    monkeypatch.setattr("lens_relevance.engine._CHECKED.holds", lambda *_: True)  # as if it had been compared before
     with pytest.raises(RelevanceError, match="mapper.blocks.1.cross_attn.hook_pattern is a side branch on this model"):
         token_relevance(model, inputs, logit(2))

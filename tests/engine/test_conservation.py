@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lens_relevance import log_prob, propagate, rulesets
-from lens_relevance.errors import NotKeptError
+from lens_relevance.errors import MismatchError, NotKeptError
 from lens_relevance.rules import Identity, LNRule, Operation, PairNorm, PairProduct, PairSoftmax, Rescale, Rule
 from lens_relevance.rules.base import Coefficients
 from tests.engine.families import (
@@ -168,7 +168,10 @@ def test_the_account_notices_a_wrong_rule(rules: str, operation: str, rule: type
     reference = reference_for(rules, OTHER)
     assert unexplained(propagate(model, TOKENS, TARGET, rules=right, reference=reference, audit=True)) < 1e-9
     wrong = {**right, operation: corrupted(rule)}
-    cache = propagate(model, TOKENS, TARGET, rules=wrong, reference=reference, audit=True)
+    if rules == "deeplift":  # noticed without the account too
+        with pytest.raises(MismatchError, match="does not add up: between"):
+            propagate(model, TOKENS, TARGET, rules=wrong, reference=reference)
+    cache = propagate(model, TOKENS, TARGET, rules=wrong, reference=reference, audit=True, check=rules != "deeplift")
     assert unexplained(cache) > 1e-4
     if operation == "norm@ln_final":  # and says where
         account = cache.conservation().set_index("layer")["unexplained"].abs()

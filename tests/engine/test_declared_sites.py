@@ -15,7 +15,18 @@ from transformers import GPT2Config
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, coverage, declare_sites, logit_diff, propagate, rulesets
+from lens_relevance import (
+    CoverageError,
+    LivenessError,
+    MismatchError,
+    RelevanceError,
+    attach,
+    coverage,
+    declare_sites,
+    logit_diff,
+    propagate,
+    rulesets,
+)
 from lens_relevance.ruleset_tables import needs_reference
 from lens_relevance.sites import DeclaredSite, activation, anatomy, attention, linear, norm
 from tests.engine.families import RULESETS, build, close, inputs_and_reference
@@ -209,7 +220,9 @@ def test_a_declared_site_takes_the_place_of_the_one_that_was_found() -> None:
     names = [f"blocks.1.ln1.hook_{end}" for end in ("in", "out")]
     before, found = anatomy(model), propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
     declare_sites(model, [activation("blocks.1.ln1", *names, function=lambda x: x)])
-    cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
+    with pytest.raises(MismatchError, match="blocks.1.ln1 does not compute what its site says"):
+        propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names)
+    cache = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=names, check=False)
     x, y = (cache.activations[name] for name in names)
     close(cache.coefficients[names[0]], cache.coefficients[names[1]] * y / x, 1e-12)
     assert float((cache.coefficients[names[0]] - found.coefficients[names[0]]).abs().max()) > 1e-2

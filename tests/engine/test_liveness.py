@@ -1,4 +1,7 @@
-"""A rule that would do nothing is an error that names the HookPoint; a rule with nothing to do is not."""
+"""A rule that would do nothing is an error that names the HookPoint; a rule with nothing to do is not.
+
+The comparison with the sites is off where it would find the same first: tests/attacks has both together.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +73,9 @@ def test_a_careless_component_is_found(careless: Callable[..., Any], rules: str)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), build_gpt2()(TOKENS))  # nothing to see in the forward
     with pytest.raises(LivenessError, match=re.escape(POINT)) as caught:
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference)
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference, check=False)
     assert "blocks.0.mlp" in str(caught.value)
-    with pytest.raises(LivenessError, match=re.escape(POINT)), attach(model, rules, reference=reference):
+    with pytest.raises(LivenessError, match=re.escape(POINT)), attach(model, rules, reference=reference, check=False):
         model(TOKENS)[:, -1, 3].sum().backward()
 
 
@@ -83,7 +86,7 @@ def test_a_careless_output_projection_is_found(rules: str, careless: Callable[..
     model = build_gpt2()
     rewire(model.blocks[1].attn.o, careless(model.blocks[1].attn.o))
     with pytest.raises(LivenessError, match=re.escape("blocks.1.attn.o.hook_in")):
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER))
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER), check=False)
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["output", "everything"])
@@ -105,7 +108,7 @@ def test_a_careless_norm_is_found(rules: str, everything: bool) -> None:
 
     rewire(norm, all_thrown_away if everything else output_thrown_away)
     with pytest.raises(LivenessError, match=re.escape("blocks.1.ln2")):
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER))
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER), check=False)
 
 
 @pytest.mark.parametrize("rules", RULESETS)

@@ -1,4 +1,7 @@
-"""Mixtures of experts, sinks and latent attention: HookPoints that do nothing are found there too."""
+"""Mixtures of experts, sinks and latent attention: HookPoints that do nothing are found there too.
+
+The comparison with the sites is off where it would find the same first: tests/attacks has both together.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def test_a_careless_mixture_is_found(family: str, how: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(TOKENS), build_wider(family, torch.float32)(TOKENS))  # nothing to see in the forward
     with pytest.raises(LivenessError, match=re.escape("blocks.1.mlp")):
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER))
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER), check=False)
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
@@ -57,7 +60,7 @@ def test_a_mixture_is_recomputed_so_that_a_decorative_input_leaves_the_numbers_r
     close(propagate(model, TOKENS, TARGET, rules=rules, reference=reference).tokens(), expected, 1e-6)
     edited = ("blocks.1.mlp.hook_in", lambda x, hook: x * 1.2)
     with model.hooks(fwd_hooks=[edited]), pytest.raises(LivenessError, match="mixture of experts does not compute"):
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference)
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference, check=False)
 
 
 @pytest.mark.parametrize("careless", [decorative, dropped, twice])
@@ -66,7 +69,7 @@ def test_a_careless_output_projection_is_found(family: str, careless: Callable[.
     model = build_wider(family, torch.float32)
     rewire(model.blocks[1].attn.o, careless(model.blocks[1].attn.o))
     with pytest.raises(LivenessError, match=re.escape("blocks.1.attn.o.hook_in")):
-        propagate(model, TOKENS, TARGET, rules="attnlrp")
+        propagate(model, TOKENS, TARGET, rules="attnlrp", check=False)
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "deeplift"])
@@ -81,7 +84,7 @@ def test_a_careless_norm_inside_latent_attention_is_found(rules: str) -> None:
 
     rewire(norm, thrown_away)
     with pytest.raises(LivenessError, match=re.escape("blocks.0.attn.kv_a_layernorm")):
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER))
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER), check=False)
 
 
 @pytest.mark.parametrize("rules", ["cp_lrp", "attnlrp", "deeplift"])
@@ -90,4 +93,4 @@ def test_an_edit_of_the_routers_weights_is_refused(rules: str) -> None:
     model = build_wider("mixtral", torch.float32)
     edited = ("blocks.0.mlp.gate.hook_expert_weights", lambda weights, hook: weights * 1.2)
     with model.hooks(fwd_hooks=[edited]), pytest.raises(LivenessError, match="mixture of experts.*router's weights"):
-        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER))
+        propagate(model, TOKENS, TARGET, rules=rules, reference=reference_for(rules, OTHER), check=False)

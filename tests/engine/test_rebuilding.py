@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_relevance import LivenessError, RelevanceError, attach, propagate
+from lens_relevance import MismatchError, RelevanceError, attach, propagate
 from lens_relevance.sites.families import ATTENTION
 from tests.engine.families import TARGET, build, close, inputs_and_reference, reference_for
 from tests.wider_models import build_wider
@@ -85,5 +85,5 @@ def test_a_module_that_computes_something_else_is_refused(rules: str, monkeypatc
     module = model.blocks[1].attn.original_component.self
     monkeypatch.setattr(module, "scaling", module.scaling * 0.9)
     monkeypatch.setitem(ATTENTION, "BertAttention", replace(ATTENTION["BertAttention"], scale=lambda module: 0.5))
-    with pytest.raises(LivenessError, match="blocks.1.attn:z does not compute"):
+    with pytest.raises(MismatchError, match="blocks.1.attn:z does not compute"):
         propagate(model, tokens, TARGET, rules=rules, reference=reference_for(rules, other))

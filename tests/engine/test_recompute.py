@@ -117,7 +117,7 @@ def test_hooks_of_the_user_act_in_both_runs_of_a_block() -> None:
         edited, _ = both(model, TOKENS, TARGET, "attnlrp", names_filter=everything)
     assert not torch.equal(edited.logits, plain.logits)
     module = model.blocks[1]
-    handle = module.register_forward_pre_hook(lambda _, args: (args[0] + 0.1, *args[1:]))
+    handle = module.register_forward_pre_hook(lambda _, args: (args[0] * 1.1, *args[1:]))
     edited, _ = both(model, TOKENS, TARGET, "deeplift", names_filter=everything, reference=OTHER)
     handle.remove()
     assert not torch.equal(edited.logits, plain.logits)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_relevance import LivenessError, propagate
+from lens_relevance import LivenessError, MismatchError, propagate
 from tests.engine.families import RULESETS, TARGET, close, inputs_and_reference, reference_for, unexplained
 from tests.engine.test_liveness import rewire
 from tests.models import build_gpt2
@@ -46,4 +46,6 @@ def test_an_embedding_whose_hook_point_does_not_fire_is_an_error() -> None:
 
     rewire(embed, forward)
     with pytest.raises(LivenessError, match="embed.hook_out did not fire"):
+        propagate(model, TOKENS, TARGET, rules="attnlrp", check=False)
+    with pytest.raises(MismatchError, match="blocks.0.hook_in is not linear"):  # found before the forward ends
         propagate(model, TOKENS, TARGET, rules="attnlrp")

@@ -37,7 +37,8 @@ def refused(folder: Path, run: Callable[[], object], words: str) -> None:
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     run = {"analysis": "a test"}
     tensors = {"mean": torch.randn(2, 3), "count": torch.tensor(7)}
-    Checkpoint(tmp_path, run).save("sums-0", tensors)
+    checkpoint = Checkpoint(tmp_path, run)
+    checkpoint.save("sums-0", tensors)
     path = tmp_path / "sums-0.safetensors"
     whole, passed = path.read_bytes(), []
     for place in range(8 * len(whole)):
@@ -45,7 +46,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
-            found = Checkpoint(tmp_path, run).load("sums-0")
+            found = checkpoint.load("sums-0")
         except RelevanceError as error:
             assert "delete that file" in str(error).lower()
         else:

@@ -94,6 +94,8 @@ def guest(_model: TransformerBridge) -> TransformerBridge:
 def interrupted(action: Action, model: TransformerBridge, timer: threading.Timer | None = None) -> bool:
     """Whether an interrupt came out of the action, or after it: the timer may be late, and so is one that had to wait for a clean-up."""
     try:
+        if timer is not None:
+            timer.start()  # in here: it may go off before this returns
         action(model)
         if timer is not None:
             timer.join()
@@ -206,7 +208,6 @@ def test_interrupts_at_random_moments(guest: TransformerBridge) -> None:
         name = list(ACTIONS)[trial % len(ACTIONS)]
         delay = chance.uniform(0, taken[name])
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         came += interrupted(ACTIONS[name], guest, timer)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
@@ -254,6 +255,20 @@ def test_a_handler_of_the_program_is_called_and_kept() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_our_handler_put_back_by_the_program_is_no_trap() -> None:
+    """A program that changes the handler inside a block, and restores what it found there after the block."""
+    model = build_gpt2()
+    with attach(model, "attnlrp"):
+        found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert isinstance(found, type(interrupts._handler))
+    signal.signal(signal.SIGINT, found)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), attach(model, "attnlrp"):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_other_threads_go_without() -> None:

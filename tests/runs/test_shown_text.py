@@ -150,9 +150,9 @@ def test_tables_are_escaped() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_terminals_that_lack_signs(encoding: str, folder: Path) -> None:
+def test_terminals_that_lack_signs(folder: Path) -> None:
     """Each command in one process, with help and errors."""
+    encoding = "ascii"
     lines = [
         ["--help"],
         ["explain", "--help"],

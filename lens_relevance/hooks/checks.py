@@ -1,0 +1,283 @@
+"""Whether a model computes what its sites say, looked at during one of its own forwards.
+
+Rules know an operation from its site, not from the model. So two things are compared with what the model goes on with:
+
+- Each site's operation, recomputed from the tensors that left its input HookPoints, with the tensor that arrives at its output HookPoint.
+- What lies between the HookPoints (the residual stream, split heads, scaled embeddings), which the backward passes by its plain gradient.
+  The tensor y that arrives at a HookPoint has to be linear in the tensors x_i that left those before it, or relevance would be made or lost
+  on the way: for any r, y . r = sum_i x_i . (J_i^T r). That is the account's own condition, with one r in place of the coefficients.
+
+What leaves a HookPoint is what its hooks have made of it: edits by hooks are no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.errors import MismatchError
+from lens_relevance.hooks.linear_steps import Edge, edge_of, pulled_back, reached
+from lens_relevance.rules import Linear, Scores
+from lens_relevance.rules.base import Operation, share, working
+from lens_relevance.rules.linear import LinearOperation
+from lens_relevance.rules.softmax import is_masked
+from lens_relevance.ruleset_tables import PLAIN
+from lens_relevance.sites import LOGITS, Anatomy, Site
+
+# Of the size of what is compared. Models compute norms, rotations and some softmaxes in float32 whatever their dtype.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class ForwardCheck:
+    """Compares a forward with the sites of a model.
+
+    Attributes:
+        anatomy: The sites.
+        off: By how much each site, by name, and each HookPoint between sites differs from what it should be, relative to its size.
+        found: What differs, in words, where it is not refused.
+        has_seen_graph: Whether the forward had a graph, without which nothing can be said of what lies between HookPoints.
+    """
+
+    def __init__(self, anatomy: Anatomy, sites: Sequence[Site], *, refuses: bool = True) -> None:
+        self.off: dict[str, float] = {}
+        self.found: list[str] = []
+        self.has_seen_graph = False
+        self.anatomy, self._refuses = anatomy, refuses
+        self._sites: dict[HookPoint | None, list[Site]] = {}
+        for site in sites:
+            self._sites.setdefault(site.output, []).append(site)
+        self._inside = set(anatomy.inside_experts)
+        self._uncovered = tuple(f"{name}." for name in anatomy.uncovered)
+        self._cuts = {anatomy.points[name] for cut in anatomy.stacks.cuts for name in cut.names}
+        self._readers: dict[HookPoint, list[Site]] = {}
+        for site in sites:
+            for point in site.inputs:
+                self._readers.setdefault(point, []).append(site)
+        self._leaves = {anatomy.points[name] for name in anatomy.leaves}
+        self._has_started = self._is_cut = False
+        self._biases: dict[HookPoint, Tensor] = {  # added to what a HookPoint holds per head, beside any HookPoint
+            anatomy.points[per_head]: site.operation.bias
+            for site in sites
+            if isinstance(site.operation, Linear)
+            and site.operation.bias is not None
+            and (per_head := f"{site.name.removesuffix('.o')}.hook_result") in anatomy.points
+        }
+        inner = {site.output for site in sites if site.kind in ("scores", "pattern", "activation", "gate")}
+        self._read_by_sites_alone = inner & set(self._readers)
+        self._left: dict[HookPoint, Tensor] = {}
+        self._awaited: dict[HookPoint, int] = {}
+        self._edges: dict[Edge, tuple[HookPoint, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Forget the forward before."""
+        self._has_started = self._is_cut = False
+        self.begin_part()
+
+    def begin_part(self) -> None:
+        """Forget what was seen of another part of the graph."""
+        self._left.clear()
+        self._awaited.clear()
+        self._edges.clear()
+
+    def arrives(self, point: HookPoint | None, x: Tensor, *, is_cut: bool = False) -> None:
+        """Compare a tensor as the model computed it, before any hook of the HookPoint; None: the logits.
+
+        is_cut: the graph starts anew at this HookPoint, an embedding's, so that all the model computes from here on depends on it.
+        """
+        if point in self._leaves:
+            self._has_started, self._is_cut = True, is_cut and torch.is_grad_enabled()
+            return
+        sites = self._sites.get(point, ())
+        for site in sites:
+            if _is_compared(site) and all(p in self._left for p in site.inputs):
+                inputs = [self._left[p] for p in site.inputs]
+                self._compare(site, x.detach(), [value.detach() for value in inputs])
+                if torch.is_grad_enabled() and not _is_step(site):
+                    self._compare_gradient(site, x, inputs)
+                self._release(site.inputs)
+        if sites or self.anatomy.is_declared or not self._has_started or self._is_inside_something(point):
+            return
+        if x.requires_grad:
+            self._compare_between(LOGITS if point is None else str(point.name), x)
+        elif point is not None and self._is_cut and torch.is_grad_enabled():
+            relevant = (site for site in self._readers.get(point, ()) if point in site.inputs[: site.operation.n_relevant])
+            if point in self._cuts or any(site.enabled(PLAIN) for site in relevant):
+                self.note(str(point.name), 1.0, x.dtype, f"what the model computes at {point.name} does not depend on its embeddings")
+
+    def enters(self, point: HookPoint, x: Tensor) -> Edge | None:
+        """Note what the hooks of a HookPoint are handed, as they may call another HookPoint with it."""
+        if not x.requires_grad or edge_of(x) in self._edges:
+            return None
+        self._edges[edge_of(x)] = point, x
+        return edge_of(x)
+
+    def leaves(self, point: HookPoint, x: Tensor, entered: Edge | None) -> Tensor:
+        """Note what the model goes on with; embeddings are put on a graph, if they are on none, so that what they reach can be seen."""
+        if entered is not None:
+            self._edges.pop(entered)
+        if point in self._leaves and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        readers = sum(_is_compared(site) for site in self._readers.get(point, ()))
+        if readers:
+            self._left[point], self._awaited[point] = x, readers
+        if x.requires_grad:
+            self.has_seen_graph = True
+            if point not in self._read_by_sites_alone:
+                self._edges[edge_of(x)] = point, x
+        return x
+
+    def _release(self, points: Iterable[HookPoint]) -> None:
+        """Let go of tensors that no other site reads."""
+        for point in points:
+            self._awaited[point] -= 1
+            if not self._awaited[point]:
+                del self._left[point]
+
+    def _is_inside_something(self, point: HookPoint | None) -> bool:
+        """Whether a HookPoint lies in a part without a site, or within an operation that is one site as a whole (experts, norms)."""
+        if point is None:
+            return False
+        name = str(point.name)
+        return point in self._inside or name.startswith(self._uncovered) or name.endswith((".hook_scale", ".hook_normalized"))
+
+    @torch.no_grad()
+    def _compare(self, site: Site, output: Tensor, inputs: Sequence[Tensor]) -> None:
+        """The operation on what left its inputs, with what arrived."""
+        off = off_by(site.operation, inputs, output)
+        self.note(site.name, off, _coarsest(output, *inputs), does_not_compute(site))
+
+    @torch.no_grad()
+    def _compare_gradient(self, site: Site, x: Tensor, inputs: Sequence[Tensor]) -> None:
+        """The gradient of what arrived, which rules that leave it to the model suppose to be the operation's own.
+
+        Where it would cost as much as the backward (linear layers, experts), only that there is one.
+        """
+        relevant = inputs[: site.operation.n_relevant]
+        edges = [edge_of(value) for value in relevant if value.requires_grad]
+        if not edges or len(set(edges)) < len(relevant):
+            return
+        stops = {edge for edge, (point, _) in self._edges.items() if not self._is_inside_something(point)} | set(edges)
+        what = f"the gradient at {site.output_name} that {site.name} passes to its inputs"
+        found = reached(edge_of(x), stops) if x.requires_grad else set()
+        if found - set(edges):  # the model goes past an input: an error only where a rule is placed, and then one of liveness
+            return
+        if found != set(edges):
+            self.note(site.name, 1.0, x.dtype, f"{what} is cut off")
+        elif not isinstance(site.operation, LinearOperation) and site.kind != "experts":
+            probe = torch.where(x.isfinite() & ~is_masked(x), _probe(x.numel(), x).reshape(x.shape), 0.0)
+            expected = site.operation.gradient(tuple(working(value.detach()) for value in inputs), probe)
+            pulled = pulled_back(edge_of(x), probe.to(x.dtype), stops)
+            for edge, value, gradient in zip(edges, relevant, expected, strict=False):
+                if gradient is not None:
+                    off = _off_gradient(pulled[edge], gradient, probe=probe, output=x.detach(), value=value.detach())
+                    self.note(site.name, off, _coarsest(x, *inputs), f"{what} is not that of {type(site.operation).__name__}")
+
+    @torch.no_grad()
+    def _compare_between(self, name: str, x: Tensor) -> None:
+        """What arrived, with the HookPoints that it was computed from."""
+        edge = edge_of(x)
+        if edge in self._edges or x.is_leaf:  # a block that is run by itself starts with a leaf
+            return
+        probe = torch.where(x.isfinite(), _probe(x.numel(), x).reshape(x.shape), 0.0).to(x.dtype)
+        terms, names, values = [share(x.detach(), probe)], list[str](), [x]
+        for source, coefficient in pulled_back(edge, probe, self._edges).items():
+            point, value = self._edges[source]
+            names.append(str(point.name))
+            values.append(value)
+            terms.append(-share(value.detach(), coefficient).to(x.device))
+            if point in self._biases:
+                terms.append(-share(self._biases[point].detach(), coefficient.select(-2, 0)).to(x.device))
+        flat = torch.cat([term[torch.isfinite(term)] for term in terms])
+        off = float(flat.sum().abs() / flat.norm().clamp(min=1e-30)) if names else 1.0
+        what = f"{name} is not linear in the HookPoints that it is computed from ({', '.join(names) or 'none'}), and has no site"
+        self.note(name, off, _coarsest(*values), what)
+
+    def note(self, name: str, off: float, dtype: torch.dtype, what: str) -> None:
+        """Take down by how much something differs; raises MismatchError, or keeps the message, where that is more than rounding."""
+        self.off[name] = max(off, self.off.get(name, 0.0))
+        try:
+            refuse_mismatch(off, dtype, what)
+        except MismatchError as error:
+            if self._refuses:
+                raise
+            self.found.append(str(error))
+
+
+def refuse_mismatch(off: float, dtype: torch.dtype, what: str) -> None:
+    """Raise MismatchError where something differs by more than rounding in a dtype can explain."""
+    if not off <= _TOLERANCE[dtype]:
+        raise MismatchError(
+            f"{what}; the difference is {off:.2g} of its size, so that relevance would be wrong. Something in the model may have been "
+            "replaced or patched, or a version of transformers or TransformerLens is not known yet; lens_relevance.coverage(model) "
+            "lists all sites, and check=False goes on at your own risk"
+        )
+
+
+def does_not_compute(site: Site) -> str:
+    """The message for an operation that is another one than its site says."""
+    inside = " (what hooks inside a mixture of experts edit is not followed)" if site.kind == "experts" else ""
+    return f"{site.name} does not compute what its site says: recomputed from {site.points}, it differs{inside}"
+
+
+def _is_compared(site: Site) -> bool:
+    """Whether an operation is compared here; one that is recomputed in every forward, or by rows, is compared there."""
+    return site.rebuilt is None and site.kind != "attention" and site.enabled(PLAIN)
+
+
+def _is_step(site: Site) -> bool:
+    """Whether this is a step inside a norm: what passes there may be beside the model's own computation."""
+    return site.inner is not None and any(point in site.inner.points for point in (*site.inputs, site.output))
+
+
+def _off_gradient(found: Tensor, expected: Tensor, *, probe: Tensor, output: Tensor, value: Tensor) -> float:
+    """By how much a gradient differs, relative to its size with a share of what it could be, as the gradient of a softmax cancels."""
+    difference = working(found) - expected
+    seen = difference.isfinite()
+    could_be = probe.norm() * _finite_norm(output) / _finite_norm(value).clamp(min=1e-30)
+    return float(_finite_norm(difference) / (expected[seen].norm() + 1e-2 * could_be).clamp(min=1e-30))
+
+
+def _finite_norm(x: Tensor) -> Tensor:
+    return working(x)[x.isfinite() & ~is_masked(x)].norm()
+
+
+def off_by(operation: Operation, inputs: Sequence[Tensor], output: Tensor) -> float:
+    """By how much a model's output differs from an operation, relative to the size of the output.
+
+    The size is that of the largest entry of each last dimension. Where an operation ends in a matrix, both are compared along a direction,
+    at the cost of a vector in place of the matrix.
+    """
+    masked, output = is_masked(output), working(output)
+    if type(operation).along is not Operation.along:
+        direction = _probe(output.shape[-1], output)
+        value, output, size = operation.along(direction, *inputs), output @ direction, output.norm(dim=-1)
+    else:
+        value, size = working(operation(*inputs)), None
+    difference, seen = output - value.reshape(output.shape), torch.isfinite(output)
+    if isinstance(operation, Scores):
+        seen = seen & ~masked
+        if operation.geometry.adds_bias and operation.geometry.bias is None:  # one of positions, the same for every query (ALiBi)
+            difference = torch.where(seen, difference, 0.0)
+            difference = difference - difference.sum(-2, keepdim=True) / seen.sum(-2, keepdim=True).clamp(min=1)
+    if size is None:
+        size = torch.where(seen, output.abs(), 0.0).amax(-1, keepdim=True)
+    return relative(difference, seen, size)
+
+
+def relative(difference: Tensor, seen: Tensor, size: Tensor) -> float:
+    """The largest difference where `seen`, relative to the size there with a share of the largest, as what is compared may cancel."""
+    size = size + 1e-2 * torch.where(torch.isfinite(size), size, 0.0).max()
+    return float(torch.where(seen, difference.abs() / size.clamp(min=1e-30), 0.0).max())
+
+
+def _coarsest(*tensors: Tensor) -> torch.dtype:
+    """The dtype with the largest tolerance: what was rounded to it stays so in a finer one."""
+    return max((x.dtype for x in tensors if x.dtype in _TOLERANCE), key=_TOLERANCE.__getitem__)
+
+
+def _probe(n: int, like: Tensor) -> Tensor:
+    """A fixed direction that nothing in a model is aligned with."""
+    return torch.arange(1.0, n + 1, dtype=working(like).dtype, device=like.device).cos()

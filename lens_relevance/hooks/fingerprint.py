@@ -1,0 +1,64 @@
+"""What a model computes with, in one number that is cheap to take: it changes when a module, its forward, a hook or a setting does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+
+from lens_relevance.hooks.model_state import root
+from lens_relevance.ruleset_tables import PLAIN
+from lens_relevance.sites import Anatomy
+
+_SETTINGS = (bool, int, float, str, type(None))
+
+
+class Checked:
+    """Models whose forward was compared with their sites, each as it was then."""
+
+    def __init__(self) -> None:
+        self._as: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    def holds(self, model: Any, anatomy: Anatomy) -> bool:
+        """Whether a model was compared, as it is, with these sites."""
+        return model in self._as and self._as[model] == fingerprint(model, anatomy)
+
+    def add(self, model: Any, anatomy: Anatomy) -> None:
+        """Note that a model was compared, as it is, with these sites."""
+        self._as[model] = fingerprint(model, anatomy)
+
+
+def fingerprint(model: Any, anatomy: Anatomy) -> int:
+    """A number made of a model's modules, their forwards, hooks, functions and settings, its configs and its sites; weights are left out.
+
+    Hooks of HookPoints are left out too, but for those inside a mixture of experts: the others act between operations, and change none.
+    """
+    parts: list[Any] = [(site.name, site.output_name, site.enabled(PLAIN), type(site.operation)) for site in anatomy.sites]
+    parts += [id(hook) for point in anatomy.inside_experts for hook in point.fwd_hooks]
+    parts += [_settings(vars(config)) for config in (getattr(root(model), "config", None), getattr(model, "cfg", None)) if config]
+    modules, classes, seen = [model, root(model)], set(), set()
+    while modules:
+        module = modules.pop()
+        if id(module) in seen or isinstance(module, HookPoint):
+            continue
+        seen.add(id(module))
+        classes.add(type(module))
+        parts.append((id(module), *module._forward_hooks, *module._forward_pre_hooks, _settings(module.__dict__)))  # each hook has a number
+        modules += [child for child in module._modules.values() if child is not None]
+    for kind in classes:
+        parts.append(tuple(id(value) for parent in kind.__mro__ for value in vars(parent).values() if callable(value)))
+    for name in {kind.__module__ for kind in classes}:
+        parts.append(tuple(id(value) for value in vars(sys.modules[name]).values() if callable(value)))
+    return hash(tuple(parts))
+
+
+def _settings(attributes: dict[str, Any]) -> tuple[Any, ...]:
+    """Numbers, words and functions among attributes, but for what a library notes for itself (how many blocks of hooks are open)."""
+    return tuple(
+        (name, value if isinstance(value, _SETTINGS) else id(value))
+        for name, value in attributes.items()
+        if callable(value) or (isinstance(value, _SETTINGS) and not name.startswith("_") and name != "context_level")
+    )

@@ -1,0 +1,69 @@
+"""A gradient pulled back through a few steps of autograd's graph, from one HookPoint to those before it, and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+Edge = tuple[Any, int]  # a node of autograd's graph, and which of its outputs
+
+
+def edge_of(x: Tensor) -> Edge:
+    """Where a tensor that requires a gradient has come from."""
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+def pulled_back(start: Edge, upstream: Tensor, stops: Container[Edge]) -> dict[Edge, Tensor]:
+    """The gradient at every edge in `stops` that `start` is computed from without passing another one of them."""
+    arriving: dict[Any, dict[int, Tensor]] = {start[0]: {start[1]: upstream}}
+    found: dict[Edge, Tensor] = {}
+    for node in reversed(list(_children_first(start[0], stops))):
+        for edge, gradient in zip(node.next_functions, _gradients(node, arriving.pop(node, {})), strict=False):
+            if gradient is None or edge[0] is None:
+                continue
+            gradient = _fitted(gradient, edge)
+            if edge in stops:
+                found[edge] = found[edge] + gradient if edge in found else gradient
+            else:
+                there = arriving.setdefault(edge[0], {})
+                there[edge[1]] = there[edge[1]] + gradient if edge[1] in there else gradient
+    return found
+
+
+def reached(start: Edge, stops: Container[Edge]) -> set[Edge]:
+    """The edges in `stops` that `start` is computed from without passing another one of them."""
+    nodes = _children_first(start[0], stops)
+    return {edge for node in nodes for edge in node.next_functions if edge in stops}
+
+
+def _children_first(root: Any, stops: Container[Edge]) -> Iterator[Any]:
+    """The nodes below a node down to the stops, each after all that it is computed from."""
+    seen, stack = {root}, [(root, iter(root.next_functions))]
+    while stack:
+        node, rest = stack[-1]
+        edge = next(rest, None)
+        if edge is None:
+            stack.pop()
+            yield node
+        elif edge[0] is not None and edge[0] not in seen and edge not in stops:
+            seen.add(edge[0])
+            stack.append((edge[0], iter(edge[0].next_functions)))
+
+
+def _fitted(gradient: Tensor, edge: Edge) -> Tensor:
+    """A gradient summed over what was broadcast, and in the dtype that it belongs to, as autograd's engine does between two nodes."""
+    expected = edge[0]._input_metadata[edge[1]]
+    return gradient.sum_to_size(tuple(expected.shape)).to(expected.dtype)
+
+
+def _gradients(node: Any, arrived: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
+    """What a node passes on, for the gradients at its outputs; nothing for a leaf, where the graph ends."""
+    if not arrived or not node.next_functions:
+        return ()
+    upstream = [arrived.get(i) for i in range(len(node._input_metadata))]
+    passed = node(*upstream) if callable(node) else node.apply(*upstream)
+    return passed if isinstance(passed, tuple) else (passed,)
