@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lens_relevance.hooks.recording import before_hooks
+from lens_relevance.forward import Run
+from lens_relevance.hooks.recording import Part, average, before_hooks
 from lens_relevance.rules import Reference, Rule
-from lens_relevance.rules.base import per_example, share
-from lens_relevance.sites import Anatomy, Site
+from lens_relevance.rules.base import difference, per_example, share
+from lens_relevance.sites import LOGITS, Anatomy, Site
 from lens_relevance.sites.base import block_of
 from lens_relevance.sites.stacks import Cut
 
@@ -148,3 +149,40 @@ def account(
         frame.insert(0, "example", range(len(frame)))
         frames.append(frame)
     return pd.concat(frames).sort_values("example", kind="stable").reset_index(drop=True)
+
+
+def account_of_run(
+    anatomy: Anatomy,
+    ruled: list[tuple[Site, Rule]],
+    run: Run,
+    *,
+    before: Run | None,
+    part: Part,
+    seed: Tensor,
+    value: Tensor,
+    n_references: int,
+    hooked: Sequence[str],
+) -> pd.DataFrame:
+    """The account of a run and its reference run; the sink `target` is what the logits' coefficients do not account for.
+
+    Args:
+        ruled: Sites with their rules.
+        part: Tensors and coefficients at the HookPoints that `audited_points` names.
+        seed: Coefficients at the logits.
+        value: The target, or its difference between the two runs, per row.
+        hooked: HookPoints with hooks of the user.
+    """
+    seed = seed.reshape(run.logits.shape)
+    at_logits = per_example(share(difference(run.logits, None if before is None else before.logits), seed))
+    references = None if before is None else {**part.references, LOGITS: before.logits}
+    value = value.to(at_logits.dtype)
+    relevance = Relevance({**part.tensors, LOGITS: run.logits}, references, {**part.coefficients, LOGITS: seed}, value)
+    return account(
+        anatomy,
+        [(site, rule) for site, rule in ruled if site.enabled(rule)],
+        relevance,
+        hooked=hooked,
+        value=value,
+        target_sink=value - at_logits,
+        average=lambda rows: average(rows, n_references),
+    )

@@ -273,6 +273,6 @@ def test_what_cannot_be_accumulated_is_refused(monkeypatch):
         part.register_forward_hook(lambda *args: args[-1].detach())
     with pytest.raises(MismatchError, match="the gradient at mapper.blocks.1.cross_attn.hook_q .* is cut off"):
         token_relevance(model, inputs, logit(2))
-    monkeypatch.setattr("lens_relevance.engine._CHECKED.holds", lambda *_: True)  # as if it had been compared before
+    monkeypatch.setattr("lens_relevance.engine.CHECKED.holds", lambda *_: True)  # as if it had been compared before
     with pytest.raises(RelevanceError, match="mapper.blocks.1.cross_attn.hook_pattern is a side branch on this model"):
         token_relevance(model, inputs, logit(2))

@@ -63,7 +63,7 @@ def test_an_honest_model_raises_no_alarm_and_is_compared_once(family: str, compa
 
 @pytest.mark.parametrize("rules", RULESETS)
 def test_no_alarm_under_any_ruleset_reference_or_way_of_running(rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._CHECKED, "holds", lambda *_: False)  # compared in every call
+    monkeypatch.setattr(module.CHECKED, "holds", lambda *_: False)  # compared in every call
     for family in ("gpt2", "opt"):
         model, reference = build(family, torch.float32), reference_for(rules, OTHER)
         for options in (dict(audit=True), dict(recompute=True), dict(through={"blocks.0.attn.hook_z": {"head": [1]}})):
@@ -94,7 +94,7 @@ def _one_position(x: Tensor, hook: Any) -> Tensor:
 @pytest.mark.parametrize("rules", ["gradient", "attnlrp", "deeplift"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_oss"])
 def test_edits_by_hooks_raise_no_alarm(family: str, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._CHECKED, "holds", lambda *_: False)
+    monkeypatch.setattr(module.CHECKED, "holds", lambda *_: False)
     model = build(family, torch.float32)
     names = ["embed.hook_out", "blocks.0.hook_out", "blocks.1.ln1.hook_in", "blocks.1.ln1.hook_out", "blocks.1.attn.q.hook_out"]
     names += [

@@ -67,7 +67,7 @@ def test_within_15_percent_of_the_measured_peak(family: str, rules: str, recompu
         {"audit": True},
         {"target": lambda logits: logits.logsumexp((1, 2))},
     ],
-    ids=str,
+    ids=["embeddings alone", "everything", "mean embedding", "three random references", "audit", "a function"],
 )
 def test_whatever_is_asked_for(settings: dict[str, Any]) -> None:
     model, target = build("llama", torch.float32, n_layers=3), settings.pop("target", logit(3))
