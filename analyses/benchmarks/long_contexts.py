@@ -109,8 +109,8 @@ Measured with version {version} on {date} on {model}, float32, one thread of a b
 
 Peak memory beside the loaded model (GiB), with what `lens_relevance.estimate` says in brackets, and processor seconds of the run. One
 prompt; the target is a logit at the last position; kept is what `propagate` keeps by default (embeddings, residual stream, heads, neurons
-of all layers). `deeplift` compares with the same text with another token in its middle. "not run": the estimate is above 8 GiB. A dash:
-left out.
+of all layers). `deeplift` compares with the same text with another token in its middle. "not run": estimated alone. A dash: left
+out.
 
 | tokens | ruleset | at once | block by block | the same, in a folder | seconds at once | seconds block by block | ratio |
 |---|---|---|---|---|---|---|---|

@@ -14,10 +14,10 @@ app = typer.Typer(
 )
 
 
-def _print_versions(asked: bool) -> None:
+def _print_versions(asked: bool) -> bool:
     """The versions on which a figure depends, read from the installed packages' own data: importing them takes seconds."""
     if not asked:
-        return
+        return asked
     typer.echo(f"lens-relevance {version('lens-relevance')}")
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers", "torch"))
     typer.echo(f"Python {python_version()}, {packages}")
