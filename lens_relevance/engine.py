@@ -134,15 +134,14 @@ def propagate(
         recompute,
     )
     hooked, asked = hooked_points(anatomy), request.asked
+    compares = check and trial() is None and not CHECKED.holds(model, anatomy)  # before anything of ours is on the model
     with frozen(model), session_on(model) as session, reading_at(model, reading), torch.enable_grad():
         ruled = rules_of_sites(anatomy, table, strict=strict)
         if audit:
             asked += audited_points(anatomy, [site for site, rule in ruled if site.enabled(rule) or site.considered(rule)])
         if recompute:
             ruled = by_rows(ruled, asked=asked, batch=len(prompt.tokens) * n, positions=prompt.tokens.shape[1])
-        compared = None
-        if check and trial() is None and not CHECKED.holds(model, anatomy):
-            compared = ForwardCheck(anatomy, [site for site, _ in ruled])
+        compared = ForwardCheck(anatomy, [site for site, _ in ruled]) if compares else None
         place_rules(session, anatomy, ruled)
         if compared is not None:
             session.compare(compared, part_by_part=recompute)
