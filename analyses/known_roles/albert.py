@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
-from transformers import AlbertForMaskedLM
+from transformers import PreTrainedModel
 
 from lens_relevance.sites import TokenAttention, declare_sites
 from lens_relevance.sites.hooked_module import HookedModule, sharing_copies
@@ -11,7 +13,7 @@ from lens_relevance.sites.hooked_module import HookedModule, sharing_copies
 _LAYERS = "albert.encoder.albert_layer_groups"
 
 
-def hooked_albert(model: AlbertForMaskedLM, tokens: Tensor) -> HookedModule:
+def hooked_albert(model: PreTrainedModel, tokens: Tensor) -> HookedModule:
     """An ALBERT of one layer, unrolled and ready for `propagate`.
 
     Relevance starts at the input of the first call, where words, positions and token types are one vector.
@@ -20,8 +22,9 @@ def hooked_albert(model: AlbertForMaskedLM, tokens: Tensor) -> HookedModule:
         model: in eval mode; it is changed in place, and its config says afterwards that every layer is a group of its own.
         tokens: [batch, pos], any ids of the vocabulary: what the model calls is seen on them.
     """
-    config, encoder = model.config, model.albert.encoder
-    (layer,) = encoder.albert_layer_groups
+    config, encoder = model.config, model.get_submodule("albert.encoder")
+    groups: Any = encoder.albert_layer_groups
+    (layer,) = groups
     encoder.albert_layer_groups = sharing_copies(layer, config.num_hidden_layers)
     config.num_hidden_groups = config.num_hidden_layers
     hooked = HookedModule(model, {"input_ids": tokens})

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from analyses.known_roles.albert import hooked_albert
 from analyses.known_roles.cases import Case
@@ -60,8 +60,9 @@ def load_rxnmapper(folder: Path) -> tuple[HookedModule, dict[str, int]]:
         if not (folder / name).is_file():
             raise RelevanceError(f"{folder} holds no {name}; give rxnmapper's folder models/transformers/albert_heads_8_uspto_all_1310k")
     given = json.loads((folder / "config.json").read_text())
-    config = AlbertConfig(**{name: given[name] for name in AlbertConfig().to_dict() if name in given and name != "architectures"})
-    model = AlbertForMaskedLM(config).eval()
+    known = set(AutoConfig.for_model("albert").to_dict()) - {"architectures", "model_type"}
+    config = AutoConfig.for_model("albert", **{name: value for name, value in given.items() if name in known})
+    model = AutoModelForMaskedLM.from_config(config).eval()
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True, map_location="cpu")
     model.load_state_dict({name: tensor for name, tensor in weights.items() if ".pooler." not in name})
     vocabulary = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().splitlines())}

@@ -20,7 +20,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 from scipy.stats import rankdata
 from torch import Tensor
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import AutoModelForSpeechSeq2Seq, PreTrainedModel, WhisperFeatureExtractor
 
 from analyses.evaluation.agreement import correlation
 from analyses.known_roles.cases import Case, Written
@@ -60,7 +60,7 @@ SENTENCES = (
 )
 
 
-def load_whisper(folder: Path) -> WhisperForConditionalGeneration:
+def load_whisper(folder: Path) -> PreTrainedModel:
     """Whisper tiny.en from a folder in Hugging Face format.
 
     Raises:
@@ -70,7 +70,7 @@ def load_whisper(folder: Path) -> WhisperForConditionalGeneration:
         raise RelevanceError(f"{folder} is not a folder of Whisper tiny.en in Hugging Face format: it holds no config.json")
     if shutil.which("espeak-ng") is None:
         raise RelevanceError("the sentences are spoken by espeak-ng, which is not installed (Debian: apt-get install espeak-ng)")
-    return WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    return AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
 
 
 def spoken(text: str) -> np.ndarray:
@@ -83,7 +83,7 @@ def spoken(text: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def listening(model: WhisperForConditionalGeneration, sentences: tuple[str, ...]) -> tuple[HookedModule, list[Case], list[list[int]]]:
+def listening(model: PreTrainedModel, sentences: tuple[str, ...]) -> tuple[HookedModule, list[Case], list[list[int]]]:
     """The decoder, ready for relevance, a case for each sentence, and what the model wrote for each.
 
     The encoder runs once for each sentence; its heads are not asked about.
@@ -105,7 +105,7 @@ def listening(model: WhisperForConditionalGeneration, sentences: tuple[str, ...]
     return decoder, cases, texts
 
 
-def _written(model: WhisperForConditionalGeneration, states: Tensor) -> list[int]:
+def _written(model: PreTrainedModel, states: Tensor) -> list[int]:
     """What the model writes, the most likely token at each step, up to and with the end of the text."""
     ids = [*START]
     while ids[-1] != END and len(ids) < LONGEST:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import WhisperForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lens_relevance.sites import TokenAttention, declare_sites
@@ -18,7 +18,7 @@ _ENCODER, _DECODER = "model.encoder.layers", "model.decoder.layers"
 _NAMES = {_ENCODER: "encoder_blocks", _DECODER: "decoder_blocks", "model.encoder.layer_norm": "encoder_ln_final"}
 
 
-def hooked_whisper(model: WhisperForConditionalGeneration, sound: Float[Tensor, "batch mel frame"]) -> HookedModule:
+def hooked_whisper(model: PreTrainedModel, sound: Float[Tensor, "batch mel frame"]) -> HookedModule:
     """A Whisper ready for `propagate`, with the stacks `encoder`, `decoder` and `cross` (heads of the decoder that read the encoder).
 
     Relevance starts at the inputs of the two first blocks: what the convolutions made of the sound, and tokens with their positions.
@@ -31,7 +31,7 @@ def hooked_whisper(model: WhisperForConditionalGeneration, sound: Float[Tensor, 
     return _declared(model, sound, blocks, [*(f"{block}.hook_in" for block in blocks), f"{blocks[-1]}.hook_out"])
 
 
-def hooked_decoder(model: WhisperForConditionalGeneration, states: Float[Tensor, "batch frame d_model"]) -> HookedModule:
+def hooked_decoder(model: PreTrainedModel, states: Float[Tensor, "batch frame d_model"]) -> HookedModule:
     """The decoder alone, called with encoder states in place of the sound: for anything about it at a fraction of the cost.
 
     Args:
@@ -49,7 +49,7 @@ class _States(nn.Module):
         return BaseModelOutput(last_hidden_state=states)
 
 
-def _declared(model: WhisperForConditionalGeneration, sound: Tensor, encoder: list[str], heard: list[str]) -> HookedModule:
+def _declared(model: PreTrainedModel, sound: Tensor, encoder: list[str], heard: list[str]) -> HookedModule:
     """encoder: its blocks; heard: its residual stream."""
     start = torch.full((len(sound), 1), int(model.config.decoder_start_token_id), device=sound.device)
     hooked = HookedModule(model, {"input_features": sound, "decoder_input_ids": start})
