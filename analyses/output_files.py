@@ -75,7 +75,7 @@ def _cell(text: str) -> str:
 
 
 def _is_ours(path: Path, columns: list[str]) -> bool:
-    """Whether a file holds our mark, or is a table that begins with these columns. An empty file belongs to nobody, and may be written."""
+    """Whether a file holds our mark, or is a table that begins with these columns. An empty file may be overwritten."""
     if os.stat(path).st_size == 0:
         return True
     try:

@@ -27,7 +27,7 @@ def progress_bar() -> Progress:
 
 @contextmanager
 def spinner(words: str) -> Iterator[None]:
-    """What is being waited for and for how long already, where nobody knows how long it will take; leaves nothing behind."""
+    """What is being waited for and for how long already, where it is not known how long it will take; removed when it ends."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched()) as progress:
         progress.add_task(words, total=None)

@@ -34,7 +34,7 @@ def is_large(batch: int, n_heads: int, positions: int) -> bool:
 def by_rows(ruled: list[tuple[Site, Rule]], *, asked: Collection[str], batch: int, positions: int) -> list[tuple[Site, Rule]]:
     """Sites and their rules, with each attention as one site that is better computed by rows.
 
-    Its scores are large, nobody sees anything of scores and pattern (asked: names of HookPoints that are read), and its rules pass the rows
+    Its scores are large, no one reads scores and pattern (asked: names of HookPoints that are read), and its rules pass the rows
     of a pattern one by one.
     """
     attentions: dict[Any, list[tuple[Site, Rule]]] = {}

@@ -1,4 +1,4 @@
-"""Steps that a model computes behind closed doors, taken again where the rules can see them.
+"""Steps that a model computes without calling its HookPoints, recomputed at them so that rules apply.
 
 Some attention components run Hugging Face's own module, which hands out its scores and pattern, if at all, when it has gone on without
 them. While rules are attached, the steps are recomputed at the HookPoint where the module's result comes out (z): each one fires its own
@@ -67,7 +67,7 @@ class Rebuilding:
         """What a hook changes here would not reach the model, which has its own."""
         if passed is not given and not (isinstance(passed, Tensor) and torch.equal(passed, given)):
             raise RelevanceError(
-                f"a hook edits {point.name}, which this model computes behind closed doors: the edit would be thrown away. Edit q, k, v "
+                f"a hook edits {point.name}, which this model does not read: the edit would be lost. Edit q, k, v "
                 "or z instead"
             )
 

@@ -94,7 +94,7 @@ class Session:
 
     @protected
     def listen(self, site: Site) -> None:
-        """Hand a site the call arguments of the module it asks for; recompute it where the model does so behind closed doors."""
+        """Hand a site the call arguments of the module it asks for; recompute it where the model does not call its HookPoints."""
         for point in site.inner.points if site.inner is not None else ():
             self.state(point).inner = site.inner
         if site.rebuilt is not None:

@@ -41,7 +41,7 @@ class Visit:
 
 
 class Refusal:
-    """Raises when a gradient arrives: a forward that nobody backpropagates is nobody's business."""
+    """Raises when a gradient arrives: a forward without a backward needs no rule."""
 
     def __init__(self, message: str) -> None:
         self.message = message

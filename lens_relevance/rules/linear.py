@@ -103,6 +103,23 @@ class Convolution(LinearOperation):
         return bias[:, None, None]
 
 
+class AddedBias(Operation):
+    """y = x + b. Every rule passes it unchanged; the bias keeps its share."""
+
+    kind = "bias"
+    column = "biases"
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+
+    def compose(self, rules: Mapping[str, Rule]) -> Rule:
+        return ZeroRule()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        x = working(inputs[0])
+        return x + self.bias.to(x.dtype)
+
+
 class LinearRule(Rule):
     """Base of the rules for linear layers and convolutions."""
 

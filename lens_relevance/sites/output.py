@@ -1,17 +1,19 @@
 """What lies between the last block and the logits besides norm and unembedding.
 
-A final soft-cap (Gemma 2, native models) lies outside all HookPoints; a masked-language-model head and a pooler (BERT) have activations of
-their own.
+A final soft-cap (Gemma 2, native models) and a bias on the logits (BART) lie outside all HookPoints; a masked-language-model head and a
+pooler (BERT) have activations of their own.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import BertPoolerBridge
 
 from lens_relevance.errors import CoverageError
 from lens_relevance.rules import Activation, SoftCap
+from lens_relevance.rules.linear import AddedBias
 from lens_relevance.sites.base import Site
 
 
@@ -21,6 +23,9 @@ def output_sites(model: TransformerBridge) -> list[Site]:
     cap = getattr(getattr(original, "config", None), "final_logit_softcapping", None) or getattr(original, "output_logits_soft_cap", None)
     if cap and cap > 0:
         sites.append(Site("logits", "logits", SoftCap(float(cap)), (model.unembed.hook_out,), None))
+    bias = getattr(original, "final_logits_bias", None)  # BART and its like, where the encoder-decoder's head adds it
+    if isinstance(bias, Tensor) and not cap:
+        sites.append(Site("logits", "logits", AddedBias(bias.reshape(-1)), (model.unembed.hook_out,), None))
     if "mlm_head" in model._modules:
         transform = getattr(getattr(getattr(original, "cls", None), "predictions", None), "transform", None)
         function = getattr(transform, "transform_act_fn", None)

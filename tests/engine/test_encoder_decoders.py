@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from analyses.benchmarks.tiny_models import build as build_family
 from lens_relevance import RelevanceCache, RelevanceError, continuation, coverage, latent, logit, mean_embedding, propagate, random_tokens
 from lens_relevance.sites import anatomy
 from tests.encoder_decoders import ENCODER_DECODERS, build_encoder_decoder, sources_and_targets
@@ -206,3 +207,16 @@ def test_references_that_do_not_fit_are_refused() -> None:
         propagate(model, inputs, TARGET, rules="deeplift", reference={**other, "input_ids": other["input_ids"][:, :5]})
     with pytest.raises(RelevanceError, match="one stack of tokens"):
         propagate(model, inputs, TARGET, rules="deeplift", reference=torch.zeros(16))
+
+
+@pytest.mark.parametrize("rules", ["gradient", "attnlrp", "cp_lrp", "deeplift"])
+def test_the_bias_that_bart_adds_to_its_logits_keeps_its_share(rules: str) -> None:
+    model = build_family("bart")
+    model.original_model.final_logits_bias.copy_(torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 50))
+    inputs = {"input_ids": torch.tensor([[1, 5, 7, 9]]), "decoder_input_ids": torch.tensor([[2, 4, 6]])}
+    other = {"input_ids": torch.tensor([[1, 5, 8, 9]]), "decoder_input_ids": torch.tensor([[2, 4, 6]])}
+    cache = propagate(model, inputs, logit(40), rules=rules, reference=other if rules == "deeplift" else None, audit=True)
+    account = cache.conservation()
+    bias = float(model.original_model.final_logits_bias[0, 40])
+    assert account["unexplained"].abs().max() < 1e-9
+    assert account.loc[account["layer"] == "output", "biases"].item() == pytest.approx(0.0 if rules == "deeplift" else bias, abs=1e-12)
