@@ -67,8 +67,7 @@ class Rebuilding:
         """What a hook changes here would not reach the model, which has its own."""
         if passed is not given and not (isinstance(passed, Tensor) and torch.equal(passed, given)):
             raise RelevanceError(
-                f"a hook edits {point.name}, which this model does not read: the edit would be lost. Edit q, k, v "
-                "or z instead"
+                f"a hook edits {point.name}, which this model does not read: the edit would be lost. Edit q, k, v or z instead"
             )
 
 

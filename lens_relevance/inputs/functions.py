@@ -1,6 +1,6 @@
 """A function of the logits as a metric: it is given the logits of all rows it was made for, or of some where this is the same.
 
-A function can hold something for each row of a data set (`lambda logits: logits[rows, -1, answers]`), without any sign of it. So whether the
+A function can hold something for each row of a data set (`lambda logits: logits[rows, -1, answers]`) without any sign of it. So whether the
 values of some rows follow from the logits of these rows alone is tried, on random logits. Where they do not, the function is given logits
 of the size it was made for, of which only the rows at hand are filled in, and its values for these rows are taken.
 """

@@ -1,4 +1,4 @@
-"""Attention computed behind closed doors: its steps are taken again where the rules see them."""
+"""Attention computed without its HookPoints: its steps are recomputed at them."""
 
 from __future__ import annotations
 
