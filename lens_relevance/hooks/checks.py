@@ -174,6 +174,7 @@ class ForwardCheck:
         terms, names, values = [share(x.detach(), probe)], list[str](), [x]
         for source, coefficient in pulled_back(edge, probe, self._edges).items():
             point, value = self._edges[source]
+            coefficient = coefficient.to(value.device)  # layers may be on several devices
             names.append(str(point.name))
             values.append(value)
             terms.append(-share(value.detach(), coefficient).to(x.device))

@@ -16,7 +16,7 @@ _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "m
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still take there; of a container's limit, where there is one."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min([int(psutil.virtual_memory().available), *_left_to_container()])
