@@ -24,7 +24,7 @@ from analyses.circuits import (
     score_items,
     top,
 )
-from analyses.circuits.faithfulness import areas
+from analyses.circuits.faithfulness import areas, sizes
 from analyses.circuits.faithfulness import faithfulness as recovered
 from analyses.circuits.recovery import area_under_roc
 from analyses.methods import eap_ig
@@ -267,6 +267,21 @@ def test_held_out_pairs_are_evaluated_on_and_not_scored_on() -> None:
         assert row.cmd == pytest.approx(faithfulness_curve(held_out, scores, row.order).cmd)
         assert row.selection_cmd == pytest.approx(faithfulness_curve(found_on, scores, row.order).cmd) != row.cmd
     assert table["selection_cmd"].is_monotonic_increasing
+
+
+def test_sizes_of_large_circuits_are_those_of_mib() -> None:
+    assert sizes(5000).tolist() == [5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000]
+    assert sizes(999).tolist() == list(range(1000))
+
+
+def test_random_is_the_mean_over_five_orders() -> None:
+    model, pairs = models.build_gpt2(), some_pairs(2)
+    table = faithfulness_table(model, pairs, ("random",), level="node", seed=3).set_index("order")
+    ablation = Ablation(model, pairs, "node")
+    for order in ("absolute", "signed"):
+        curves = [faithfulness_curve(ablation, score_items(ablation, "random", seed=seed), order) for seed in range(3, 8)]
+        assert len({curve.cmd for curve in curves}) == 5
+        assert table.loc[order, ["cmd", "cpr"]].tolist() == pytest.approx(np.mean([(c.cmd, c.cpr) for c in curves], axis=0), rel=1e-9)
 
 
 @pytest.mark.parametrize("family", ["bloom", "opt", "gptj", "bert", "mixtral"])

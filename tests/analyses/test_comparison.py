@@ -79,6 +79,46 @@ def test_the_table_holds_what_it_says(gpt2: TransformerBridge) -> None:
     assert found.heads("relp").shape == (2, 4)
 
 
+def test_completeness_is_that_of_the_worst_layer(gpt2: TransformerBridge) -> None:
+    pairs = random_pairs(8)
+    there = gap(gpt2, pairs).mean()
+    errors = (estimator("relp")(gpt2, pairs, ["resid"])["resid"].sum(2).mean(0) - there).abs() / there.abs()
+    table = compare_with_patching(gpt2, pairs, ["relp"], components=["heads"], resamples=0)
+    assert table["completeness"].iloc[0] == pytest.approx(float(errors.max()), rel=1e-3)
+    assert errors.max() > 1.1 * errors.min() > 0
+
+
+def test_both_runs_take_the_passes_of_both(gpt2: TransformerBridge) -> None:
+    """But where both runs are one: rules that compare two runs are symmetric."""
+    methods = ["relp", "deeplift", eap_ig(3), conductance(3)]
+    table = compare_with_patching(gpt2, random_pairs(2), methods, components=["heads"], run="mean", resamples=0).set_index("method")
+    once = compare_with_patching(gpt2, random_pairs(2), methods, components=["heads"], resamples=0).set_index("method")
+    assert once.loc["relp", ["forwards", "backwards"]].tolist() == [2, 1]
+    for method in table.index:
+        times = 1 if method == "deeplift" else 2
+        assert table.loc[method, ["forwards", "backwards"]].tolist() == [times * n for n in once.loc[method, ["forwards", "backwards"]]]
+    assert once.loc["eap_ig (3 steps)", ["forwards", "backwards"]].tolist() == [5, 3]
+    assert once.loc["conductance (3 steps)", ["forwards", "backwards"]].tolist() == [6, 4]
+
+
+def test_the_best_method_comes_first(gpt2: TransformerBridge) -> None:
+    table = compare_with_patching(gpt2, random_pairs(6), ["gradient", "deeplift", "relp"], components=["attn", "heads"], resamples=0)
+    means = table.groupby("method", sort=False)["pearson"].mean()
+    assert len(means) == 3 and means.is_monotonic_decreasing
+
+
+def test_intervals_in_the_table_are_those_of_its_scores(gpt2: TransformerBridge) -> None:
+    pairs = random_pairs(8)
+    row = compare_with_patching(gpt2, pairs, ["relp"], components=["heads"], direction="noising", resamples=300).iloc[0]
+    estimate = estimator("relp")(gpt2, pairs, ["heads"])["heads"].flatten(1).T.double().numpy()
+    effect = activation_patching(gpt2, pairs, "heads", direction="noising").effect.double().numpy()
+    expected = intervals(estimate, effect, 300)
+    for name in ("pearson", "spearman"):
+        assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(expected[name], abs=5e-3)
+        assert row[f"{name}_low"] < row[f"{name}_high"]
+    assert abs(row["pearson_low"] - row["spearman_low"]) > 0.01
+
+
 def test_the_direction_chooses_the_yardstick(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
     patching = {
@@ -145,6 +185,20 @@ def test_intervals_narrow_with_more_pairs_and_are_reproducible() -> None:
     assert many[1] - many[0] < few[1] - few[0]
     assert intervals(estimates, effects, 50) == intervals(estimates, effects, 50)
     assert np.isnan(intervals(estimates[:, :1], effects[:, :1], 50)["pearson"][0])
+
+
+def test_intervals_hold_95_percent_of_resamples_of_pairs() -> None:
+    """Of a bootstrap written out (pairs drawn one by one, estimate and effect of a pair together) 2.5 % lie on either side."""
+    rng = np.random.default_rng(3)
+    component, of_pairs = rng.normal(size=(40, 1)), 4 * rng.normal(size=(40, 15))
+    estimates, effects = (component + of_pairs + rng.normal(size=(40, 15)) for _ in range(2))
+    found = intervals(estimates, effects, 3000)
+    drawn = rng.integers(15, size=(3000, 15))
+    one, other = (values[:, drawn].mean(2) for values in (estimates, effects))  # [component, resample]
+    for name, scale in (("pearson", np.asarray), ("spearman", lambda values: stats.rankdata(values, axis=0))):
+        resampled = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(scale(one).T, scale(other).T, strict=True)])
+        below, above = ((resampled < found[name][0]).mean(), (resampled > found[name][1]).mean())
+        assert 0.015 < below < 0.035 and 0.015 < above < 0.035  # chance alone: 0.004 around 0.025
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,21 @@ def test_every_name_is_found_in_the_table_as_it_was_given(gpt2: TransformerBridg
     assert sorted(table["method"]) == sorted([*names, "eap_ig (3 steps)"])
 
 
+def test_the_clean_run_is_the_corrupt_run_of_the_pair_turned_round() -> None:
+    masks = torch.ones(2, 5, 6, dtype=torch.long)
+    masks[0, 0, -1] = 0
+    given = random_pairs()
+    pairs = PromptPairs(given.clean, given.corrupt, given.target, *masks)
+    relp, symmetric = estimator("relp"), estimator("deeplift")
+    assert [weight for weight, _ in relp.parts(pairs, "mean")] == [0.5, -0.5]
+    ((weight, turned),) = relp.parts(pairs, "clean")
+    assert weight == -1.0
+    for one, other in (("clean", "corrupt"), ("corrupt", "clean"), ("clean_mask", "corrupt_mask"), ("corrupt_mask", "clean_mask")):
+        assert torch.equal(getattr(turned, one), getattr(pairs, other))
+    assert symmetric.parts(pairs, "mean") == [(1.0, pairs)] == relp.parts(pairs, "corrupt")
+    assert (relp.passes("mean"), relp.passes("clean"), symmetric.passes("mean")) == (2, 1, 1)
+
+
 def test_two_methods_of_one_name_are_refused(gpt2: TransformerBridge) -> None:
     with pytest.raises(RelevanceError, match="two methods are called 'eap_ig'"):
         compare_with_patching(gpt2, random_pairs(2), ["eap_ig", replace(eap_ig(2), name="eap_ig")], components=["heads"])

@@ -52,6 +52,17 @@ def test_curves_and_areas_of_a_known_game():
     np.testing.assert_allclose(backwards["area"], -found["area"])
 
 
+def test_the_interval_of_a_mean_over_examples_is_one_of_95_percent():
+    """Of the mean of 400 examples, within 1.96 standard errors; 1.64 would be one of 90 percent."""
+    area = np.random.default_rng(0).normal(3, 2, size=400)
+    columns = ["morf", "lerf", "positive", "negative"]
+    row = summary(pd.DataFrame({"method": "m", "example": range(400), "area": area} | dict.fromkeys(columns, 0.0)), draws=4000).iloc[0]
+    error = area.std(ddof=1) / 20
+    assert row["area"] == pytest.approx(area.mean()) and row["examples"] == 400
+    assert (row["area"] - row["area_low"]) / error == pytest.approx(1.96, abs=0.15)
+    assert (row["area_high"] - row["area"]) / error == pytest.approx(1.96, abs=0.15)
+
+
 def test_few_steps_and_items_that_stay():
     removable = torch.tensor([[True, True, True, True], [True, False, True, False]])
     asked = []

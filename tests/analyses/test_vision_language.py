@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from analyses.vision_language import FOLDER, VisionLanguageModel, load_vision_language
-from analyses.vision_language.experiment import CANDIDATES, CHOSEN, INTRODUCTION, METHODS, condensed, localisation, markdown, measure, split
+from analyses.vision_language.experiment import (
+    CANDIDATES,
+    CHOSEN,
+    INTRODUCTION,
+    METHODS,
+    TEST_SPLIT,
+    condensed,
+    localisation,
+    markdown,
+    measure,
+    split,
+)
 from analyses.vision_language.methods import inputs_of
 from analyses.vision_language.model import IMAGE, QUESTION
 from analyses.vision_language.picture_view import picture_view
@@ -132,7 +143,21 @@ def test_the_measure_on_a_few_questions(model: VisionLanguageModel) -> None:
     assert found.loc[IMAGE, "localisation"].between(0, 1).all() and found.loc[QUESTION, "localisation"].isna().all()
 
 
-def test_the_committed_table() -> None:
+def test_the_committed_figures_are_what_a_fresh_run_finds(model: VisionLanguageModel) -> None:
+    """On fewer questions, within what the choice of questions makes."""
+    names = ["deeplift, mean_patch", "raw attention"]
+    table = measure(model, split(model, 24, TEST_SPLIT), {name: METHODS[name] for name in names}, sets=(IMAGE,))
+    committed = pd.read_csv(FOLDER / "results.csv").query("set == @IMAGE").set_index("method")
+    by_question = table.groupby(["method", "example"])[["area", "localisation"]].mean()
+    for name in names:
+        fresh = by_question.loc[name]
+        error = fresh.std() / len(fresh) ** 0.5
+        assert (error < [1.5, 0.08]).all()
+        assert ((fresh.mean() - committed.loc[name, ["area", "localisation"]]).abs() < 3.5 * error).all(), name
+    assert committed.loc[names[0], "area"] - committed.loc[names[1], "area"] > 2
+
+
+def test_the_committed_page_and_choice_are_those_of_the_committed_figures() -> None:
     found = pd.read_csv(FOLDER / "results.csv")
     written = (FOLDER / "results.md").read_text()
     assert markdown(found) in written and INTRODUCTION.format(n=found["questions"].max(), tried=len(CANDIDATES)) in written

@@ -103,6 +103,21 @@ def test_latents_of_a_head_and_along_a_direction_are_complete_between_two_runs()
         close(cache.tokens().sum(1) + cache.positions().sum(1), gap, 1e-10)
 
 
+def test_heads_and_units_of_a_latent_count_from_the_end_too() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    z = propagate(model, tokens, TARGET, names_filter="blocks.1.attn.hook_z").activations["blocks.1.attn.hook_z"][:, -1]
+    assert len(z[0].unique()) == 16
+    for head, unit in ((-1, 2), (-4, -1), (3, -4), (-2, 0)):
+        target = latent("blocks.1.attn.hook_z", unit=unit, head=head)
+        close(propagate(model, tokens, target, rules="gradient").value, z[:, head, unit], 1e-12)
+    direction = torch.linspace(-3, 1, 4, dtype=torch.float64)
+    of_head = latent("blocks.1.attn.hook_z", head=-1, direction=direction)
+    close(propagate(model, tokens, of_head, rules="gradient").value, z[:, 3] @ direction, 1e-12)
+    for bad in (dict(head=-5, unit=0), dict(head=0, unit=-5), dict(head=4, unit=0), dict(head=0, unit=4)):
+        with pytest.raises(RelevanceError):
+            propagate(model, tokens, latent("blocks.1.attn.hook_z", **bad), rules="gradient")
+
+
 def test_bad_latents_are_refused() -> None:
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     for target in (

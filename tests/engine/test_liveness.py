@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, logit, propagate
+from lens_relevance import CoverageError, LivenessError, RelevanceError, attach, propagate, rulesets
 from tests.engine.families import RULESETS, TARGET, build, close, inputs_and_reference, reference_for
 from tests.models import build_gpt2, build_llama
 from tests.wider_models import build_wider
@@ -176,29 +176,18 @@ def test_a_norm_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         propagate(model, TOKENS, TARGET, rules="attnlrp")
 
 
-def test_a_part_without_a_site_is_refused_by_name() -> None:
-    """Attention that TransformerLens delegates to Hugging Face has no live scores."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    from tests.models import bridge_from_config
-
-    config = OPTConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=1,
-        ffn_dim=32,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        word_embed_proj_dim=16,
-        dropout=0.0,
-    )
-    model = bridge_from_config(OPTForCausalLM, config)
-    try:
-        cache = propagate(model, TOKENS, logit(3), rules="attnlrp")
-    except CoverageError as error:
-        assert "blocks.0.attn" in str(error) and "strict=False" in str(error)
-        cache = propagate(model, TOKENS, logit(3), rules="attnlrp", strict=False)
-    assert cache.tokens().abs().max() > 0
+def test_attention_that_nobody_knows_is_refused_and_has_its_plain_gradient_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that TransformerLens delegates to Hugging Face, of a family that is not registered."""
+    model, known = build_wider("bert"), build_wider("bert")
+    without = {name: rule for name, rule in rulesets()["attnlrp"].items() if name not in ("scores", "z")}
+    expected = propagate(known, TOKENS, TARGET, rules=without)
+    ruled = propagate(known, TOKENS, TARGET, rules="attnlrp")
+    monkeypatch.setattr("lens_relevance.sites.delegated_attention.ATTENTION", {})
+    with pytest.raises(CoverageError, match=r"2 component\(s\).*blocks.0.attn.*blocks.1.attn.*strict=False"):
+        propagate(model, TOKENS, TARGET, rules="attnlrp")
+    found = propagate(model, TOKENS, TARGET, rules="attnlrp", strict=False)
+    close(found.tokens(), expected.tokens(), 1e-9)
+    assert (found.tokens() - ruled.tokens()).abs().max() > 0.01 * ruled.tokens().abs().max()
 
 
 def test_a_twice_used_block_is_found() -> None:

@@ -26,6 +26,22 @@ def test_values_are_those_of_the_logits() -> None:
     close(propagate(model, tokens, logit([(5, 6), (7, 8)])).value, logits[[0, 1], -1][[[0], [1]], [[5, 6], [7, 8]]].mean(1), 1e-12)
 
 
+def test_a_target_of_some_rows_is_that_of_these_rows() -> None:
+    model, (tokens, _) = build("gpt2"), inputs_and_reference(batch=4)
+    targets = [
+        logit_diff([5, 6, 7, 8], [9, 10, 11, 12]),
+        logit_diff(5, torch.tensor([9, 10, 11, 12])),
+        log_prob([5, 6, 7, 8]),
+        continuation([[5, 6], [7, 8], [9, 10], [11, 12]]),
+        continuation([5, 6]),
+    ]
+    for target in targets:
+        everything = propagate(model, tokens, target).value
+        assert len(everything.unique()) == 4
+        for rows in (slice(1, 3), [3, 0], torch.tensor([False, True, False, True])):
+            close(propagate(model, tokens[rows], target.select(rows)).value, everything[rows], 1e-12)
+
+
 def test_none_explains_the_top_prediction_against_its_runner_up() -> None:
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     top = model(tokens)[:, -1].topk(2, -1).values

@@ -28,6 +28,7 @@ from lens_relevance.rules import (
     Softmax,
     SoftmaxTemperature,
 )
+from lens_relevance.rules.base import share
 from lens_relevance.rules.softmax import logarithmic_mean
 from tests.rules.dense import DTYPES, FP64, SEEDS, back, near, normal, remainder, sink
 
@@ -292,6 +293,18 @@ def test_finfo_min_added_to_scores_is_a_mask() -> None:
     (coefficient,) = back(PairSoftmax(), Softmax(), (x1 + hidden,), g, (x2 + hidden,))
     (expected,) = back(PairSoftmax(), Softmax(), (mask(x1, float("-inf")),), g, (mask(x2, float("-inf")),))
     near(coefficient, expected, 1e-6)  # type: ignore[arg-type]
+
+
+def test_a_masked_score_has_no_relevance() -> None:
+    """-inf times 0, which would be NaN; where something arrives it stays what it is."""
+    scores, coefficients = torch.tensor([float("-inf"), MIN, 2.0, float("-inf")]), torch.tensor([0.0, 0.0, 3.0, 1.0])
+    assert share(scores, coefficients).tolist() == [0.0, 0.0, 6.0, float("-inf")]
+
+
+def test_a_row_without_anything_to_see_has_an_empty_pattern() -> None:
+    scores = torch.zeros(1, 1, 2, 3)
+    scores[..., 0, :] = float("-inf")
+    assert Softmax()(scores)[0, 0].sum(-1).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("value", [float("-inf"), MIN])

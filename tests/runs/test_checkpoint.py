@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.checkpoint import Checkpoint
 from analyses.evaluation.ranking import rank_heads
 from analyses.tasks import PromptPairs
-from lens_relevance import RelevanceError
+from lens_relevance import RelevanceError, logit
 from tests.analyses.test_ranking import random_pairs
 from tests.models import build_gpt2, build_llama
 
@@ -135,6 +135,24 @@ def test_another_function_of_the_same_name_is_another_target(tmp_path: Path) -> 
     refused(tmp_path, lambda: rank(of_tokens(changed)), "another run .*target on random logits")
     refused(tmp_path, lambda: rank(of_tokens(answers + 1)), "another run .*the target on clean prompts")
     assert rank(of_tokens(answers)).equals(first)
+
+
+def test_prompts_and_masks_of_every_row_are_part_of_a_run(tmp_path: Path) -> None:
+    """Also where the two differ in the last row alone, which the first batch does not hold."""
+    mask = torch.ones_like(PAIRS.clean)
+    shorter = mask.clone()
+    shorter[-1, -1] = 0
+
+    def rank(clean: Tensor = PAIRS.clean, corrupt: Tensor = PAIRS.corrupt, *masks: Tensor) -> Any:
+        return rank_heads(build_gpt2(), PromptPairs(clean, corrupt, logit(3), *masks), "relp", checkpoint=tmp_path, batch_size=2)
+
+    def changed(tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:-1], (tokens[-1:] + 1) % 50])
+
+    first = rank()
+    for other in ((changed(PAIRS.clean),), (PAIRS.clean, changed(PAIRS.corrupt)), (PAIRS.clean, PAIRS.corrupt, shorter, shorter)):
+        refused(tmp_path, lambda given=other: rank(*given), "another run .pairs: ")  # type: ignore[misc]
+    assert rank(PAIRS.clean, PAIRS.corrupt, mask, mask).equals(first)
 
 
 def test_logits_that_are_not_finite_are_no_other_run(tmp_path: Path) -> None:
