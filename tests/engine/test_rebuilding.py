@@ -74,7 +74,7 @@ def test_tools_find_the_rebuilt_pattern_once_and_on_the_graph() -> None:
 def test_an_edit_of_a_rebuilt_pattern_is_refused() -> None:
     """The model would go on without it."""
     model, (tokens, _) = build_any("opt"), inputs_and_reference()
-    with attach(model, "attnlrp"), pytest.raises(RelevanceError, match="hook_pattern.*thrown away"):
+    with attach(model, "attnlrp"), pytest.raises(RelevanceError, match="hook_pattern.*edit would be lost"):
         model.run_with_hooks(tokens, fwd_hooks=[(PATTERN, lambda t, hook: t * 2)])
 
 
