@@ -269,6 +269,31 @@ def test_held_out_pairs_are_evaluated_on_and_not_scored_on() -> None:
     assert table["selection_cmd"].is_monotonic_increasing
 
 
+def test_scores_and_strengths_are_means_over_pairs() -> None:
+    model, pairs = models.build_gpt2(dtype=torch.float64), some_pairs(3)
+    for level in ("node", "edge"):
+        whole = score_items(Ablation(model, pairs, level), "relp")
+        each = np.stack([score_items(Ablation(model, pairs[i], level), "relp").signed for i in range(3)])
+        np.testing.assert_allclose(whole.signed, each.mean(0), rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(whole.strength, np.abs(each).mean(0), rtol=1e-6, atol=1e-12)
+        assert (whole.strength > 1.1 * np.abs(whole.signed)).any()
+
+
+def test_precision_is_of_the_circuit_and_recall_of_the_known_one(ablation: Ablation) -> None:
+    edges = [("embed", "L0H0.q"), ("embed", "logits"), ("L0H1", "logits"), ("L1.mlp", "logits")]
+    found = overlap(known_circuit(ablation.items, edges[:3]), known_circuit(ablation.items, edges[2:]))
+    assert (found.precision, found.recall) == (1 / 3, 1 / 2) and found.f1 == pytest.approx(0.4)
+
+
+def test_rows_are_ordered_by_the_pairs_that_circuits_are_chosen_on() -> None:
+    pairs = some_pairs(4)
+    methods = ("deeplift", "gradient", "attnlrp", "gim", "random")
+    table = faithfulness_table(models.build_gpt2(), pairs[:2], methods, level="node", held_out=pairs[2:])
+    assert table["selection_cmd"].is_monotonic_increasing and not table["cmd"].is_monotonic_increasing
+    alone = faithfulness_table(models.build_gpt2(), pairs[:2], methods, level="node")
+    assert alone["cmd"].is_monotonic_increasing
+
+
 def test_sizes_of_large_circuits_are_those_of_mib() -> None:
     assert sizes(5000).tolist() == [5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000]
     assert sizes(999).tolist() == list(range(1000))

@@ -200,6 +200,28 @@ def test_several_references_are_averaged() -> None:
     assert torch.allclose(edges.writer_scores[:, :, edges.writers.index("L1H2")], cache.heads()[:, :, 1, 2], atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("family", "n"), [("gpt2", 36 + 7 + 96 + 12 + 13), ("neox", 24 + 2 + 84 + 7 + 12), ("neox_sequential", 24 + 6 + 84 + 11 + 12)]
+)
+def test_a_reader_reads_what_was_written_before_it(family: str, n: int) -> None:
+    """Two layers of four heads: q, k, v of every head, then the MLP, then the next layer, then the logits."""
+    edges = attribute_edges(FAMILIES[family](dtype=torch.float64), models.random_tokens(), TARGET, rules="attnlrp")
+    assert edges.n_edges == n
+    assert not edges.scores[:, :, ~edges.exists].any()
+    exists = {(w, r) for w, row in zip(edges.writers, edges.exists, strict=True) for r, e in zip(edges.readers, row, strict=True) if e}
+    assert ("embed", "L0H0.q") in exists and ("L0H3", "L1H2.k") in exists and ("L1.mlp", "logits") in exists
+    assert ("L0H0", "L0H1.q") not in exists and ("L1.mlp", "L1.mlp.in") not in exists
+    assert (("L1H0", "L1.mlp.in") in exists) == (family != "neox")
+
+
+def test_the_table_of_edges_is_strongest_first() -> None:
+    edges = attribute_edges(models.build_gpt2(dtype=torch.float64), models.random_tokens(), TARGET, rules="attnlrp")
+    frame = edges.to_frame(1)
+    assert len(frame) == 6 * edges.n_edges and frame["score"].abs().is_monotonic_decreasing and frame["score"].nunique() > 100
+    for row in frame.head(20).itertuples():
+        assert row.score == edges.scores[1, row.position, edges.writers.index(row.source), edges.readers.index(row.target)]
+
+
 def test_target_that_is_not_linear() -> None:
     model, tokens = models.build_gpt2(dtype=torch.float64), models.random_tokens()
     assert worst(attribute_edges(model, tokens, log_prob(3), rules="deeplift", reference=models.random_tokens(seed=1))) < 1e-9

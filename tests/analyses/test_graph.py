@@ -186,6 +186,9 @@ def test_sums_over_positions_and_prompts(graph: FlowGraph) -> None:
     mean = average([g.prune(top=30) for g in graphs])
     frequency = pd.concat([g.prune(top=30).sum_positions().edges[["source", "target"]] for g in graphs]).value_counts() / 3
     assert mean.edges.set_index(["source", "target"])["frequency"].sort_index().tolist() == frequency.sort_index().tolist()
+    assert (mean.edges["frequency"] < 1).any()
+    total = pd.concat([g.prune(top=30).sum_positions().edges for g in graphs]).groupby(["source", "target"])["score"].sum()
+    pd.testing.assert_series_equal(mean.edges.groupby(["source", "target"])["score"].sum(), total / 3)  # 0 where an edge is not there
     both = average(graphs, by_position=True)
     key = ["source", "target", "position", "source_position"]
     assert both.edges.set_index(key)["score"]["embed", "logits", 5, 5] == pytest.approx(

@@ -50,6 +50,16 @@ def test_what_passes_a_head_is_the_relevance_that_the_head_has() -> None:
     close(part.tokens().sum(1), whole.heads()[:, :, 1, 2].sum(1), 1e-10)
 
 
+def test_units_of_several_axes_have_to_hold_together() -> None:
+    model, (tokens, _), z = build("gpt2"), inputs_and_reference(), "blocks.0.attn.o.hook_in"
+    free = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=[z, "embed.hook_out"])
+    for units in ({"head": [1], "position": [2, 3]}, {"position": [2, 3], "head": [1]}):
+        through = propagate(model, tokens, TARGET, rules="attnlrp", names_filter=[z, "embed.hook_out"], through={z: units})
+        expected = torch.zeros_like(free[z])
+        expected[:, 2:4, 1] = free[z][:, 2:4, 1]
+        close(through[z], expected, 1e-12)
+
+
 def test_conditions_on_two_layers_are_passed_one_after_the_other() -> None:
     model, (tokens, _) = build("gpt2"), inputs_and_reference()
     both = {"blocks.1.attn.hook_z": {"head": [0]}, "blocks.0.mlp.hook_post": {"unit": range(5)}}

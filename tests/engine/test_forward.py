@@ -87,6 +87,23 @@ def test_patterns_scores_and_values_at_padding(family: str) -> None:
                 assert not cache[name][0, :3].any() and cache[name][0, 3:].any(), name
 
 
+def test_a_target_that_reads_padding_gives_it_no_relevance() -> None:
+    """The queries of padded positions see real keys, so that only the mask keeps their coefficients at zero."""
+    model, tokens = build("gpt2", torch.float32), random_tokens(2, 6)
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = 0
+    names = ["embed.hook_out", "blocks.1.hook_in", "blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores"]
+
+    def everywhere(logits: torch.Tensor) -> torch.Tensor:
+        return logits[..., 3].sum(1)
+
+    cache = propagate(model, tokens, everywhere, rules="gradient", names_filter=names, attention_mask=mask)
+    for name in names[:2]:
+        assert not cache.coefficients[name][0, 4:].any() and cache.coefficients[name][0, :4].all()
+    for name in names[2:]:
+        assert not cache.coefficients[name][0, :, 4:].any() and cache.coefficients[name][1, :, 4:, :4].any()
+
+
 def test_positions_count_real_tokens() -> None:
     """-1 is each row's last real token, whichever side is padded."""
     model, tokens = build_gpt2(), random_tokens(2, 6)

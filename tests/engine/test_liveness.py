@@ -176,6 +176,15 @@ def test_a_norm_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         propagate(model, TOKENS, TARGET, rules="attnlrp")
 
 
+def test_a_component_none_of_whose_points_fire_is_found() -> None:
+    """Its norm is called past all of its HookPoints."""
+    model = build_llama()
+    norm = model.blocks[1].ln2
+    rewire(norm, norm.original_component)
+    with pytest.raises(LivenessError, match="never fired.*blocks.1.ln2"):
+        propagate(model, TOKENS, TARGET, rules="attnlrp", check=False)
+
+
 def test_attention_that_nobody_knows_is_refused_and_has_its_plain_gradient_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that TransformerLens delegates to Hugging Face, of a family that is not registered."""
     model, known = build_wider("bert"), build_wider("bert")

@@ -74,24 +74,25 @@ def _run(chosen: list[Mutation], folder: Path, jobs: int) -> int:
 
 def _runs(chosen: list[Mutation], copies: list[Path], *, changed: bool) -> Iterator[tuple[Mutation, Done]]:
     """The tests of each mutation, in as many processes as there are copies; changed: with the change made, or as it is."""
-    queue, running = list(enumerate(chosen)), dict[int, tuple[Mutation, Running]]()
+    queue, running = list(enumerate(chosen)), dict[int, tuple[Mutation, str, Running]]()
     try:
         while queue or running:
             for slot, copy in enumerate(copies):
                 if slot not in running and queue:
                     number, mutation = queue.pop(0)
+                    original = (copy / mutation.file).read_text(encoding="utf-8")
                     if changed:
-                        write(copy / mutation.file, mutation.applied(REPOSITORY), number)
-                    running[slot] = mutation, Running(copy, mutation.tests, copy.parent / f"log{slot}", compiled=not changed)
-            for slot, (mutation, run) in list(running.items()):
+                        write(copy / mutation.file, mutation.applied(copy), number)
+                    running[slot] = mutation, original, Running(copy, mutation.tests, copy.parent / f"log{slot}", compiled=not changed)
+            for slot, (mutation, original, run) in list(running.items()):
                 if (done := run.poll()) is not None:
                     del running[slot]
                     if changed:
-                        write(copies[slot] / mutation.file, (REPOSITORY / mutation.file).read_text(encoding="utf-8"), len(chosen))
+                        write(copies[slot] / mutation.file, original, len(chosen))
                     yield mutation, done
             time.sleep(0.05)
     finally:
-        for _, run in running.values():
+        for _, _, run in running.values():
             run.end()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutation.mutation import of
 
-_EDGES = "tests/analyses/test_edges.py -k '(conserved_at and (gpt2 or llama)) or enters or scores_of or rules_of or several'"
+_EDGES = "tests/analyses/test_edges.py -k '(conserved_at and (gpt2 or llama)) or enters or scores_of or rules_of or several or before_it or strongest_first'"
 _PATCHING = "tests/analyses/patching/test_closed_forms.py tests/analyses/patching/test_padding_and_batches.py"
 _PATHS = "tests/analyses/patching/test_paths.py"
 _CIRCUITS = "tests/analyses/test_circuits.py -k 'not trained and not families and not transformer_lens'"
@@ -42,6 +42,10 @@ MUTATIONS = [
             "return collect(model, components, lambda point: -cache[point])",
             "return collect(model, components, lambda point: cache[point])",
         ),
+    ),
+    *of(
+        "analyses/methods/ruleset_method.py",
+        "tests/analyses/test_circuits.py -k add_up",
         ("edges corrupt less clean", "corrupt, scores=-corrupt.scores, ", "corrupt, scores=corrupt.scores, "),
     ),
     *of(
@@ -203,7 +207,7 @@ MUTATIONS = [
     ),
     *of(
         "analyses/circuits/methods_compared.py",
-        "tests/analyses/test_circuits.py -k 'random_is or held_out'",
+        "tests/analyses/test_circuits.py -k 'random_is or held_out or rows_are'",
         ("random over one seed", "_RANDOM_SEEDS = 5", "_RANDOM_SEEDS = 1"),
         ("the same seed five times", "seed=seed + i) for i, p", "seed=seed) for i, p"),
         ("chosen by what it is worth", 'columns[-1] if held_out is not None else "cmd"', '"cmd" if held_out is not None else "cmd"'),

@@ -163,12 +163,16 @@ MUTATIONS = [
             "return self.product.factors_conserve and (held or self.activation.slope_conserves)",
             "return held or self.activation.slope_conserves",
         ),
-        ("what act(gate) passes alone is lost", "return slope * for_up + slope, for_act", "return slope * for_up, for_act"),
         (
             "the activation's slope is left out",
             "return self.activation.slope_at(op.function, gate, act, gates) * for_up, for_act",
             "return for_up, for_act",
         ),
+    ),
+    *of(
+        "lens_relevance/rules/gated.py",
+        _ROUTING,
+        ("what act(gate) passes alone is lost", "return slope * for_up + slope, for_act", "return slope * for_up, for_act"),
     ),
     *of(
         "lens_relevance/rules/product.py",
@@ -180,7 +184,6 @@ MUTATIONS = [
             "half is said to keep something",
             "return self.factor == 0.5",
             "return False",
-            "the account subtracts what it would know in closed form: the same number up to rounding",
         ),
         ("a scaled product is not scaled", "return (b, a) if self.is_plain else (b * self.factor, a * self.factor)", "return b, a"),
         ("scale on the wrong side", "return (upstream * self.factor,)", "return (upstream,)"),
