@@ -5,6 +5,8 @@ LENS_RELEVANCE_INTERRUPTS=300 tries so many random moments, and half as many ste
 
 from __future__ import annotations
 
+import dis
+import linecache
 import os
 import random
 import signal
@@ -105,6 +107,17 @@ def interrupted(action: Action, model: TransformerBridge, timer: threading.Timer
     return False
 
 
+def end_of_with(frame: FrameType) -> bool:
+    """Whether the next step calls the `__exit__` of a `with`.
+
+    Python runs handlers of signals after a call and at a jump: none comes between the block and `__exit__`. Only a tracer can raise there.
+    """
+    code, line = frame.f_code, frame.f_lineno
+    if not linecache.getline(code.co_filename, line).lstrip().startswith("with "):
+        return False
+    return frame.f_lasti > min(offset for offset, start in dis.findlinestarts(code) if start == line)
+
+
 class InterruptAt:
     """Sends SIGINT at the n-th step (a call or a line) that the functions of our modules take; counts steps where n is None."""
 
@@ -114,7 +127,7 @@ class InterruptAt:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.endswith(self.modules):
             return None
-        if event not in ("call", "line"):
+        if event not in ("call", "line") or (event == "line" and end_of_with(frame)):
             return self
         self.steps.append((frame.f_code.co_name, frame.f_lineno, event))
         if len(self.steps) - 1 == self.n:
