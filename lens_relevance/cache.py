@@ -19,6 +19,7 @@ from transformer_lens.utilities import get_act_name
 from lens_relevance.errors import NotKeptError, RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.named_tensors import NamedTensors
+from lens_relevance.notebook_form import cache_html, token_strings
 from lens_relevance.rules.base import difference, share
 from lens_relevance.whole_files import write_whole
 
@@ -39,6 +40,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     `decoder` and `cross`, and the methods below then ask for one: `cache.heads(stack="cross")`.
     grid: rows and columns of an image's patches.
     info: model name, dtype, ruleset, target, reference and versions.
+    tokenizer: the model's, for words in pictures; None where it has none, and after `load`.
     """
 
     activations: dict[str, Tensor]
@@ -59,6 +61,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     account: pd.DataFrame | None = None
     logit_positions: Int[Tensor, "batch read"] | None = None
     grid: tuple[int, int] | None = None
+    tokenizer: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("activations", "coefficients", "reference_activations"):
@@ -72,6 +75,19 @@ class RelevanceCache(Mapping[str, Tensor]):
             f"RelevanceCache({self.info.get('ruleset', '')}: {self.info.get('target', 'target')} = {values}{against}; "
             f"{len(self.coefficients)} HookPoints, {len(self.value)} example(s) of {self.input_tokens.shape[1]} positions)"
         )
+
+    def _repr_html_(self) -> str:
+        return cache_html(self)
+
+    def token_strings(self, example: int = 0) -> list[str]:
+        """The tokens of an example as text, one string per position, padding included.
+
+        Raises:
+            NotKeptError: the model has no tokenizer, or the cache was read from a file.
+        """
+        if self.tokenizer is None:
+            raise NotKeptError("this cache knows no tokenizer (the model has none, or the cache was loaded): use model.to_str_tokens")
+        return token_strings(self.tokenizer, self.input_tokens[example])
 
     def canonical(self, name: str | tuple[Any, ...]) -> str:
         """The canonical name of something that was kept; raises NotKeptError and says what to ask for."""
@@ -188,11 +204,11 @@ class RelevanceCache(Mapping[str, Tensor]):
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["example", "name", "position", "head", "relevance"])
 
     def to_activation_cache(self, model: HookedModel | None = None) -> Any:
-        """The relevance as a TransformerLens ActivationCache, for its own tools."""
+        """The relevance as a TransformerLens ActivationCache, for its own tools; most of these read the model's settings: give it."""
         from transformer_lens import ActivationCache
 
         kept = {name: self[name] for name in self}
-        return ActivationCache(kept | {alias: kept[name] for alias, name in self.aliases.items() if name in kept}, model)
+        return ActivationCache(kept | {alias: kept[name] for alias, name in self.aliases.items() if name in kept}, model or _NoModel())
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (no pickle)."""
@@ -244,6 +260,17 @@ class RelevanceCache(Mapping[str, Tensor]):
             account = pd.DataFrame(split["data"], columns=split["columns"])
         grid = tuple(meta.pop("grid") or ()) or None
         return cls(**groups, **tensors, **meta, account=account, grid=grid)  # type: ignore[arg-type]
+
+
+class _NoModel:
+    """Where an ActivationCache looks for its model."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RelevanceError(
+            f"this needs {name!r} of the model, which the ActivationCache was made without: cache.to_activation_cache(model)"
+        )
 
 
 def _stacked(parts: list[Tensor], dim: int) -> Tensor:

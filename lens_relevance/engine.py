@@ -210,6 +210,7 @@ def propagate(
         reference_value=None if reference_value is None else average(reference_value, n),
         absent={name: reason for name, reason in absent.items() if name in request.names},
         account=account,
+        tokenizer=getattr(model, "tokenizer", None),
     )
 
 

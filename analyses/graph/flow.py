@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 from analyses.graph import aggregate, exchange, paths, prune, tables
 from analyses.graph.tables import EVERYWHERE, FlowTables
 from lens_relevance.errors import RelevanceError
+from lens_relevance.notebook_form import table_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +23,12 @@ class FlowGraph(FlowTables):
 
     def __repr__(self) -> str:
         return f"FlowGraph({len(self.edges)} edges, {len(self.nodes)} nodes, {self.info.get('ruleset', '')}, {self.info.get('target', '')})"
+
+    def _repr_html_(self) -> str:
+        listed = self._listed_paths()
+        rows = [] if listed is None else [{"strongest paths": row.path, "share": f"{row.share:.1%}"} for row in listed.head(5).itertuples()]
+        table = table_html(rows) if rows else ""
+        return f"<div><code>{escape(repr(self))}</code></div>{table}<div><code>.show()</code> draws it</div>"
 
     # ---- choosing
 

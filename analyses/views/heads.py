@@ -11,11 +11,12 @@ from torch import Tensor
 
 from analyses.components import Node
 from analyses.views.heatmap import HeatMap, heat_map_view
-from analyses.views.markup import as_array, check_tokens, format_number, round_significant, rounded, short, show_token
+from analyses.views.markup import as_array, check_tokens, format_number, one_example, round_significant, rounded, short, show_token
 from analyses.views.page import View
 from analyses.views.palette import NEGATIVE, POSITIVE, SIGNED, add_scale, limit_of, new_figure
 from analyses.views.scripts import CIRCUITSVIS
 from analyses.views.tokens import inert
+from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import RelevanceError
 
 # Thumbnails in the static picture; the interactive one holds all that were asked for.
@@ -72,12 +73,14 @@ def head_flow_view(
     return View(title, lambda: _figure(tokens, ranked, labels, limit), component="AttentionHeads", props=props, script=CIRCUITSVIS)
 
 
-def head_heatmap_view(scores: Float[Tensor | np.ndarray, "layer head"], title: str = "Relevance of each head") -> View:
+def head_heatmap_view(scores: Float[Tensor | np.ndarray, "layer head"] | RelevanceCache, title: str = "Relevance of each head") -> View:
     """Heads as a heat map, layer by head, signed.
 
     Args:
-        scores: one number per head, for instance `cache.heads()` of one example summed over positions.
+        scores: one number per head; or a whole RelevanceCache of one example, whose heads are summed over positions.
     """
+    if isinstance(scores, RelevanceCache):
+        scores = one_example(scores).heads()[0].sum(0)
     return heat_map_view(title, [head_heat_map(as_array(scores, "scores"), title)])
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from analyses.shown_text import visible
+from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import RelevanceError
 
 # In a script these could end it, open a comment, or break a line inside a string literal (JSON allows U+2028, older JavaScript does not).
@@ -75,6 +76,17 @@ def as_array(values: Any, name: str) -> np.ndarray:
         bad = int((~np.isfinite(array)).sum())
         raise RelevanceError(f"{name} holds {bad} values that are not finite, which a picture would hide; look for the cause first")
     return array
+
+
+def one_example(cache: RelevanceCache) -> RelevanceCache:
+    """The cache, if it holds one example.
+
+    Raises:
+        RelevanceError: it holds several, which one picture cannot show.
+    """
+    if len(cache.value) != 1:
+        raise RelevanceError(f"this cache holds {len(cache.value)} examples: give the numbers of one, such as cache.tokens()[0]")
+    return cache
 
 
 def check_tokens(tokens: Sequence[str], count: int, name: str) -> list[str]:

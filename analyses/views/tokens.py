@@ -12,10 +12,11 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from analyses.views.heatmap import HeatMap, heat_map_view
-from analyses.views.markup import as_array, check_tokens, round_significant, rounded, show_token
+from analyses.views.markup import as_array, check_tokens, one_example, round_significant, rounded, show_token
 from analyses.views.page import View
 from analyses.views.palette import INK, LINE, NEGATIVE, POSITIVE, SIGNED, add_scale, limit_of, new_figure
 from analyses.views.scripts import CIRCUITSVIS
+from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import RelevanceError
 
 # CircuitsVis shows several values with 6 decimals; smaller numbers are shown in a smaller unit.
@@ -24,16 +25,27 @@ _CHARACTERS_PER_LINE = 100
 _PADDING = 0.9  # around a token, in characters: tokenizers differ in whether a token carries its space
 
 
-def token_view(tokens: Sequence[str], relevance: Float[Tensor | np.ndarray, "*batch pos"], title: str = "Relevance of each token") -> View:
+def token_view(
+    tokens: Sequence[str] | RelevanceCache,
+    relevance: Float[Tensor | np.ndarray, "*batch pos"] | None = None,
+    title: str = "Relevance of each token",
+) -> View:
     """Tokens coloured by signed relevance (CircuitsVis `colored_tokens`): blue speaks for the target, red against it.
 
     Args:
-        tokens: one string per position, as `model.to_str_tokens` gives them.
+        tokens: one string per position, as `model.to_str_tokens` gives them; or a whole RelevanceCache of one example, and nothing else.
         relevance: one number per position ([pos], or [1, pos]), in the target's unit; shown on hover with 6 significant digits.
 
     Raises:
         RelevanceError: another number of tokens than of values, or a value that is not finite.
     """
+    if isinstance(tokens, RelevanceCache):
+        cache = one_example(tokens)
+        tokens, relevance = cache.token_strings(), cache.tokens()
+    if relevance is None:
+        raise RelevanceError(
+            "token_view needs the tokens' relevance beside the tokens: token_view(tokens, cache.tokens()), or token_view(cache)"
+        )
     values = as_array(relevance, "relevance")
     values = values[0] if values.ndim == 2 and len(values) == 1 else values  # a batch of one, as `cache.tokens()` gives it
     tokens = check_tokens(tokens, len(values), "relevance")

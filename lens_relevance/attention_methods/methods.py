@@ -130,6 +130,7 @@ def token_relevance(
     if len(sets) == 1:
         # an image has no ids: its tokens are counted
         ids = cache.input_tokens if cache.masks else torch.arange(run.mask.shape[1]).expand_as(run.mask)
-        return TokenRelevance(*common, run.start, ids, run.mask, chosen.accumulate(run))
+        tokenizer = cache.tokenizer if cache.masks else None
+        return TokenRelevance(*common, run.start, ids, run.mask, chosen.accumulate(run), tokenizer)
     explained = {name: run.start[:, run.span(name)] for name in sets}
     return TokenSetsRelevance(*common, explained, masks, tuple(one.pattern for one in body.attentions), chosen.accumulate(run))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NoReturn
+from html import escape
+from typing import Any, NoReturn
 
 import pandas as pd
 from jaxtyping import Bool, Float, Int
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lens_relevance.attention_methods.accumulation import Accumulation
 from lens_relevance.errors import RelevanceError
+from lens_relevance.notebook_form import examples_html
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class TokenRelevance:
     input_tokens: Int[Tensor, "batch token"]
     mask: Bool[Tensor, "batch token"]
     accumulation: Accumulation
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """One line: how it was computed, and for how much."""
+        return f"TokenRelevance({self.method}, rules {self.rules}, {len(self.value)} example(s) of {self.mask.shape[1]} tokens)"
+
+    def _repr_html_(self) -> str:
+        return f"<div><code>{escape(repr(self))}</code></div>" + examples_html(self.tokenizer, self.input_tokens, self.mask, self.scores)
 
     @cached_property
     def scores(self) -> Float[Tensor, "batch source"]:
@@ -96,6 +106,11 @@ class TokenSetsRelevance:
     masks: Mapping[str, Bool[Tensor, "batch _"]]
     attentions: tuple[str, ...]
     accumulation: Accumulation
+
+    def __repr__(self) -> str:
+        """One line: how it was computed, and for how much."""
+        sets = ", ".join(f"{name} of {mask.shape[1]} tokens" for name, mask in self.masks.items())
+        return f"TokenSetsRelevance({self.method}, rules {self.rules}, {len(self.value)} example(s): {sets})"
 
     @cached_property
     def scores(self) -> dict[str, Float[Tensor, "batch _"]]:

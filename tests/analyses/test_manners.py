@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from html import unescape
+
 import pytest
 import torch
 from torch import nn
 
 from analyses import load_model
+from analyses.graph import flow_graph
 from analyses.tasks import ioi
 from analyses.tasks.pairs import require_pairs
 from analyses.views import head_heatmap_view, token_view
 from analyses.views.markup import as_array
-from lens_relevance import RelevanceError, logit_diff, propagate
+from lens_relevance import NotKeptError, RelevanceCache, RelevanceError, logit_diff, propagate, token_relevance
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 TARGET = logit_diff(" Mary", " John")
@@ -57,7 +60,45 @@ def test_pictures_of_a_batch_of_one_and_of_a_whole_cache(model) -> None:
         token_view(tokens, torch.ones(2, 15))
     with pytest.raises(RelevanceError, match=r"scores is a RelevanceCache.*cache.tokens\(\)\[0\] \[pos\] or cache.heads\(\)"):
         as_array(cache, "scores")
-    head_heatmap_view(cache.heads()[0].sum(0))
+    assert head_heatmap_view(cache).to_html() == head_heatmap_view(cache.heads()[0].sum(0)).to_html()
+    assert token_view(cache).to_html() == token_view(tokens, cache.tokens()).to_html()
+    with pytest.raises(RelevanceError, match="beside the tokens"):
+        token_view(tokens)
+    two = propagate(model, [PROMPT, PROMPT], TARGET, rules="attnlrp")
+    for view in (token_view, head_heatmap_view):
+        with pytest.raises(RelevanceError, match="holds 2 examples"):
+            view(two)
+
+
+def test_what_a_notebook_shows_of_a_result(model, tmp_path) -> None:
+    short = "Mary and <b>John</b>"
+    cache = propagate(model, [PROMPT, short], TARGET, rules="attnlrp", audit=True)
+    assert cache.token_strings() == model.to_str_tokens(PROMPT)
+    html = cache._repr_html_()
+    heads = cache.heads().sum(1).mean(0)
+    first = int(heads.abs().argmax())
+    assert f"<td>L{first // heads.shape[1]}H{first % heads.shape[1]}</td><td>{heads.flatten()[first]:+.4g}</td>" in html
+    assert f"{cache.tokens()[0, 3]:+.4g}" in html and "unexplained" in html
+    assert html.count("<span") == int(cache.mask.sum()), "padding is not shown"
+    assert "<b>" not in html, "text is shown as text"
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = RelevanceCache.load(tmp_path / "cache.safetensors")
+    assert "<span" not in loaded._repr_html_() and "<td>L" in loaded._repr_html_()
+    with pytest.raises(NotKeptError, match="no tokenizer"):
+        loaded.token_strings()
+    assert "<span" not in propagate(model, PROMPT, TARGET, rules="attnlrp", names_filter="unembed.hook_in")._repr_html_()
+    found = token_relevance(model, PROMPT, TARGET)
+    assert len(repr(found)) < 200 and found._repr_html_().count("<span") == 15
+    graph = flow_graph(model, PROMPT, TARGET, reference=PROMPT.replace("John gave", "Mary gave"))
+    assert graph.paths(1)["path"][0] in unescape(graph._repr_html_())
+
+
+def test_an_activation_cache_made_without_the_model(model) -> None:
+    cache = propagate(model, PROMPT, TARGET, rules="attnlrp", names_filter=lambda name: True)
+    bare = cache.to_activation_cache()
+    assert torch.equal(bare["z", 1], cache["z", 1])
+    with pytest.raises(RelevanceError, match=r"to_activation_cache\(model\)"):
+        bare.stack_head_results(layer=1)
 
 
 def test_a_module_without_hook_points(model) -> None:
