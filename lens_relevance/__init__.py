@@ -4,6 +4,7 @@ from lens_relevance._version import __version__
 from lens_relevance.attention_methods import TokenRelevance, TokenSetsRelevance, head_flow, token_relevance
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.coverage_table import Coverage, coverage
+from lens_relevance.dictionaries import Dictionary, read_dictionaries, read_dictionary
 from lens_relevance.engine import attach, propagate
 from lens_relevance.errors import CoverageError, LivenessError, MismatchError, NotKeptError, RelevanceError
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionFamily",
     "Coverage",
     "CoverageError",
+    "Dictionary",
     "ElementwiseRule",
     "Estimate",
     "ExpertsFamily",
@@ -47,6 +49,8 @@ __all__ = [
     "mean_embedding",
     "propagate",
     "random_tokens",
+    "read_dictionaries",
+    "read_dictionary",
     "register_attention",
     "register_experts",
     "register_ruleset",

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = (
     "lens_relevance",
+    "lens_relevance.dictionaries",
     "lens_relevance.rules",
     "lens_relevance.sites",
     "analyses.circuits",
