@@ -5,6 +5,16 @@ from analyses.circuits.choose import Circuit, above, greedy, top
 from analyses.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from analyses.circuits.items import Items
 from analyses.circuits.methods_compared import faithfulness_table
+from analyses.circuits.mib import MibGraph, MibModel, read_mib, write_mib
+from analyses.circuits.mib_circuits import (
+    MIB_SHARES,
+    from_mib,
+    mib_areas,
+    mib_curve,
+    to_mib,
+    write_mib_circuits,
+    write_mib_submission,
+)
 from analyses.circuits.recovery import Overlap, auroc, known_circuit, overlap
 from analyses.circuits.scores import ItemScores, score_items
 
@@ -14,14 +24,25 @@ __all__ = [
     "FaithfulnessCurve",
     "ItemScores",
     "Items",
+    "MIB_SHARES",
+    "MibGraph",
+    "MibModel",
     "Overlap",
     "above",
     "auroc",
     "faithfulness_curve",
     "faithfulness_table",
+    "from_mib",
     "greedy",
     "known_circuit",
+    "mib_areas",
+    "mib_curve",
     "overlap",
+    "read_mib",
     "score_items",
+    "to_mib",
     "top",
+    "write_mib",
+    "write_mib_circuits",
+    "write_mib_submission",
 ]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
@@ -74,12 +75,16 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
     counts = sizes(n)
     rank = np.empty(n, dtype=int)
     rank[ranking(scores, order)] = np.arange(n)
-    masks = torch.from_numpy(rank[None, :] < counts[:, None])
-    metric = ablation(masks).double().mean(1).cpu().numpy()
-    f = _recovered(ablation, metric)
-    cpr, cmd = areas(counts / n, f)
-    frame = pd.DataFrame({"k": counts, "share": counts / n, "metric": metric, "faithfulness": f})
+    frame = faithfulness_frame(ablation, torch.from_numpy(rank[None, :] < counts[:, None]), counts)
+    cpr, cmd = areas(counts / n, frame["faithfulness"].to_numpy())
     return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
+
+
+def faithfulness_frame(ablation: Ablation, kept: Bool[Tensor, "k item"], counts: Int[np.ndarray, " k"]) -> pd.DataFrame:
+    """Columns k, share, metric, faithfulness of circuits of these sizes; see `FaithfulnessCurve`."""
+    metric = ablation(kept).double().mean(1).cpu().numpy()
+    share = counts / len(ablation.items)
+    return pd.DataFrame({"k": counts, "share": share, "metric": metric, "faithfulness": _recovered(ablation, metric)})
 
 
 def _recovered(ablation: Ablation, metric: np.ndarray) -> np.ndarray:

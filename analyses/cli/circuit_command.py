@@ -24,6 +24,15 @@ from analyses.cli.options import (
     clean_errors,
 )
 
+MIB_MODELS = {
+    "gpt2": "gpt2",
+    "openai-community/gpt2": "gpt2",
+    "Qwen/Qwen2.5-0.5B": "qwen2.5",
+    "google/gemma-2-2b": "gemma2",
+    "meta-llama/Llama-3.1-8B": "llama3",
+}
+"""What MIB calls the models of its leaderboard."""
+
 
 @app.command()
 @clean_errors
@@ -38,6 +47,10 @@ def circuit(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
     force: Force = False,
+    mib: Annotated[
+        Path | None,
+        typer.Option(help="A folder for a MIB submission: scores on all pairs, as METHOD_patching_LEVEL/TASK_MODEL/importances.json."),
+    ] = None,
     checkpoint: Checkpoint = None,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -71,3 +84,10 @@ def circuit(
     Console().print(frame_table(table.round(4), title))
     if file is not None:
         file.write_table(table)
+    if mib is not None:
+        from analyses.circuits import write_mib_submission
+
+        scored = [method for method in chosen if method != "random" and (method, level) != ("patching", "edge")]
+        name = f"{'pairs' if task is None else task.replace('_', '-')}_{MIB_MODELS.get(model, Path(model).name)}"
+        for path in write_mib_submission(loaded, question.pairs, mib, methods=scored, level=level, name=name):  # type: ignore[arg-type]
+            Console().print(f"wrote {path}", soft_wrap=True)

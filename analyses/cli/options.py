@@ -36,7 +36,10 @@ Wrong = Annotated[str | None, typer.Option(help="The token it is weighed against
 Against = Annotated[str | None, typer.Option(help="A counterpart of equally many tokens; random words if left out.")]
 Task = Annotated[
     str | None,
-    typer.Option(help="ioi, pronoun, induction, greater_than, agreement or docstring; by default the first of ioi and pronoun that fits."),
+    typer.Option(
+        help="ioi, pronoun, induction, greater_than, agreement, docstring, mcqa, arithmetic_addition or arithmetic_subtraction; "
+        "by default the first of ioi and pronoun that fits."
+    ),
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .jsonl with the columns clean, corrupt, answer, wrong.")]
 Number = Annotated[int, typer.Option("--n", min=1, help="How many pairs of the task.")]

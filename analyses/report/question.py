@@ -26,6 +26,9 @@ _TASK_WORDS = {
     "induction": "a sequence that repeats itself, and the model has to say what came next the first time",
     "greater_than": "a span of years, and the model has to end it after it began",
     "docstring": "a function whose arguments are documented in their order, and the model has to name the next one",
+    "mcqa": "a question with four answers, and the model has to give the letter of the one that it was told",
+    "arithmetic_addition": "a sum of two numbers, and the model has to write the result",
+    "arithmetic_subtraction": "a difference of two numbers, and the model has to write the result",
     "agreement": "a subject and a distractor, and the model has to choose the verb that agrees with the subject",
 }
 

@@ -78,3 +78,21 @@ def tokenize_rows(model: TransformerBridge, texts: Sequence[str]) -> Int[Tensor,
     if tokens.shape[1] > model.cfg.n_ctx:
         raise RelevanceError(f"the prompts have {tokens.shape[1]} tokens and the model's context holds {model.cfg.n_ctx}")
     return tokens
+
+
+def ends_differently(model: TransformerBridge, prompt: str, answer: str, wrong: str) -> tuple[list[int], int, int] | None:
+    """A prompt up to the first token in which two continuations of it differ, and the two tokens there.
+
+    Where a tokenizer makes the space before a word, or each digit of a number, a token of its own, what the continuations share belongs to
+    the prompt.
+
+    Returns:
+        The prompt's ids, BOS included, the answer's token and the wrong one's; None where the continuations change how the prompt is split,
+        do not differ, or hold words that the tokenizer does not know.
+    """
+    alone, right, other = (model.to_tokens(text, truncate=False)[0].tolist() for text in (prompt, prompt + answer, prompt + wrong))
+    at = next((i for i, (a, b) in enumerate(zip(right, other, strict=False)) if a != b), None)
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if at is None or at < len(alone) or right[: len(alone)] != alone or (unknown is not None and unknown in (*right, *other)):
+        return None
+    return right[:at], right[at], other[at]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import lens_relevance
+from analyses.circuits import Ablation, read_mib, score_items, to_mib
 from analyses.cli import app
 from analyses.evaluation.comparison import COLUMNS
 from analyses.models.loading import load_model
+from analyses.tasks import ioi
 from lens_relevance import RelevanceError
 from tests.conftest import STORIES
 from tests.models import build_with_words
@@ -192,6 +195,15 @@ def test_circuit_holds_methods_side_by_side(run: Callable[..., Result], tmp_path
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "table.csv")
     assert list(table["method"].unique()) == ["deeplift", "random"] and table["selection_cmd"].is_monotonic_increasing
+    result = run("circuit", "--n", "4", "--methods", "deeplift,random", "--level", "edge", "--task", "ioi", "--mib", str(tmp_path / "mib"))
+    assert result.exit_code == 0, result.output
+    assert [path.relative_to(tmp_path / "mib") for path in (tmp_path / "mib").rglob("*.json")] == [
+        Path("deeplift_patching_edge/ioi_embedded/importances.json")
+    ]
+    graph = read_mib(tmp_path / "mib/deeplift_patching_edge/ioi_embedded/importances.json")
+    model = load_model("embedded")
+    again = score_items(Ablation(model, ioi(model, 4, 0), "edge"), "deeplift")
+    assert np.array_equal(graph.edge_scores, to_mib(model, again).edge_scores)
     assert run("circuit", "--n", "1").exit_code == 2
 
 

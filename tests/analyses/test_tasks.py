@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.tasks import TASKS, PromptPairs, agreement, docstring, greater_than, induction, ioi, pronoun
+from analyses.tasks import TASKS, PromptPairs, agreement, arithmetic_addition, docstring, greater_than, induction, ioi, mcqa, pronoun
 from analyses.tasks.agreement_task import NOUNS, VERBS
 from analyses.tasks.docstring_task import ARGUMENTS, WORDS
-from analyses.tasks.fitting import single_token_words
+from analyses.tasks.fitting import ends_differently, single_token_words
 from analyses.tasks.ioi_task import NAMES, TEMPLATES
+from analyses.tasks.mcqa_task import COLORS, OBJECTS
 from lens_relevance.errors import RelevanceError
 from tests.models import build_with_words
 
@@ -245,3 +246,61 @@ def test_tasks_without_a_fitting_word_list_every_word_they_miss(tmp_path: Path) 
 def test_words_that_share_a_token_are_not_both_answers(embedded: TransformerBridge) -> None:
     kept, dropped = single_token_words(embedded, ["Mary", "Zaphod", "Mary", "Arthur"])
     assert list(kept) == ["Mary"] and dropped == ["Zaphod", "Arthur"]
+
+
+@pytest.mark.parametrize("name", ["arithmetic_addition", "arithmetic_subtraction"])
+@pytest.mark.parametrize("digits", ["two in a token", "one in a token"])
+def test_arithmetic_answers_are_the_first_token_of_the_result(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, digits: str
+) -> None:
+    one = digits == "one in a token"
+    model = request.getfixturevalue("stories") if one else build_with_words(tmp_path, ["+", "-", "=", " "])
+    pairs = TASKS[name](model, 20, 3)
+    assert len(pairs) == 20 and len({tuple(row) for row in pairs.clean.tolist()}) > 15
+    for clean, corrupt, answer, wrong in zip(pairs.clean, pairs.corrupt, pairs.target.answer, pairs.target.wrong, strict=True):
+        numbers = []
+        for row in (clean, corrupt):
+            text = "".join(model.to_str_tokens(row)).replace("<|endoftext|>", "").replace("<s>", "").replace(" ", "").rstrip("=")
+            first, second = text.split("+" if name.endswith("addition") else "-")
+            numbers.append((int(first), int(first) + int(second) if name.endswith("addition") else int(first) - int(second)))
+        (first, right), (also_first, other) = numbers
+        assert first == also_first and right // 10 != other // 10 and 10 <= min(right, other) <= max(right, other) < 100
+        said, not_said = (model.tokenizer.decode([int(token)]).strip() for token in (answer, wrong))
+        assert (said, not_said) == ((str(right // 10), str(other // 10)) if one else (str(right), str(other)))
+
+
+def test_mcqa_asks_for_the_letter_of_the_colour_named(tmp_path: Path) -> None:
+    letters = ["Question", "The", "is", "What", "color", "the", "Answer", "?", ":", "\n", " ", *"ABCD"]
+    model = build_with_words(tmp_path, [*letters, *COLORS[:6], *OBJECTS[:5]], n_ctx=64)
+    pairs = mcqa(model, 24)
+    assert set(COLORS[6:]) <= set(pairs.dropped)
+    seen = set()
+    for clean, corrupt, answer, wrong in zip(pairs.clean, pairs.corrupt, pairs.target.answer, pairs.target.wrong, strict=True):
+        letter, other = (model.tokenizer.decode([int(token)]).strip() for token in (answer, wrong))
+        for row, expected in ((clean, letter), (corrupt, other)):
+            text = "".join(model.to_str_tokens(row))
+            named = text.split(" is ")[1].split(".")[0]
+            choices = {line[0]: line[3:] for line in text.split("\n") if line[1:3] == ". "}
+            assert sorted(choices) == list("ABCD") and len(set(choices.values())) == 4
+            assert choices[expected] == named and text.endswith("Answer:")
+        assert letter != other and int((clean != corrupt).sum()) == 2
+        seen.add(letter)
+    assert seen == set("ABCD")
+
+
+def test_mcqa_and_arithmetic_say_why_they_do_not_fit(gpt2: TransformerBridge, tmp_path: Path) -> None:
+    for task in (mcqa, arithmetic_addition):
+        with pytest.raises(RelevanceError, match="no tokenizer"):
+            task(gpt2)
+    model = build_with_words(tmp_path, ["red", "blue"])
+    with pytest.raises(RelevanceError, match="too few colours or objects are single tokens"):
+        mcqa(model)
+    with pytest.raises(RelevanceError, match="arithmetic_addition does not fit this tokenizer: it writes"):
+        arithmetic_addition(model)
+
+
+def test_ends_differently_leaves_shared_tokens_to_the_prompt(stories: TransformerBridge) -> None:
+    prompt, answer, wrong = ends_differently(stories, "47 + 21 =", " 68", " 61") or ([], 0, 0)
+    assert stories.tokenizer.decode([answer]) == "8" and stories.tokenizer.decode([wrong]) == "1"
+    assert stories.tokenizer.decode(prompt).endswith("6")
+    assert ends_differently(stories, "47 + 21 =", " 68", " 68") is None
