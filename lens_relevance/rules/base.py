@@ -69,7 +69,7 @@ class Operation:
         """The plain gradient of the operation, recomputed from its inputs (used by the audit, never by the engine)."""
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(True) for x in inputs[: self.n_relevant]]
-            gradients = torch.autograd.grad(self(*leaves, *inputs[len(leaves) :]), leaves, upstream)
+            gradients = torch.autograd.grad(self(*leaves, *inputs[len(leaves) :]), leaves, upstream, materialize_grads=True)
             return (*gradients, *(None for _ in inputs[len(leaves) :]))
 
 

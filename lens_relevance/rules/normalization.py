@@ -12,7 +12,7 @@ The two-step form is used while something watches `hook_scale` or `hook_normaliz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -72,16 +72,21 @@ class NormScale(Operation):
 
 
 class NormDivide(Operation):
-    """The second step of a norm: (x, scale) -> (x - mean(x)) / scale."""
+    """The second step of a norm: (x, scale) -> (x - mean(x)) / scale.
+
+    takes_scale: whether the model divides by the scale that it is handed; otherwise by one that it computes anew, and its own gradient goes
+    from here to x alone.
+    """
 
     kind = "norm"
     column = "norm"
 
-    def __init__(self, norm: Norm) -> None:
-        self.norm = norm
+    def __init__(self, norm: Norm, takes_scale: Callable[[], bool] = lambda: True) -> None:
+        self.norm, self.takes_scale = norm, takes_scale
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return self.norm.centre(working(inputs[0])) / working(inputs[1])
+        x = working(inputs[0])
+        return self.norm.centre(x) / (working(inputs[1]) if self.takes_scale() else self.norm.scale(x))
 
 
 class NormWeight(Operation):

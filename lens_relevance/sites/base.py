@@ -29,12 +29,16 @@ class InnerPoints:
     Attributes:
         points: The HookPoints, in the order in which they fire.
         passes_by: Whether the model goes past them unless a hook edits what it finds there; then it goes on with what they return.
-        is_edited: Whether a hook did, in the forward under way or the last one.
+        edited: Those at which a hook did, in the forward under way or the last one.
     """
 
     def __init__(self, *points: HookPoint, passes_by: Callable[[], bool]) -> None:
         self.points, self.passes_by = points, passes_by
-        self.is_edited = False
+        self.edited: set[HookPoint] = set()
+
+    @property
+    def is_edited(self) -> bool:
+        return bool(self.edited)
 
     @property
     def have_hooks(self) -> bool:
@@ -42,7 +46,10 @@ class InnerPoints:
 
     def note(self, point: HookPoint, is_edited: bool) -> None:
         """A HookPoint has fired."""
-        self.is_edited = is_edited or (self.is_edited and point is not self.points[0])
+        if point is self.points[0]:
+            self.edited.clear()
+        if is_edited:
+            self.edited.add(point)
 
 
 @dataclass(eq=False)

@@ -50,6 +50,9 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
             return inner.is_edited
         return hf_norm or inner.have_hooks or read_backward() or any(getattr(point, "is_tapped", False) for point in inner.points)
 
+    def takes_scale() -> bool:
+        return not inner.passes_by() or component.hook_scale in inner.edited
+
     def may_be_in_steps(rule: Rule) -> bool:
         return passes_steps(rule) and inner.passes_by() and inner.have_hooks
 
@@ -59,7 +62,7 @@ def norm_sites(name: str, component: NormalizationBridge) -> list[Site]:
     return [
         whole(name, mount, norm, (x,), component.hook_out),
         step(f"{name}:scale", mount, NormScale(norm), (x,), component.hook_scale),
-        step(f"{name}:divide", mount, NormDivide(norm), (x, component.hook_scale), component.hook_normalized),
+        step(f"{name}:divide", mount, NormDivide(norm, takes_scale), (x, component.hook_scale), component.hook_normalized),
         step(f"{name}:weight", mount, NormWeight(norm), (component.hook_normalized,), component.hook_out),
     ]
 
