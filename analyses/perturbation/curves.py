@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.progress import progress_bar
 from analyses.methods import Estimator
 from analyses.perturbation.attributions import Attribution, attribution
-from analyses.perturbation.removal import removal_curves
+from analyses.perturbation.removal import ORDERS, removal_curves, removal_steps
 from analyses.perturbation.removal_runs import Removal
 from analyses.perturbation.text import TextRemoval
 from analyses.views.page import View
@@ -23,6 +23,8 @@ from lens_relevance import RelevanceError, Target
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
 from lens_relevance.inputs.targets import as_target, top_prediction
+
+AT_ONCE = 1024  # removals that are evaluated together
 
 
 @left_as_found
@@ -93,10 +95,18 @@ def curves_of(
 
     Columns and `steps` as for `perturbation_curves`.
     """
-    frames = []
+    frames, removable = [], removable.cpu()
+    orders = [removal_steps(s.detach().cpu(), removable, order, steps=steps) for s in scores.values() for order in ORDERS]
+    rows, removed = (torch.cat(parts) for parts in zip(*orders, strict=True))
     with progress_bar() as bar:
-        for name, removal in bar.track([(n, r) for n in scores for r in removals], description="removing"):
-            frame = removal_curves(scores[name].detach().cpu(), removable.cpu(), removal, steps=steps)
+        # what all methods remove from some examples at once: many of these prompts recur, and more begin alike
+        groups = rows.unique().split(max(1, AT_ONCE * len(removable) // len(rows)))
+        for removal, group in bar.track([(r, g) for r in removals for g in groups], description="removing"):
+            chosen = torch.isin(rows, group)
+            removal(rows[chosen], removed[chosen])
+    for name in scores:
+        for removal in removals:
+            frame = removal_curves(scores[name].detach().cpu(), removable, removal, steps=steps)
             frame.insert(0, "baseline", removal.baseline)
             frame.insert(0, "method", name)
             frames.append(frame)

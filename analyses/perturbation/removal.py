@@ -52,29 +52,37 @@ def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evalua
     Raises:
         RelevanceError: an example from which nothing can be removed, and as `removal_ranks`.
     """
-    count = removable.sum(1)
-    if bool((count == 0).any()):
-        raise RelevanceError(f"nothing can be removed from example(s) {(count == 0).nonzero().flatten().tolist()}; give longer inputs")
-    levels = [np.unique(np.linspace(0, n, (min(n, steps) if steps else n) + 1).round().astype(int)) for n in count.tolist()]
-    rows = torch.tensor([i for i, level in enumerate(levels) for _ in level])
-    removed_count = torch.tensor(np.concatenate(levels))
+    count = removable.sum(1).cpu()
     frames = []
     for order in ORDERS:
-        ranks = removal_ranks(scores, removable, order).cpu()
-        value, same = evaluate(rows, ranks[rows] < removed_count.unsqueeze(1))
+        rows, removed = removal_steps(scores, removable, order, steps=steps)
+        value, same = evaluate(rows, removed)
         frames.append(
             pd.DataFrame(
                 {
                     "example": rows.numpy(),
                     "order": order,
-                    "removed": removed_count.numpy(),
-                    "share": (removed_count / count.cpu()[rows]).numpy().astype(float),
+                    "removed": removed.sum(1).numpy(),
+                    "share": (removed.sum(1) / count[rows]).numpy().astype(float),
                     "value": value.double().cpu().numpy(),
                     "same_prediction": same.double().cpu().numpy(),
                 }
             )
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def removal_steps(
+    scores: Tensor, removable: Bool[Tensor, "batch item"], order: Literal["MoRF", "LeRF"], *, steps: int | None = None
+) -> tuple[Int[Tensor, " n"], Bool[Tensor, "n item"]]:
+    """The examples and what is removed from each at every step of an order; arguments and errors as for `removal_curves`."""
+    count = removable.sum(1).cpu()
+    if bool((count == 0).any()):
+        raise RelevanceError(f"nothing can be removed from example(s) {(count == 0).nonzero().flatten().tolist()}; give longer inputs")
+    levels = [np.unique(np.linspace(0, n, (min(n, steps) if steps else n) + 1).round().astype(int)) for n in count.tolist()]
+    rows = torch.tensor([i for i, level in enumerate(levels) for _ in level])
+    ranks = removal_ranks(scores, removable, order).cpu()
+    return rows, ranks[rows] < torch.tensor(np.concatenate(levels)).unsqueeze(1)
 
 
 def areas(curves: pd.DataFrame) -> pd.DataFrame:

@@ -28,21 +28,20 @@ class Removal(ABC):
         self.baseline, self.batch_size = baseline, batch_size
         # methods often agree on what goes first and last, so that many removals recur
         self._known: dict[tuple[int, bytes], tuple[float, int]] = {}
-        self._whole: dict[int, int] = {}
 
     def __call__(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Tensor, Tensor]:
         """(target [n], whether the most likely answer is still that of the whole input [n])."""
-        unseen = [row for row in rows.unique().tolist() if row not in self._whole]
-        if unseen:
-            whole = self._evaluate(torch.tensor(unseen), torch.zeros(len(unseen), removed.shape[1], dtype=torch.bool))[1]
-            self._whole |= zip(unseen, whole.tolist(), strict=True)
         keys = [(row, gone.tobytes()) for row, gone in zip(rows.tolist(), removed.cpu().numpy(), strict=True)]
-        new = list({key: i for i, key in enumerate(keys) if key not in self._known}.values())
+        whole = {row: (row, bytes(removed.shape[1])) for row in rows.unique().tolist()}
+        asked = dict(zip(keys, removed.cpu(), strict=True)) | {
+            key: torch.zeros(removed.shape[1], dtype=torch.bool) for key in whole.values()
+        }
+        new = [key for key in asked if key not in self._known]
         if new:
-            values, predictions = self._evaluate(rows[new], removed[new])
-            self._known |= zip([keys[i] for i in new], zip(values.tolist(), predictions.tolist(), strict=True), strict=True)
+            values, predictions = self._evaluate(torch.tensor([row for row, _ in new]), torch.stack([asked[key] for key in new]))
+            self._known |= zip(new, zip(values.tolist(), predictions.tolist(), strict=True), strict=True)
         value = torch.tensor([self._known[key][0] for key in keys], dtype=torch.float64)
-        return value, torch.tensor([self._known[key][1] == self._whole[key[0]] for key in keys])
+        return value, torch.tensor([self._known[key][1] == self._known[whole[key[0]]][1] for key in keys])
 
     def _evaluate(self, rows: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
         value, predicted = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.long)
@@ -66,7 +65,7 @@ def target_and_answer(model: HookedModel, target: Target, prompt: Prompt) -> tup
     if can_read_some(model):
         metric = target.metric(model, tokens, mask)
         if metric.at is not None:
-            at, last = metric.at.to(tokens.device), _read_last(target, tokens, mask)
+            at, last = metric.at.to(tokens.device), read_last(target, tokens, mask)
             with logits_at(model, at if torch.equal(at, last) else torch.cat([at, last], 1), tokens.shape[1]):
                 logits = prompt.call(model)
             value = metric.of_read()(logits[:, : at.shape[1]])
@@ -77,10 +76,10 @@ def target_and_answer(model: HookedModel, target: Target, prompt: Prompt) -> tup
         tokens = tokens.new_zeros(logits.shape[:2])
         mask = torch.ones_like(tokens)
     value = target.metric(model, tokens, mask)(logits)
-    return value.expand(len(tokens)).double(), read_at(logits, _read_last(target, tokens, mask))[:, 0].argmax(-1)
+    return value.expand(len(tokens)).double(), read_at(logits, read_last(target, tokens, mask))[:, 0].argmax(-1)
 
 
-def _read_last(target: Target, tokens: Tensor, mask: Tensor) -> Int[Tensor, "n 1"]:
+def read_last(target: Target, tokens: Tensor, mask: Tensor) -> Int[Tensor, "n 1"]:
     """Where the answer stands: at the target's position, or the last."""
     return positions(getattr(target, "position", -1), tokens, mask).unsqueeze(1)
 

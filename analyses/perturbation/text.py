@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.perturbation.removal_runs import Removal, target_and_answer
+from analyses.perturbation.beginnings import can_share, end_logits
+from analyses.perturbation.removal_runs import Removal, read_last, target_and_answer
 from lens_relevance import RelevanceError, Target
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import mean_embedding, random_tokens, zero_embedding
@@ -50,14 +53,20 @@ class TextRemoval(Removal):
             )
         self.model, self.tokens, self.mask, self.target = model, tokens, mask, as_target(target).made_for(len(tokens))
         super().__init__(baseline, batch_size)
-        self._embedding = anatomy(model).points[anatomy(model).leaves[0]].name
-        if baseline != "delete":
-            self._filler = self._fillers(seed)
+        self._embedding = anatomy(model).leaves[0]
+        self._other, self._filler, self._replaceable = self._fillers(seed)
+        self._shares = can_share(model)
+        self._compared = False
 
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> tuple[Tensor, Tensor]:
-        """The target [n] and the most likely answer [n] of these prompts without these tokens."""
-        gone = removed.to(self.tokens.device)
-        return self._closed_up(rows, gone) if self.baseline == "delete" else self._filled(rows, gone)
+        """The target [n] and the most likely answer [n] of these prompts without these tokens, run as they are."""
+        left = self._without(rows, removed)
+
+        def replace(x: Tensor, hook: Any) -> Tensor:
+            return x if self._filler is None else torch.where(left.filled.unsqueeze(-1), self._filler.to(x), x)
+
+        with self.model.hooks(fwd_hooks=[(self._embedding, replace)]):
+            return target_and_answer(self.model, self.target.select(rows), Prompt(left.tokens, left.mask))
 
     def parts(self, rows: Tensor, removed: Tensor) -> list[Tensor]:
         """Rows that close up must be of one length."""
@@ -66,36 +75,79 @@ class TextRemoval(Removal):
         left = (self.mask.cpu()[rows].bool() & ~removed).sum(1)
         return [p for n in left.unique() for p in (left == n).nonzero().flatten().split(self.batch_size)]
 
-    def _filled(self, rows: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, mask, filler = self.tokens[rows], self.mask[rows], self._filler[rows]
+    def _evaluate(self, rows: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
+        """What several of these prompts begin with is run once, where the model can, and gives the same as a plain forward."""
+        value, predicted = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.long)
+        for part in _sorted(rows, removed).split(self.batch_size):
+            left = self._without(rows[part], removed[part])
+            if not (self._shares and self._reads_end(rows[part], left)):
+                return super()._evaluate(rows, removed)
+            ends = end_logits(self.model, left.tokens, left.mask.sum(1), filled=left.filled, filler=self._filler, embedding=self._embedding)
+            for ended, logits in ends:
+                metric = self.target.select(rows[part[ended]]).metric(self.model, left.tokens[ended], left.mask[ended]).of_read()
+                value[part[ended]] = metric(logits).expand(len(ended)).double().cpu()
+                predicted[part[ended]] = logits[:, -1].argmax(-1).cpu()
+            if not self._compared:
+                one = part[-1:]
+                self._compared = True
+                self._shares = _close(value[one], super()._evaluate(rows[one], removed[one])[0], self.model.W_E.dtype)
+        return (value, predicted) if self._shares else super()._evaluate(rows, removed)
 
-        def replace(x: Tensor, hook: Any) -> Tensor:
-            return torch.where(removed.unsqueeze(-1), filler.to(x), x)
+    def _reads_end(self, rows: Tensor, left: _Left) -> bool:
+        """Whether the target and the answer are read at the last token of each row, and padding follows it."""
+        end = left.mask.sum(1, keepdim=True) - 1
+        at = self.target.select(rows).metric(self.model, left.tokens, left.mask).at
+        reads = at is not None and torch.equal(at.to(end.device), end) and torch.equal(read_last(self.target, left.tokens, left.mask), end)
+        return reads and bool((left.mask.diff(dim=1) <= 0).all())
 
-        with self.model.hooks(fwd_hooks=[(self._embedding, replace)]):
-            return self._forward(tokens, mask, rows)
+    def _without(self, rows: Tensor, removed: Tensor) -> _Left:
+        """These prompts without these tokens; `delete` closes up what is left, padded on the right."""
+        tokens, mask, gone = self.tokens[rows], self.mask[rows], removed.to(self.tokens.device)
+        nowhere = torch.zeros_like(gone)
+        if self.baseline == "delete":
+            kept = mask.bool() & ~gone
+            order = (~kept).sort(dim=1, stable=True).indices[:, : int(kept.sum(1).max())]
+            return _Left(tokens.gather(1, order), kept.gather(1, order).long(), nowhere[:, : order.shape[1]])
+        gone = gone & self._replaceable[rows]
+        if self._other is None:
+            return _Left(tokens, mask, gone)
+        return _Left(torch.where(gone, self._other[rows], tokens), mask, nowhere)
 
-    def _closed_up(self, rows: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-        left = self.mask[rows].bool() & ~removed
-        tokens = self.tokens[rows][left].reshape(len(rows), -1)
-        return self._forward(tokens, torch.ones_like(tokens), rows)
-
-    def _forward(self, tokens: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return target_and_answer(self.model, self.target.select(rows), Prompt(tokens, mask))
-
-    def _fillers(self, seed: int) -> Tensor:
-        """Embeddings [batch, pos, d_model] that take the place of removed tokens."""
-        table = self.model.W_E.detach()
+    def _fillers(self, seed: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """What takes the place of removed tokens: other ids [batch, pos] or an embedding [d_model]; and where it may [batch, pos]."""
+        anywhere = torch.ones_like(self.tokens, dtype=torch.bool)
+        if self.baseline == "delete":
+            return None, None, anywhere
         if self.baseline == "pad_token":
             tokenizer = getattr(self.model, "tokenizer", None)
             token = getattr(tokenizer, "pad_token_id", None)
             token = getattr(tokenizer, "unk_token_id", None) if token is None else token
             if token is None:
                 raise RelevanceError("the tokenizer has neither a pad nor an unk token; choose another baseline, e.g. 'mean_embedding'")
-            return table[token].expand(*self.tokens.shape, -1)
+            return torch.full_like(self.tokens, token), None, anywhere
         reference = {"mean_embedding": mean_embedding(), "zero_embedding": zero_embedding()}.get(self.baseline, random_tokens(1, seed))
         run = reference.run(self.model, Prompt(self.tokens, self.mask))
         if not run.embeddings:
-            return table[run.prompt.tokens]
-        where, baseline = run.embeddings[TOKENS]
-        return torch.where(where.unsqueeze(-1), baseline, table[self.tokens])
+            return run.prompt.tokens, None, anywhere
+        where, vector = run.embeddings[TOKENS]
+        return None, vector, where
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Prompts after a removal: ids and mask [row, pos], and where an embedding is replaced."""
+
+    tokens: Int[Tensor, "row pos"]
+    mask: Int[Tensor, "row pos"]
+    filled: Bool[Tensor, "row pos"]
+
+
+def _sorted(rows: Tensor, removed: Tensor) -> Tensor:
+    """An order of removals in which those that begin alike are neighbours."""
+    keys = torch.cat([rows.unsqueeze(1), removed.cpu().long()], 1)
+    return torch.from_numpy(np.lexsort(keys.flip(1).T.numpy()))
+
+
+def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    precision = torch.finfo(dtype).eps ** 0.5
+    return torch.allclose(one, other, rtol=precision, atol=precision)

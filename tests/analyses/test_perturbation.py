@@ -117,7 +117,7 @@ def test_occlusion_is_the_fall_of_the_target(gpt2, tokens):
         removed = torch.zeros(2, 6, dtype=torch.bool)
         removed[:, position] = True
         whole, without = removal(torch.arange(2), 0 * removed > 0)[0], removal(torch.arange(2), removed)[0]
-        torch.testing.assert_close(found[:, position], whole - without)
+        torch.testing.assert_close(found[:, position], whole - without, rtol=1e-5, atol=1e-6)  # other prompts run beside it
 
 
 def test_every_name_gives_one_score_per_token(gpt2, tokens):
