@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,16 @@ def only(part: Any, where: str, *, needed: tuple[str, ...], allowed: tuple[str, 
         raise RelevanceError(f"{where} is not an object but {visible(repr(part))[:60]}")
     if missing := [name for name in needed if name not in part]:
         raise RelevanceError(f"{where} lacks {missing[0]!r}")
-    if unknown := [name for name in part if name not in needed and name not in allowed]:
-        raise RelevanceError(f"{where} has the unknown field {visible(repr(unknown[0]))[:60]}; known are {', '.join((*needed, *allowed))}")
+    known = {*needed, *allowed}
+    if unknown := [name for name in part if name not in known]:
+        listed = ", ".join((*needed, *allowed)[:20])
+        raise RelevanceError(f"{where} has the unknown field {visible(repr(unknown[0]))[:60]}; known are {listed}")
     return part
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {twice!r} occurs twice in one object")
     return result

@@ -43,7 +43,8 @@ def graph(
     top: Annotated[int, typer.Option(min=1, help="How many edges to keep.")] = 300,
     seed: Seed = 0,
     out: Annotated[
-        Path, typer.Option(help="Where to: .html, .svg, .png, .json or .graphml; without an ending, .html, .json and .graphml.")
+        Path,
+        typer.Option(help="Where to: .html, .svg, .png, .json, .neuronpedia.json or .graphml; without an ending .html, .json, .graphml."),
     ] = Path("graph"),
     force: Force = False,
     dtype: Dtype = "float32",
@@ -55,11 +56,11 @@ def graph(
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
-    from lens_relevance import RelevanceError, random_tokens
+    from lens_relevance import CoverageError, RelevanceError, random_tokens
     from lens_relevance.ruleset_tables import needs_reference, ruleset
 
     if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
-        raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json or .graphml")
+        raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json, .neuronpedia.json or .graphml")
     names = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
     files = [OutputFile(name, force=force) for name in names]
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
@@ -68,9 +69,16 @@ def graph(
     counterpart = random_tokens(8) if question.baseline else pair.corrupt
     reference = counterpart if needs_reference(ruleset(chosen)) else None
     flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
+    try:
+        flow = flow.annotated(loaded, pair.clean)
+    except CoverageError as error:
+        say(f"nodes are shown without what they write: {error}")
     Console().print(frame_table(flow.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))
     say("positions: " + "  ".join(f"{i} {token.strip()!r}" for i, token in enumerate(flow.tokens)))
     writers: dict[str, Callable[[Path], object]] = {".json": flow.to_json, ".graphml": flow.to_graphml}
+    if out.name.endswith(".neuronpedia.json"):
+        name = out.name.removesuffix(".neuronpedia.json")
+        writers[".json"] = lambda path: flow.to_neuronpedia(path, slug=name, token_prob=question.probability(loaded))
     for file in files:
         file.write(writers.get(file.path.suffix) or flow.show().save)
     say(f"{', '.join(map(str, names))}: {len(flow.edges)} edges, {len(flow.nodes)} nodes, {question.target_in_words(loaded)}")

@@ -4,5 +4,15 @@ from analyses.describe.attention_patterns import pattern_scores
 from analyses.describe.direct_logits import DirectLogits
 from analyses.describe.head_descriptions import HeadDescription, describe_head
 from analyses.describe.neuron_descriptions import NeuronDescription, describe_neuron
+from analyses.describe.written import Written, written
 
-__all__ = ["DirectLogits", "HeadDescription", "NeuronDescription", "describe_head", "describe_neuron", "pattern_scores"]
+__all__ = [
+    "DirectLogits",
+    "HeadDescription",
+    "NeuronDescription",
+    "Written",
+    "describe_head",
+    "describe_neuron",
+    "pattern_scores",
+    "written",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import pandas as pd
@@ -19,7 +20,9 @@ _TABLES = {
     "nodes": ("node", "component", "layer", "head", "position", "token", "score"),
     "sinks": ("node", "position", "sink", "score"),
     "neurons": ("node", "position", "neuron", "score"),
+    "attention": ("node", "position", "source_position", "attention"),
 }
+_LATER = ("attention",)  # files of earlier versions have none
 _FORMAT = "lens_relevance flow graph 1"
 
 
@@ -46,6 +49,7 @@ def to_graphml(graph: FlowTables, path: str | Path) -> None:
 def to_json(graph: FlowTables, path: str | Path | None) -> str:
     """See `FlowGraph.to_json`. Floats are written with all their digits."""
     content = {"format": _FORMAT, "generator": MARK, "tokens": list(graph.tokens), "value": graph.value, "info": graph.info}
+    content |= {"labels": graph.labels}
     content |= {name: {str(c): getattr(graph, name)[c].tolist() for c in getattr(graph, name).columns} for name in _TABLES}
     text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     if path is not None:
@@ -61,11 +65,14 @@ def from_json(kind: type[Tables], source: str | Path) -> Tables:
         content = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise RelevanceError(f"{name} was not written by FlowGraph.to_json")
-        tables = {table: pd.DataFrame(content[table]) for table in _TABLES}
+        empty: dict[str, Any] = {table: {column: [] for column in _TABLES[table]} for table in _LATER}
+        tables = {table: pd.DataFrame((empty | content)[table]) for table in _TABLES}
         for table, columns in _TABLES.items():
             if missing := [column for column in columns if column not in tables[table].columns]:
                 raise KeyError(f"{table} lack the column {missing[0]}")
-        return kind(**tables, tokens=tuple(content["tokens"]), value=content["value"], info=content["info"])
+        return kind(
+            **tables, tokens=tuple(content["tokens"]), value=content["value"], info=content["info"], labels=content.get("labels", {})
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, RelevanceError):
             raise

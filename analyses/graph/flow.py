@@ -10,10 +10,12 @@ from typing import Any
 
 import networkx as nx
 import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.graph import aggregate, exchange, paths, prune, tables
+from analyses.graph import aggregate, annotate, exchange, neuronpedia, neuronpedia_reading, paths, prune, tables
 from analyses.graph.tables import EVERYWHERE, FlowTables
 from lens_relevance.errors import RelevanceError
+from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.notebook_form import table_html
 
 
@@ -62,6 +64,18 @@ class FlowGraph(FlowTables):
     def with_edges(self, edges: pd.DataFrame) -> FlowGraph:
         """The graph of some of its edges and the nodes at their ends. Scores of nodes stay those of the whole graph."""
         return tables.with_edges(self, edges)
+
+    def annotated(self, model: TransformerBridge, inputs: Inputs) -> FlowGraph:
+        """The graph with what its heads, MLPs and listed neurons write, and where its heads look, for the panel of a node and for files.
+
+        Args:
+            model, inputs: those that the graph is of. Prune first: each unit is described.
+
+        Raises:
+            RelevanceError: another prompt, or a graph whose positions are summed over.
+            CoverageError: a model whose output head is not linear (see `analyses.describe.written`).
+        """
+        return annotate.annotated(self, model, inputs)
 
     # ---- asking
 
@@ -146,6 +160,38 @@ class FlowGraph(FlowTables):
         """Read what `to_json` wrote: the text itself, or a path."""
         return exchange.from_json(cls, source)
 
+    def to_neuronpedia(
+        self, path: str | Path | None = None, *, slug: str, scan: str | None = None, token_prob: float | None = None
+    ) -> dict[str, Any]:
+        """The graph in Neuronpedia's and circuit-tracer's format, also written to `path`; `from_neuronpedia` gives back an equal one.
+
+        Heads have `qk_tracing_results` from their query and key edges. Annotate the graph first for labels. Prune before: the web page is
+        made for hundreds of nodes.
+
+        Args:
+            slug: the graph's name in addresses.
+            scan: Neuronpedia's name of the model (`gemma-3-270m`); by default the name that the model has here.
+            token_prob: the probability of the answer, shown at the logits.
+
+        Raises:
+            RelevanceError: positions are summed over, or nodes are grouped.
+        """
+        return neuronpedia.to_neuronpedia(self, path, slug=slug, scan=scan, token_prob=token_prob)
+
+    @classmethod
+    def from_neuronpedia(cls, path: str | Path, *, scan: str | None = None) -> FlowGraph:
+        """Read an attribution graph that Neuronpedia, circuit-tracer or `to_neuronpedia` wrote.
+
+        Of another tool's graph, nodes have a score of 0 (the format knows none), features are named `L3F253`, and labels are its `clerp`s.
+
+        Args:
+            scan: the model that it has to be of; None for any.
+
+        Raises:
+            RelevanceError: no such graph: malformed, unknown fields, links to nodes that are not there, of another model.
+        """
+        return neuronpedia_reading.from_neuronpedia(cls, path, scan)
+
     def show(self, shown: int = 100) -> Any:
         """The flow view: tokens along x, layers up y.
 
@@ -178,12 +224,23 @@ class FlowGraph(FlowTables):
             return None
 
     def _details(self, row: Any) -> Any:
-        if row.component == "mlp":
-            inside = self.neurons[(self.neurons["node"] == row.node) & (self.neurons["position"] == row.position)]
-            return {"neurons": inside[["neuron", "score"]]} if len(inside) else None
-        stays = self.sinks[(self.sinks["node"] == row.node) & (self.sinks["position"] == row.position)]
+        """What the panel of a node shows beside its edges."""
+        here = lambda table: table[(table["node"] == row.node) & (table["position"] == row.position)]  # noqa: E731
+        shown: dict[str, Any] = {}
+        if label := self.labels.get(f"{row.node}@{row.position}"):
+            shown["writes"] = label
+        if row.component == "mlp" and len(inside := here(self.neurons)):
+            layer = row.node.removesuffix(".mlp")
+            writes = [self.labels.get(f"{layer}N{neuron}@{row.position}", "") for neuron in inside["neuron"]]
+            shown["neurons"] = inside[["neuron", "score"]].assign(**{"writes": writes} if any(writes) else {})
+        stays = here(self.sinks)
         stays = stays[stays["score"].abs() > 1e-4 * abs(row.score)]  # less is rounding
-        return {"stays": stays[["sink", "score"]]} if len(stays) else None
+        if row.component != "mlp" and len(stays):
+            shown["stays"] = stays[["sink", "score"]]
+        if len(looks := here(self.attention)):
+            tokens = [f"{self.token(source)} ({source})" for source in looks["source_position"]]
+            shown["looks at"] = pd.DataFrame({"token": tokens, "attention": looks["attention"].to_numpy()})
+        return shown or None
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:

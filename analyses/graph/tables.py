@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,8 @@ class FlowTables:
         tokens: one string per position.
         value: the target, less that of the reference run where there is one.
         info: model, ruleset, target, reference and versions.
+        labels: what units write here (`L11H3@14`: "' Mary' ' Maria'"), once `FlowGraph.annotated` has asked the model.
+        attention: columns node, position, source_position, attention: where heads look, from the same.
 
     Where positions are summed over, `position` is -1.
     """
@@ -44,6 +46,8 @@ class FlowTables:
     tokens: tuple[str, ...]
     value: float
     info: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    attention: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["node", "position", "source_position", "attention"]))
 
     def __post_init__(self) -> None:
         for name in ("edges", "nodes"):
@@ -86,6 +90,11 @@ def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:
             "score": nodes["score"].to_numpy(),
         }
     )
+
+
+def rows(frame: pd.DataFrame) -> Iterator[Any]:
+    """The rows of a table, with its columns as attributes."""
+    return iter(frame.itertuples(index=False))
 
 
 def _ends(edges: pd.DataFrame, name: str, position: str) -> pd.DataFrame:

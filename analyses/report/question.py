@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -62,6 +62,15 @@ class Question:
             return []
         rows = [token_ids(model, tokens, 1, what="answer")[0] for tokens in (target.answer, target.wrong) if tokens is not None]
         return [answer_text(model, int(row[0])) for row in rows] if all(len(row) == 1 for row in rows) else []
+
+    def probability(self, model: TransformerBridge) -> float | None:
+        """The probability of the answer to the first prompt; None where the target is no single token."""
+        pairs = self.pairs[slice(0, 1)]
+        if not isinstance(pairs.target, TokenTarget) or len(self.asked(model)) == 0:
+            return None
+        metric = replace(pairs.target, kind="log_prob", wrong=None).metric(model, pairs.clean, pairs.clean_mask)
+        with torch.no_grad():
+            return float(metric(model(pairs.clean, attention_mask=pairs.clean_mask)).exp())
 
 
 def from_task(model: TransformerBridge, task: str | None = None, n: int = 32, *, seed: int = 0) -> Question:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import lens_relevance
 from analyses.circuits import Ablation, read_mib, score_items, to_mib
 from analyses.cli import app
 from analyses.evaluation.comparison import COLUMNS
+from analyses.graph import FlowGraph
 from analyses.models.loading import load_model
 from analyses.tasks import ioi
 from lens_relevance import RelevanceError
@@ -188,6 +190,18 @@ def test_graph_of_a_prompt_in_all_three_forms(run: Callable[..., Result], tmp_pa
     assert result.exit_code == 0, result.output
     assert {file.name for file in tmp_path.iterdir()} == {"here.html", "here.json", "here.graphml"}
     assert result.output.count("logits@14") == 10 and "2 'Mary'" in result.output
+    assert "looks at" in (tmp_path / "here.html").read_text()
+    result = run("graph", *question, "--top", "30", "--out", str(tmp_path / "mary.neuronpedia.json"))
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "mary.neuronpedia.json").read_text())
+    model = load_model("embedded")
+    chance = model(PROMPT)[0, -1].softmax(-1)[model.to_single_token(" Mary")].item()
+    answer = next(node for node in content["nodes"] if node["feature_type"] == "logit")
+    assert content["metadata"]["slug"] == "mary" and answer["token_prob"] == pytest.approx(chance, rel=1e-5)
+    assert FlowGraph.from_neuronpedia(tmp_path / "mary.neuronpedia.json") == FlowGraph.from_json(tmp_path / "here.json")
+    assert run("graph", *question, "--top", "30", "--out", str(tmp_path / "mary.neuronpedia.json")).exit_code == 0, (
+        "it is ours to overwrite"
+    )
 
 
 def test_circuit_holds_methods_side_by_side(run: Callable[..., Result], tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.describe import written
 from analyses.graph import FlowGraph, average, flow_graph, flow_graphs
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
@@ -244,3 +246,77 @@ def test_errors_name_the_thing(graph: FlowGraph) -> None:
     tokens = models.random_tokens(1)
     with pytest.raises(RelevanceError, match="the two runs are the same"):
         flow_graph(models.build_gpt2(), tokens, TARGET, rules="deeplift", reference=tokens)
+
+
+def test_annotated_says_what_units_write_and_where_heads_look(embedded: TransformerBridge, tmp_path: Path) -> None:
+    """Against the model's own tensors: the vector a unit adds, the final norm with its scale of this run, the unembedding."""
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    graph = flow_graph(embedded, prompt, logit_diff(" Mary", " John"), rules="attnlrp").prune(top=60).annotated(embedded, prompt)
+    logits, cache = embedded.run_with_cache(prompt)
+    block, at = embedded.original_model.transformer.h, graph.labels
+    norm, weight = embedded.original_model.transformer.ln_f, embedded.original_model.lm_head.weight
+
+    def best(vector: torch.Tensor, position: int) -> str:
+        scale = cache["blocks.3.hook_out"][0, position].var(correction=0).add(norm.eps).sqrt()
+        ids = (weight @ ((vector - vector.mean()) / scale * norm.weight)).topk(3).indices
+        return " ".join(repr(embedded.tokenizer.decode([int(i)])) for i in ids)
+
+    checked = set()
+    for row in graph.nodes[graph.nodes["component"].isin(["heads", "mlp"])].itertuples():
+        if row.component == "heads":
+            z = cache["z", row.layer][0, row.position, row.head]
+            width = len(z)
+            vector = z @ block[row.layer].attn.c_proj.weight[row.head * width : (row.head + 1) * width]
+        else:
+            vector = cache["mlp_out", row.layer][0, row.position]
+        assert at[f"{row.node}@{row.position}"] == best(vector, row.position), row
+        checked.add(row.component)
+    for row in graph.neurons.itertuples():
+        layer = int(row.node[1])
+        vector = cache["post", layer][0, row.position, row.neuron] * block[layer].mlp.c_proj.weight[row.neuron]
+        assert at[f"L{layer}N{row.neuron}@{row.position}"] == best(vector, row.position), row
+        checked.add("neurons")
+    assert checked == {"heads", "mlp", "neurons"} and len(set(at.values())) > 10
+    assert any("Mary" in words.split(" ")[0] + words for words in at.values())
+    for row in graph.attention.itertuples():
+        layer, head = int(row.node[1]), int(row.node[3])
+        assert row.attention == pytest.approx(float(cache["pattern", layer][0, head, row.position, row.source_position]), rel=1e-6)
+    assert graph.attention.groupby(["node", "position"]).size().max() <= 5
+    again = FlowGraph.from_json(graph.to_json())
+    assert again.labels == graph.labels and again.attention.equals(graph.attention)
+    page = graph.show().to_html()
+    assert "looks at" in page and "writes" in page
+
+
+def test_annotated_refuses_another_prompt(embedded: TransformerBridge) -> None:
+    graph = flow_graph(embedded, "Mary and John went", rules="attnlrp")
+    for other in ("Mary and Tom went", "Mary and John", ["Mary and John went"] * 2):
+        with pytest.raises(RelevanceError, match="not the prompt that the graph is of"):
+            graph.annotated(embedded, other)
+    with pytest.raises(RelevanceError, match="sums over positions"):
+        graph.sum_positions().annotated(embedded, "Mary and John went")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "neox", "bloom", "mixtral"])
+def test_annotated_on_other_families(family: str) -> None:
+    """What all heads and the MLPs write, and the final norm, are as in the model: one head's and one MLP's vector in fp64."""
+    model = build_wider(family, dtype=torch.float64) if family in WIDER else getattr(models, f"build_{family}")(dtype=torch.float64)
+    tokens = models.random_tokens(1)
+    graph = flow_graph(model, tokens, TARGET, rules="gradient").prune(top=30).annotated(model, tokens)
+    assert set(graph.labels) >= {f"{row.node}@{row.position}" for row in graph.nodes.itertuples() if row.component == "heads"}
+
+
+def test_written_refuses_what_is_no_unit(gpt2: TransformerBridge) -> None:
+    tokens = models.random_tokens(1)
+    for node, said in (
+        ("L0H0", "no head, MLP or neuron at a position"),
+        ("L0.resid@1", "no head, MLP or neuron at a position"),
+        ("L9H0@1", "out of range"),
+        ("L0H9@1", "out of range"),
+        ("L0N9999@1", "out of range"),
+        ("L0H0@99", "out of range"),
+    ):
+        with pytest.raises(RelevanceError, match=said):
+            written(gpt2, tokens, [node])
+    with pytest.raises(RelevanceError, match="on one prompt, got 2"):
+        written(gpt2, models.random_tokens(2), ["L0H0@1"])
