@@ -22,6 +22,7 @@ PUBLIC = (
     "analyses.describe",
     "analyses.edges",
     "analyses.graph",
+    "analyses.interventions",
     "analyses.methods",
     "analyses.patching",
     "analyses.perturbation",

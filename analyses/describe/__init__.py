@@ -4,7 +4,7 @@ from analyses.describe.attention_patterns import pattern_scores
 from analyses.describe.direct_logits import DirectLogits
 from analyses.describe.head_descriptions import HeadDescription, describe_head
 from analyses.describe.neuron_descriptions import NeuronDescription, describe_neuron
-from analyses.describe.written import Written, written
+from analyses.describe.written_by_units import Written, written_tokens
 
 __all__ = [
     "DirectLogits",
@@ -14,5 +14,5 @@ __all__ = [
     "describe_head",
     "describe_neuron",
     "pattern_scores",
-    "written",
+    "written_tokens",
 ]

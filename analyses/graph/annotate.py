@@ -8,7 +8,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import find_node
 from analyses.datasets.batches import text_of
-from analyses.describe.written import WRITERS, written
+from analyses.describe.written_by_units import WRITERS, written_tokens
 from analyses.graph.tables import EVERYWHERE, Tables, rows
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.prompt import Inputs, tokenize
@@ -23,7 +23,7 @@ def annotated(graph: Tables, model: TransformerBridge, inputs: Inputs) -> Tables
         raise RelevanceError("this graph sums over positions, and what a unit writes is told at one: make it by position")
     units = [f"{row.node}@{row.position}" for row in rows(graph.nodes) if _writes(row.node)]
     units += [f"{row.node.removesuffix('.mlp')}N{row.neuron}@{row.position}" for row in rows(graph.neurons)]
-    found = written(model, tokens, units)
+    found = written_tokens(model, tokens, units)
     return replace(graph, labels=found.tokens, attention=found.attention)
 
 

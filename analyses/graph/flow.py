@@ -73,7 +73,7 @@ class FlowGraph(FlowTables):
 
         Raises:
             RelevanceError: another prompt, or a graph whose positions are summed over.
-            CoverageError: a model whose output head is not linear (see `analyses.describe.written`).
+            CoverageError: a model whose output head is not linear (see `analyses.describe.written_tokens`).
         """
         return annotate.annotated(self, model, inputs)
 
@@ -240,6 +240,8 @@ class FlowGraph(FlowTables):
         if len(looks := here(self.attention)):
             tokens = [f"{self.token(source)} ({source})" for source in looks["source_position"]]
             shown["looks at"] = pd.DataFrame({"token": tokens, "attention": looks["attention"].to_numpy()})
+        if row.component in ("heads", "mlp") and row.position != EVERYWHERE:
+            shown["without it, in Python"] = f'with set_units(model, {{"{row.node}@{row.position}": 0.0}}): model(prompt)'
         return shown or None
 
 

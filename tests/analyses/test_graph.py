@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.describe import written
+from analyses.describe import written_tokens
 from analyses.graph import FlowGraph, average, flow_graph, flow_graphs
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
@@ -285,7 +285,7 @@ def test_annotated_says_what_units_write_and_where_heads_look(embedded: Transfor
     again = FlowGraph.from_json(graph.to_json())
     assert again.labels == graph.labels and again.attention.equals(graph.attention)
     page = graph.show().to_html()
-    assert "looks at" in page and "writes" in page
+    assert "looks at" in page and "writes" in page and "set_units(model" in page
 
 
 def test_annotated_refuses_another_prompt(embedded: TransformerBridge) -> None:
@@ -317,6 +317,6 @@ def test_written_refuses_what_is_no_unit(gpt2: TransformerBridge) -> None:
         ("L0H0@99", "out of range"),
     ):
         with pytest.raises(RelevanceError, match=said):
-            written(gpt2, tokens, [node])
+            written_tokens(gpt2, tokens, [node])
     with pytest.raises(RelevanceError, match="on one prompt, got 2"):
-        written(gpt2, models.random_tokens(2), ["L0H0@1"])
+        written_tokens(gpt2, models.random_tokens(2), ["L0H0@1"])

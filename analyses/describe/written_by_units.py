@@ -39,7 +39,7 @@ class Written:
 
 
 @left_as_found
-def written(model: TransformerBridge, inputs: Inputs, nodes: Iterable[str | Node], *, top: int = 3, sources: int = 5) -> Written:
+def written_tokens(model: TransformerBridge, inputs: Inputs, nodes: Iterable[str | Node], *, top: int = 3, sources: int = 5) -> Written:
     """Describe units at positions of one prompt by what they write there in this run.
 
     The vector is what the unit adds to the residual stream: z W_O of a head, a neuron's activation times its output weights, an MLP's whole
