@@ -102,7 +102,7 @@ def test_units_of_other_families_and_relevance_under_an_intervention(family: str
 
 
 def test_intervene_tells_the_change_of_target_and_text(embedded: TransformerBridge) -> None:
-    settings: dict[str, Any] = {"L1.attn": 0.0, "L2.attn": 0.0, "L3.attn": 0.0}
+    settings: dict[str, Any] = {f"L{layer}.attn": 0.0 for layer in range(4)}
     found = intervene(embedded, [PROMPT, OTHER], settings, target=TARGET, new_tokens=2)
     logits = embedded(PROMPT)[0, -1]
     mary, john = (embedded.to_single_token(name) for name in (" Mary", " John"))
