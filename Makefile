@@ -2,6 +2,8 @@
 # make report OUT=file   the same, written elsewhere
 # make test              lint, types and tests
 # make docs              the documentation site, in build/site
+# make real MODEL=folder the tables of a real model again: pages of docs/measurements, and texts in build/real (hours);
+#                        STORIES=folder adds a second model to the table of single prompts
 VENV := .venv
 OUT ?= report.html
 BIN := $(VENV)/bin
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: report test docs lint types clean
+.PHONY: report test docs real lint types clean
 
 report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
@@ -20,6 +22,19 @@ test: lint types
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+real: $(VENV)/.installed-dev
+	@test -n "$(MODEL)" || { echo "which model? make real MODEL=FOLDER, with a model in Hugging Face format" >&2; exit 1; }
+	mkdir -p build/real
+	$(BIN)/python -m analyses.benchmarks.real_model --model $(MODEL) > build/real/costs.txt
+	$(BIN)/python -m analyses.benchmarks.patching --model $(MODEL) --pairs 16 > build/real/patching.txt
+	$(BIN)/python -m analyses.benchmarks.perturbation --model $(MODEL) > build/real/perturbation.txt
+	$(BIN)/python -m analyses.benchmarks.bracketing --model $(MODEL) > build/real/bracketing.txt
+	$(BIN)/lens-relevance compare --model $(MODEL) --task ioi --n 16 > build/real/ioi.txt
+	$(BIN)/python -m analyses.benchmarks.single_prompts --model $(MODEL) --results build/real/single_prompts.csv --steps 6
+	test -z "$(STORIES)" || $(BIN)/python -m analyses.benchmarks.single_prompts --model $(STORIES) --results build/real/single_prompts.csv --texts 48
+	$(BIN)/python -m analyses.benchmarks.single_prompts_table build/real/single_prompts.csv --page docs/measurements/single_prompts.md
+	$(BIN)/python -m analyses.benchmarks.long_contexts --model $(MODEL) --results build/real/long_contexts.csv --page docs/measurements/long_contexts.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

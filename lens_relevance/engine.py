@@ -70,7 +70,8 @@ def propagate(
         target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, vocab]
             (of a classifier: [batch, 1, class], and classes go by name or number; of an encoder without a head: its output) to a scalar
             or [batch]. None explains each row's top prediction against its runner-up.
-        rules: A ruleset's name or table. None means `deeplift` where a reference is given and `attnlrp` where none is.
+        rules: A ruleset's name or table. None means `deeplift` where a reference is given; where none is, `attnlrp_plain_qk` on models with
+            norms on queries and keys, and `attnlrp` on others.
         names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings,
             every block's resid_pre, the final residual, z, and the MLP neurons after the activation. Logits are computed at the positions
             that the target reads; at all positions where `unembed.hook_in` or `unembed.hook_out` is asked for.

@@ -18,7 +18,7 @@ from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.inputs.targets import Target, as_target, top_prediction
-from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
+from lens_relevance.ruleset_tables import Table, default_ruleset, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy
 
 
@@ -76,7 +76,7 @@ def read_request(
     through: Through,
 ) -> Request:
     """The arguments of `propagate` as a Request; raises RelevanceError where they do not fit the model or each other."""
-    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    rules = rules if rules is not None else default_ruleset(anatomy, reference)
     table = table_for(rules, reference)
     given = prompt = read_inputs(model, inputs, attention_mask)
     target = None if target is None else as_target(target)

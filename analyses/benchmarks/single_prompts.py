@@ -1,113 +1,118 @@
-"""Which attribution of single prompts finds the tokens that matter: a table of methods on a small trained language model.
+"""Which attribution of single prompts finds the tokens that matter, on trained language models.
 
-    python -m analyses.benchmarks.single_prompts --model FOLDER [--texts 96 --length 28 --seed 0]
+    python -m analyses.benchmarks.single_prompts --model FOLDER --results FILE.csv [--texts 96 --length 28 --seed 0] [--steps 6]
+    python -m analyses.benchmarks.single_prompts_table FILE.csv --page docs/measurements/single_prompts.md
 
-Texts are sampled from the model itself. For the logit of its top prediction, and for that logit less the runner-up's: the area between LeRF
-and MoRF with removed tokens replaced by zero, mean or random embeddings (the first token stays), averaged over the share of tokens removed,
-and Pearson's correlation with occlusion (mean embedding) over the tokens of a text, averaged over texts.
-
-deeplift's references: six were compared on texts of seed 1 (mean of the six areas: 8 random 5.76, mean embedding 5.55, both together 5.74,
-mean and frequency-weighted mean 5.62, 8 half-way between random and mean 5.77, 8 random with the LN-rule in pair form 5.04). No mixture is
-ahead of 8 random references by more than 0.01, so the two simple ones are in the table, which is made on texts of seed 0.
+Prompts are those of `single_prompts_texts`, or with --texts sampled from the model itself. For the logit of each prompt's top prediction,
+and for that logit less the runner-up's: the area between LeRF and MoRF with removed tokens replaced by zero, mean or random embeddings, or
+left out (the first token stays), over the share of tokens removed; and Pearson's correlation with occlusion (mean embedding) over the
+tokens but the first. A row of the file is one area of one prompt; a run that was stopped goes on behind the last batch in the file.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
 from jaxtyping import Float, Int
-from rich.console import Console
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.benchmarks.single_prompts_texts import sampled, written
 from analyses.methods import Estimator
 from analyses.models.loading import load_model
-from analyses.perturbation import Attribution, against, areas, attribution, by_attention, perturbation_curves
+from analyses.perturbation import Attribution, TextRemoval, against, areas, attribution, by_attention, curves_of
 from lens_relevance import Target, logit, logit_diff, mean_embedding, random_tokens
+from lens_relevance.inputs.prompt import tokenize
+from lens_relevance.inputs.targets import top_prediction
+from lens_relevance.sites import anatomy
 
-BASELINES = ("zero_embedding", "mean_embedding", "random_tokens")
-DEEPLIFT = {
-    "deeplift, mean embedding": against(mean_embedding()),
-    "deeplift, 8 random": against(random_tokens(8)),
-}
+BASELINES = ("zero_embedding", "mean_embedding", "random_tokens", "delete")
+OCCLUSION = "correlation with occlusion"  # stands in the column of baselines
 METHODS: dict[str, str | Estimator | Attribution] = {
+    "random": "random",
     "gradient": "gradient",
     "attnlrp": "attnlrp",
-    "gim": "gim",
+    "attnlrp_plain_qk": "attnlrp_plain_qk",
+    "cp_lrp": "cp_lrp",
     "relp": "relp",
-    **DEEPLIFT,
-    "chefer": "chefer",
-    "weighted accumulation (relp)": by_attention("weighted_accumulation", rules="relp"),
+    "gim": "gim",
+    "deeplift, mean embedding": against(mean_embedding()),
+    "deeplift, 4 random": against(random_tokens(4)),
+    "deeplift, 8 random": against(random_tokens(8)),
+    "deeplift_ln, 8 random": against(random_tokens(8), rules="deeplift_ln"),
+    "chefer_2021a": by_attention("chefer_2021a", rules="attnlrp"),
+    "chefer_2021b": "chefer_2021b",
+    "weighted_accumulation": by_attention("weighted_accumulation", rules="relp"),
     "rollout": "rollout",
+    "globenc": "globenc",
+    "legrad": "legrad",
     "occlusion": "occlusion",
 }
 
 
-@torch.no_grad()
-def sampled_texts(model: TransformerBridge, texts: int, length: int, *, seed: int) -> Int[Tensor, "text pos"]:
-    """Texts of the model's own, from BOS, at temperature 1."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.full((texts, 1), model.tokenizer.bos_token_id)
-    while tokens.shape[1] < length:
-        probabilities = model(tokens, return_type="logits", use_cache=False)[:, -1].softmax(-1)
-        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
-    return tokens
+def has_qk_norms(model: TransformerBridge) -> bool:
+    """Whether queries and keys are normalised, so that `attnlrp_plain_qk` is another ruleset than `attnlrp`."""
+    return any(site.mount in ("q_norm", "k_norm") for site in anatomy(model).sites)
 
 
-@torch.no_grad()
-def targets(model: TransformerBridge, tokens: Int[Tensor, "text pos"]) -> dict[str, Target]:
-    """The logit of each text's top prediction, and its difference to the runner-up's."""
-    top = model(tokens, return_type="logits", use_cache=False)[:, -1].topk(2, -1).indices
-    return {"logit": logit(top[:, 0]), "difference": logit_diff(top[:, 0], top[:, 1])}
+def with_occlusion(scores: Float[Tensor, "text pos"], effect: Float[Tensor, "text pos"], mask: Int[Tensor, "text pos"]) -> list[float]:
+    """Pearson's correlation over the tokens of a text but the first."""
+    return [
+        float(torch.corrcoef(torch.stack([s[m][1:].double(), e[m][1:].double()]))[0, 1])
+        for s, e, m in zip(scores.cpu(), effect.cpu(), mask.bool().cpu(), strict=True)
+    ]
 
 
-def with_occlusion(scores: Float[Tensor, "text pos"], effect: Float[Tensor, "text pos"]) -> float:
-    """Pearson's correlation over the tokens of a text but the first, mean over texts."""
-    a, b = (x[:, 1:].double() - x[:, 1:].double().mean(1, keepdim=True) for x in (scores, effect))
-    return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean())
-
-
-def single_prompts(
-    model: TransformerBridge, tokens: Int[Tensor, "text pos"], methods: dict[str, str | Estimator | Attribution]
-) -> pd.DataFrame:
-    """One row per method; columns (target, zero | mean | random | occlusion), and the mean of the six areas."""
-    mask, columns = torch.ones_like(tokens), {}
-    for name, target in targets(model, tokens).items():
-        frame = areas(perturbation_curves(model, tokens, target, methods=methods, baselines=BASELINES))
-        table = frame.groupby(["method", "baseline"])["area"].mean().unstack()
-        effect = attribution("occlusion")(model, tokens, target, mask)
-        for baseline in BASELINES:
-            columns[name, baseline.split("_")[0]] = table[baseline]
-        chosen = {method: attribution(methods.get(method, method)) for method in table.index}
-        columns[name, "occlusion"] = pd.Series(
-            {method: with_occlusion(scores(model, tokens, target, mask), effect) for method, scores in chosen.items()}
-        )
-    result = pd.DataFrame(columns).reindex(["random", *methods])
-    result["mean", "area"] = result.drop(columns="occlusion", level=1).mean(axis=1)
-    return result
+def measured(model: TransformerBridge, inputs: list[str] | Tensor, *, seed: int, steps: int | None) -> pd.DataFrame:
+    """One row per prompt (`example`), target, method and baseline, with the area; the correlation with occlusion as one more baseline."""
+    tokens, mask = tokenize(model, inputs)
+    with torch.no_grad():
+        best = top_prediction(model(tokens, return_type="logits", use_cache=False), tokens, mask)
+    targets: dict[str, Target] = {"logit": logit(best.answer), "difference": logit_diff(best.answer, best.wrong)}
+    methods = {name: method for name, method in METHODS.items() if name != "attnlrp_plain_qk" or has_qk_norms(model)}
+    removable, frames = (mask.bool() & (mask.cumsum(1) > 1)).cpu(), []
+    for name, target in targets.items():
+        scores = {method: attribution(chosen)(model, tokens, target, mask).detach().cpu() for method, chosen in methods.items()}
+        removals = [TextRemoval(model, tokens, mask, target=target, baseline=baseline, seed=seed) for baseline in BASELINES]
+        table = areas(curves_of(scores, removable, removals, steps=steps))[["method", "baseline", "example", "area"]]
+        agreement = [
+            pd.DataFrame({"method": method, "baseline": OCCLUSION, "example": range(len(tokens)), "area": values})
+            for method, values in ((m, with_occlusion(s, scores["occlusion"], mask)) for m, s in scores.items())
+        ]
+        frames.append(pd.concat([table, *agreement]).assign(target=name))
+    return pd.concat(frames, ignore_index=True)
 
 
 def main(
     *,
-    model: Annotated[str, typer.Option(help="a folder with a model in Hugging Face format, a hub name, or 'embedded'")],
-    texts: int = 96,
-    length: int = 28,
-    seed: int = 0,
-    threads: Annotated[int, typer.Option(help="of torch; one is fastest on a machine that others use too")] = 0,
+    model: Annotated[str, typer.Option(help="A folder with a model in Hugging Face format, or a hub name.")],
+    results: Annotated[Path, typer.Option(help="A .csv to which rows are added.")],
+    texts: Annotated[int, typer.Option(help="Texts sampled from the model; 0: the written prompts.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens of a sampled text.")] = 28,
+    seed: Annotated[int, typer.Option(help="Of the texts and of random embeddings.")] = 0,
+    steps: Annotated[int, typer.Option(help="In how many steps all tokens go; 0: one by one.")] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts that are run together.")] = 10,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
 ) -> None:
-    """Print the table."""
-    if threads:
-        torch.set_num_threads(threads)
-    started = time.perf_counter()
-    bridge = load_model(model)
-    table = single_prompts(bridge, sampled_texts(bridge, texts, length, seed=seed), METHODS)
-    console = Console(width=160)
-    console.print(table.round(2).to_string(), soft_wrap=True)
-    console.print(f"{texts} texts of {length} tokens, seed {seed}; {time.perf_counter() - started:.0f} s")
+    """Measure all prompts and add them to the file."""
+    torch.set_num_threads(threads)
+    loaded, name = load_model(model), Path(model).name
+    source = f"sampled, seed {seed}" if texts else "written"
+    asked: list[tuple[str, Any]] = [("sampled", row) for row in sampled(loaded, texts, length, seed=seed)] if texts else list(written())
+    done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=["model", "source", "prompt"])
+    start = len(done[(done["model"] == name) & (done["source"] == source)]["prompt"].unique())
+    for first in range(start, len(asked), batch):
+        part, started = asked[first : first + batch], time.process_time()
+        inputs = torch.stack([row for _, row in part]) if texts else [text for _, text in part]
+        rows = measured(loaded, inputs, seed=seed, steps=steps or None)
+        rows = rows.assign(model=name, source=source, prompt=rows["example"] + first, kind=rows["example"].map(lambda i, p=part: p[i][0]))
+        rows.drop(columns="example").to_csv(results, mode="a", header=not results.exists(), index=False)
+        typer.echo(f"{name}, {source}: {first + len(part)} of {len(asked)}, {time.process_time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import reference_run
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import working
-from lens_relevance.ruleset_tables import Table, rule_for, ruleset
+from lens_relevance.ruleset_tables import Table, default_ruleset, rule_for, ruleset
+from lens_relevance.sites import anatomy
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ def attribute_edges(
         RelevanceError: bad input.
         CoverageError: a model whose residual stream is not the sum of what is known to be written.
     """
-    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    rules = rules if rules is not None else default_ruleset(anatomy(model), reference)
     table, streams = ruleset(rules), wiring(model)
     results = [
         edges_of(streams, cache, constants, table=table)[0]

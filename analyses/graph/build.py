@@ -21,7 +21,8 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
 from lens_relevance.inputs.targets import Target, as_target
-from lens_relevance.ruleset_tables import Table, ruleset
+from lens_relevance.ruleset_tables import Table, default_ruleset, ruleset
+from lens_relevance.sites import anatomy
 
 NEURONS_KEPT = 10
 
@@ -53,7 +54,7 @@ def flow_graph(
     tokens, mask = tokenize(model, inputs)
     if len(tokens) != 1:
         raise RelevanceError(f"a flow graph is that of one prompt, got {len(tokens)}; flow_graphs makes one for each, average joins them")
-    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    rules = rules if rules is not None else default_ruleset(anatomy(model), reference)
     streams, table = wiring(model), ruleset(rules)
     parts = []
     for cache, constants in passes(

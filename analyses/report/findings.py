@@ -22,12 +22,14 @@ from analyses.models.structure import n_heads, n_layers
 from analyses.patching import activation_patching
 from analyses.report.circuit import CircuitCheck, check_circuits
 from analyses.report.question import N_REFERENCES, Question, answer_text, token_text
+from analyses.report.token_notes import token_notes
 from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
 from lens_relevance import RelevanceCache, RelevanceError, propagate, random_tokens
 from lens_relevance.attention_methods import head_flow
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.ruleset_tables import needs_reference, ruleset
+from lens_relevance.ruleset_tables import default_ruleset, needs_reference, ruleset
+from lens_relevance.sites import anatomy
 
 _EDGES_SHOWN = 150
 _Part = TypeVar("_Part")
@@ -38,6 +40,7 @@ class Findings:
     """What was found about a question.
 
     Attributes:
+        alone: the ruleset of words, layers and account. rules: that of heads, flow, graph and circuits.
         target: what is explained, in words. asked: the example's answer, and what it is weighed against, where the target is such a
             question. info: model, ruleset, dtype and versions.
         prompt, counterpart: the example as text, and what it is compared with. tokens: the example's tokens.
@@ -56,6 +59,7 @@ class Findings:
     """
 
     question: Question
+    alone: str
     rules: str
     target: str
     asked: list[str]
@@ -99,6 +103,11 @@ class Findings:
         query, key = divmod(int(carried.abs().argmax()), carried.shape[1])
         return f"{self.tokens[key].strip() or '␣'} ({key}) → {self.tokens[query].strip() or '␣'} ({query})"
 
+    def notes(self, name: str) -> list[str]:
+        """What a reader must know of `words[name]`."""
+        first = name == next(iter(self.words))  # later ones are compared with something else, and add up to another number
+        return token_notes(self.tokens, self.words[name].double().tolist(), self.explained if first else None, rules=self.alone)
+
     @property
     def explained(self) -> float:
         """What relevance adds up to: the target, or its difference from the counterpart."""
@@ -110,17 +119,21 @@ def find(model: TransformerBridge, question: Question, rules: str | None = None,
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 
     Args:
-        rules: a ruleset by name; `deeplift` by default, since every question comes with something to compare with.
+        rules: a ruleset by name. By default `deeplift`; a prompt that has no counterpart is explained on its own too, as `propagate` does
+            by default, and its heads, flow and circuits are those of the comparison with random words.
         with_graph: also the flow graph and the circuits of its strongest edges, which take longest.
     """
+    alone = rules or default_ruleset(anatomy(model), None if question.baseline else question.pairs.corrupt)
     rules = rules or "deeplift"
     pair_rules = needs_reference(ruleset(rules))
     example = question.pairs[question.example]
     seconds: dict[str, float] = {}
     missing: dict[str, str] = {}
     with _timed(seconds, "words, layers and account"):
-        cache = _propagate(model, question, rules, pair_rules)
-        words = _words(model, question, rules, pair_rules, cache)
+        cache = _propagate(model, question, alone, needs_reference(ruleset(alone)))
+        words = _words(model, question, alone, needs_reference(ruleset(alone)), cache)
+        if alone != rules:
+            words |= _words(model, question, rules, pair_rules, _propagate(model, question, rules, pair_rules))
     flow = _or_reason(missing, "flow", lambda: _flow(model, question, rules, pair_rules))
     graph, circuit = None, None
     if with_graph:
@@ -137,6 +150,7 @@ def find(model: TransformerBridge, question: Question, rules: str | None = None,
     pearson, spearman = correlations(heads["relevance"], heads["patching"])
     return Findings(
         question=question,
+        alone=alone,
         rules=rules,
         target=question.target_in_words(model),
         asked=question.asked(model),

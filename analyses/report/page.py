@@ -89,6 +89,8 @@ def _words(page: Page, findings: Findings) -> None:
             "account below says where the rest stayed.",
         }
         page.view(token_view(findings.tokens, relevance, title=f"The words, {how}"), captions[how])
+        for note in findings.notes(name):
+            page.prose(note)
 
 
 def _layers(page: Page, findings: Findings) -> None:
@@ -241,7 +243,9 @@ def _how(page: Page, findings: Findings, command: str) -> None:
     page.facts(
         {
             "Model": f"{model_name(findings)} ({findings.info['architecture']}, {findings.info['dtype']}, {findings.info['device']})",
-            "Ruleset": findings.rules,
+            "Ruleset": findings.rules
+            if findings.alone == findings.rules
+            else f"{findings.alone} for words, layers and account, {findings.rules} for words against random ones, heads and edges",
             "Pairs of prompts": findings.n_pairs,
             "Seconds": ", ".join(f"{part} {taken:.1f}" for part, taken in findings.seconds.items()),
             "Versions": versions,

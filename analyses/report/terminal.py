@@ -51,6 +51,8 @@ def _words(findings: Findings, name: str) -> RenderableType:
     order = sorted(range(len(relevance)), key=lambda i: -abs(relevance[i]))[:5]
     most = ", ".join(f"{visible(findings.tokens[i].strip()) or '␣'} ({i}) {number(relevance[i])}" for i in order)
     line.append(f"most: {most}\n", style="not bold")
+    for note in findings.notes(name):
+        line.append(f"{visible(note)}\n", style="not bold")
     return line
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.report.terminal import frame_table
+from analyses.report.token_notes import token_notes
+from analyses.shown_text import visible
 from lens_relevance import RelevanceError, Target, logit, logit_diff, token_relevance
 from lens_relevance.attention_methods import TokenRelevance, TokenSetsRelevance
 from lens_relevance.attention_methods.run import token_sets
@@ -55,7 +57,8 @@ def _table(model: TransformerBridge, title: str, tokens: Tensor, scores: Tensor,
     words = [model.tokenizer.decode([token]) if model.tokenizer is not None else str(token) for token in tokens.tolist()]
     notes = ["explained" if weight else "" for weight in explained.tolist()]
     columns = {"position": range(len(words)), "word": words, "score": scores.double().tolist(), "": notes}
-    return frame_table(pd.DataFrame(columns), title)
+    read_with = [Text(visible(note)) for note in token_notes(words, scores.double().tolist(), None, rules=title)]
+    return Group(*frame_table(pd.DataFrame(columns), title).renderables, *read_with)
 
 
 def _heads(result: TokenRelevance | TokenSetsRelevance) -> Group:

@@ -22,7 +22,7 @@ from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import share, working
-from lens_relevance.ruleset_tables import Table
+from lens_relevance.ruleset_tables import Table, default_ruleset
 from lens_relevance.sites import anatomy
 
 
@@ -61,7 +61,7 @@ def head_flow(
     if getattr(reference, "n", 1) > 1:
         raise RelevanceError(f"a flow is that of one pair of runs, but {reference} holds {reference.n}; use mean_embedding() or a prompt")
 
-    rules = rules if rules is not None else ("attnlrp" if reference is None else "deeplift")
+    rules = rules if rules is not None else default_ruleset(body, reference)
     if path == "key":
         with rotary_constants(model, body, chosen) as constants:
             cache = propagate(

@@ -1,7 +1,6 @@
 """What a run is compared with: other tokens, or the same positions with a baseline in place of the token embeddings.
 
-A single prompt has no counterpart; `mean_embedding()` and `random_tokens()` stand in for one. BOS is kept as it is. A baseline so flat
-that a norm's variance is not well above its eps makes 1/sqrt(variance) huge and the comparison meaningless; the engine refuses it.
+A single prompt has no counterpart; `mean_embedding()` and `random_tokens()` stand in for one. BOS is kept as it is.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def mean_embedding() -> Baseline:
 
 
 def zero_embedding() -> Baseline:
-    """Every token embedding but BOS replaced by zeros. Without position embeddings this is degenerate, and refused when it is used."""
+    """Every token embedding but BOS replaced by zeros, which no text has; `mean_embedding` explains single prompts better."""
     return Baseline("zero_embedding")
 
 

@@ -3,6 +3,9 @@
 `LNRule`: the standard deviation is a constant, the centring stays (Ali et al. 2022, arXiv 2202.07304).
 `PairNorm`: exact between two runs (docs/derivation.md; handlers of SHAP compose to it): c = x - mean(x), v = mean(c^2) + eps, r = v^(-1/2),
 dy = w [mean(r1, r2) dc + mean(c1, c2) dr],  dr = -dv / (sqrt(v1 v2) (sqrt(v1) + sqrt(v2))),  dv = mean_features (c1 + c2) dc.
+Where a run is flat (its variance within 10 eps, and the other run more than three times as wide), r is huge in one run, and the two terms
+are huge and cancel. There the split is that of c = y s into y and s = 1 / r: dy = (dc - mean(y1, y2) ds) / mean(s1, s2), as exact, and
+bounded.
 `PairLN`: the same without the dr term, the LN-rule between two runs.
 
 The two-step form is used while something watches `hook_scale` or `hook_normalized`, so that it finds the right coefficient there. A
@@ -17,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lens_relevance.errors import RelevanceError
 from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
 from lens_relevance.rules.linear import ZeroRule
 
@@ -170,14 +172,15 @@ class PairNorm(NormRule):
         norm = _norm_of(op)
         c1, c2 = norm.centre(working(inputs[0])), norm.centre(working(reference.inputs[0]))
         s1, s2 = _scale_of(op, inputs), _scale_of(op, reference.inputs)
-        for run, flat, other in (("reference", s2, s1), ("input", s1, s2)):
-            if bool(((flat.pow(2) < 11 * norm.eps) & (other > 3 * flat)).any()):
-                raise RelevanceError(
-                    f"the {run} is degenerate: at a norm its variance is not well above eps ({norm.eps:g}), so that 1/std is huge and the "
-                    "comparison meaningless; use mean_embedding(), random_tokens(8) or a real prompt instead"
-                )
         mean_r = (1 / s1 + 1 / s2) / 2
-        return (mean_r, s1, s2) if self.constant_scale else (mean_r, s1, s2, (c1 + c2) / 2)
+        narrow, wide = torch.minimum(s1, s2), torch.maximum(s1, s2)
+        flat = (narrow.pow(2) < 11 * norm.eps) & (wide > 3 * narrow)
+        if not bool(flat.any()):
+            return (mean_r, s1, s2) if self.constant_scale else (mean_r, s1, s2, (c1 + c2) / 2)
+        mean_r = torch.where(flat, 2 / (s1 + s2), mean_r)
+        if self.constant_scale:
+            return mean_r, s1, s2
+        return mean_r, s1, s2, (c1 + c2) / 2, torch.where(flat, (s2 * c1 + s1 * c2) / (s1 + s2), (c1 + c2) / 2)
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         norm, (mean_r, s1, s2) = _norm_of(op), kept[:3]
@@ -186,12 +189,12 @@ class PairNorm(NormRule):
                 return (None,)
             coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) * mean_r)
             return (coefficient,) if op is norm else (coefficient, torch.zeros_like(s1))
-        mean_c = kept[3]
+        mean_c, of_scale = kept[3], kept[-1]  # the same but where a run is flat
         features = mean_c.shape[-1]
         if isinstance(op, NormScale):  # ds = dv / (s1 + s2)
             return (norm.centre(working(upstream) * mean_c * (2 / (features * (s1 + s2)))),)
         g = norm.weighted(upstream) if op is norm else working(upstream)
-        towards_r = (g * mean_c).sum(-1, keepdim=True)
+        towards_r = (g * of_scale).sum(-1, keepdim=True)
         if op is not norm:  # dr = -ds / (s1 s2); the scale's own step follows separately
             return norm.centre(g * mean_r), -towards_r / (s1 * s2)
         return (norm.centre(g * mean_r - mean_c * (towards_r * 2 / (features * s1 * s2 * (s1 + s2)))),)

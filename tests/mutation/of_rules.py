@@ -106,6 +106,8 @@ MUTATIONS = [
         ("the pair form takes one run's scale", "mean_r = (1 / s1 + 1 / s2) / 2", "mean_r = 1 / s1"),
         ("the pair form takes the inverse of the mean scale", "mean_r = (1 / s1 + 1 / s2) / 2", "mean_r = 2 / (s1 + s2)"),
         ("the pair form takes one run's activations", "(mean_r, s1, s2, (c1 + c2) / 2)", "(mean_r, s1, s2, c1)"),
+        ("a flat run is split as any other", "mean_r = torch.where(flat, 2 / (s1 + s2), mean_r)", "pass"),
+        ("a flat run's quotient is half", "(s2 * c1 + s1 * c2) / (s1 + s2)", "(s1 * c1 + s2 * c2) / (s1 + s2)"),
         (
             "the change of the scale is forgotten",
             "return (norm.centre(g * mean_r - mean_c * (towards_r * 2 / (features * s1 * s2 * (s1 + s2)))),)",
