@@ -19,6 +19,7 @@ PUBLIC = (
     "lens_relevance.rules",
     "lens_relevance.sites",
     "analyses.circuits",
+    "analyses.contexts",
     "analyses.describe",
     "analyses.edges",
     "analyses.graph",

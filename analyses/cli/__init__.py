@@ -10,6 +10,7 @@ from analyses.cli import (  # isort: skip  # noqa: F401
     circuit_command,
     coverage_command,
     estimate_command,
+    contexts_command,
 )
 
 __all__ = ["app"]
