@@ -59,13 +59,18 @@ def intervals(estimates: Array, effects: Array, resamples: int, *, seed: int = 0
     n = estimates.shape[1]
     if n < 2 or resamples < 1:
         return {name: (float("nan"), float("nan")) for name in ("pearson", "spearman")}
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)  # [resample, pair]
-    means = [_weighted(values, drawn) for values in (estimates, effects)]
+    drawn = bootstrap_weights(n, resamples, seed=seed)
+    means = [weighted_means(values, drawn) for values in (estimates, effects)]
     correlations = {"pearson": correlation(*means), "spearman": correlation(*map(_ranks, means))}
     return {
         name: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist()) if np.isfinite(values).any() else (float("nan"),) * 2
         for name, values in correlations.items()
     }
+
+
+def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> Array:
+    """How often each pair is drawn in each bootstrap resample, [resample, pair]."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
 
 
 def correlation_in_words(value: float) -> str:
@@ -75,7 +80,7 @@ def correlation_in_words(value: float) -> str:
 
 def mean_over_pairs(scores: Array) -> Array:
     """[component, pair] -> [component], over the pairs that have the component; NaN where none has."""
-    return _weighted(scores, np.ones((1, scores.shape[1])))[0]
+    return weighted_means(scores, np.ones((1, scores.shape[1])))[0]
 
 
 def correlation(x: Array, y: Array) -> Array:
@@ -89,7 +94,7 @@ def correlation(x: Array, y: Array) -> Array:
         return np.where(scale > 0, (x * y).sum(1) / scale, np.nan)
 
 
-def _weighted(scores: Array, weights: Array) -> Array:
+def weighted_means(scores: Array, weights: Array) -> Array:
     """Means [row, component] of scores [component, pair] under weights [row, pair]."""
     there = ~np.isnan(scores)
     with np.errstate(invalid="ignore"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,32 +13,42 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
-from analyses.datasets.batches import rows_together
 from analyses.datasets.pass_size import pairs_per_pass
 from analyses.datasets.streaming import PairStream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
+from analyses.evaluation.patched_effects import effects_of_patching
+from analyses.evaluation.reliability import Coverage, Reliability, coverage, reliability
+from analyses.evaluation.stability import stability
+from analyses.evaluation.yardstick import yardstick_table, yardstick_warnings
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_layers
-from analyses.patching import activation_patching
-from analyses.patching.checks import check_gap
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
 from lens_relevance import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.inputs.targets import as_target
 
 METHODS = (
-    *("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", "eap_ig", "conductance", "direct_logit_attribution"),
+    *(
+        "combined",
+        "deeplift",
+        "deeplift_ln",
+        "relp",
+        "attnlrp",
+        "cp_lrp",
+        "gim",
+        "gradient",
+        "eap_ig",
+        "conductance",
+        "direct_logit_attribution",
+    ),
     *("weighted_accumulation", "chefer_2021b"),
 )
 COMPONENTS = ("resid", "attn", "mlp", "heads")
 COLUMNS = (
     *("method", "component", "pearson", "spearman", "sign_agreement", "top_k_overlap", "magnitude_error", "completeness"),
-    *("forwards", "backwards", "seconds", "pearson_low", "pearson_high", "spearman_low", "spearman_high"),
+    *("forwards", "backwards", "seconds", "pearson_low", "pearson_high", "spearman_low", "spearman_high", "jaccard"),
 )
 _COMPARED = ("resid", "attn", "mlp", "heads", "q", "k", "v")
-# A pass of patching holds many patches anyway; with few pairs at a time the bar moves, and an interruption costs little.
-_PAIRS_PATCHED = 16
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,11 @@ class Comparison:
     Attributes:
         table: as `compare_with_patching` returns it.
         scores: one row per component and index: component, layer, position or head (`index`), patching, and one column per method; averaged
-            over pairs.
+            over pairs. Of the first method with intervals also low, high and reliable; top_frequency and q_value of the effects of patching
+            over resamples of the pairs (see `evaluation.stability`).
         patching_seconds: what the yardstick cost.
+        yardstick: what tells whether the yardstick can be trusted, per component (see `evaluation.yardstick`); doubts: the same in words.
+        bracketed: the method that low and high belong to, and by component how often its intervals hold the effect of patching.
     """
 
     table: pd.DataFrame
@@ -58,6 +70,9 @@ class Comparison:
     patching_seconds: float
     n_pairs: int
     direction: str
+    yardstick: pd.DataFrame
+    doubts: tuple[str, ...]
+    bracketed: tuple[str, dict[str, Coverage]] | None
 
     def heads(self, column: str) -> np.ndarray:
         """A column of `scores` for the heads, [layer, head]."""
@@ -94,7 +109,8 @@ def compare_with_patching(
 
     Columns: method, component; pearson, spearman, sign_agreement, top_k_overlap, magnitude_error (see `evaluation.agreement`); completeness
     (the largest error at any layer of "the residual stream's scores add up to m(clean) - m(corrupt)", as a share of that); forwards and
-    backwards (passes over each pair) and seconds of the method, the same for all its components; pearson_low to spearman_high.
+    backwards (passes over each pair) and seconds of the method, the same for all its components; pearson_low to spearman_high; jaccard
+    (what the top k found on two halves of the pairs have in common, see `evaluation.stability`).
 
     Under `accelerate launch` each process takes its share of the pairs, and all return the whole table.
 
@@ -156,13 +172,16 @@ def compare(
         direction=direction,
         run=run,
     )
-    effects, gap, together, patching_seconds = _effects(model, stream, components, direction)
+    effects, by_direction, gaps, patching_seconds = effects_of_patching(model, stream, components, direction)
+    gap, together = float(gaps.mean()), len(gaps) == 1 < len(pairs)
     rows: list[dict[str, Any]] = []
     columns: dict[tuple[str, str], np.ndarray] = {}
+    bracketed: tuple[str, dict[str, Coverage]] | None = None
+    intervals_of: dict[str, Reliability] = {}
     for number, method in enumerate(chosen):
         wanted = [name for name in dict.fromkeys(("resid", *components)) if name in method.components]
         scores_by_component, seconds = stream.collect(f"{number} {method.name}", _estimate(model, method, wanted, run), method.name)
-        scores = {name: values.permute(1, 2, 0).numpy() for name, values in scores_by_component.items()}  # [layer, index, pair]
+        scores = {name: scores_by_component[name].permute(1, 2, 0).numpy() for name in wanted}  # [layer, index, pair]
         if together:
             scores = {name: values.sum(2, keepdims=True) for name, values in scores.items()}
         shared = {
@@ -175,6 +194,14 @@ def compare(
             estimate = scores[name].reshape(-1, scores[name].shape[2])
             rows.append({"method": method.name, "component": name, **_cell(estimate, effects[name], top_k, pooled, resamples), **shared})
             columns[method.name, name] = mean_over_pairs(estimate)
+        if method.bracket is not None and bracketed is None:
+            for name in [name for name in components if name in wanted]:
+                around = [values.mean(0).flatten().numpy() for key, values in scores_by_component.items() if key.startswith(f"{name}: ")]
+                intervals_of[name] = reliability(name, columns[method.name, name], np.stack(around))
+            held = {
+                name: coverage(found, columns[method.name, name], mean_over_pairs(effects[name])) for name, found in intervals_of.items()
+            }
+            bracketed = method.name, held
     table = pd.DataFrame(rows)[list(COLUMNS)]
     # A method that scores heads alone is not ranked among those that were tried on everything.
     full = table["method"].map(table["method"].value_counts()) == len(components)
@@ -187,14 +214,26 @@ def compare(
     )
     table["method"] = pd.Categorical(table["method"], categories=list(best), ordered=True)
     table = table.sort_values("method", kind="stable").astype({"method": str}).reset_index(drop=True)
-    return Comparison(table, _scores(effects, columns, components, chosen, n_layers(model)), patching_seconds, len(pairs), direction)
+    yardstick = yardstick_table(effects, by_direction, gap, n_layers=n_layers(model))
+    error = float(gaps.std(ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else float("nan")
+    all_scores = _scores(effects, columns, components, chosen, n_layers(model), intervals_of)
+    doubts = tuple(yardstick_warnings(yardstick, gap, error))
+    return Comparison(table, all_scores, patching_seconds, len(pairs), direction, yardstick, doubts, bracketed)
 
 
 def _estimate(
     model: TransformerBridge, method: Estimator, components: Sequence[str], run: Run
 ) -> Callable[[PromptPairs], dict[str, torch.Tensor]]:
-    """What a method says of a batch."""
-    return lambda batch: method(model, batch, components, run=run)
+    """What a method says of a batch; of one with intervals also what these are made of, as `component: estimate`."""
+
+    def step(batch: PromptPairs) -> dict[str, torch.Tensor]:
+        if method.bracket is None or method.centre is None:
+            return method(model, batch, components, run=run)
+        estimates = method.bracket(model, batch, components)
+        parts = {f"{name}: {estimate}": scores for estimate, found in estimates.items() for name, scores in found.items()}
+        return method.centre(estimates) | parts
+
+    return step
 
 
 def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
@@ -202,30 +241,6 @@ def _incompleteness(resid: np.ndarray | None, gap: float) -> float:
     if resid is None or not gap:
         return float("nan")
     return float(np.abs(resid.sum(1).mean(1) - gap).max() / abs(gap))
-
-
-def _effects(
-    model: TransformerBridge, stream: PairStream, components: Sequence[str], direction: Direction
-) -> tuple[dict[str, np.ndarray], float, bool, float]:
-    """Effects [component, pair] of each kind of component, layer by layer, and the mean gap between the runs; whether the metric is one
-    number, and has one effect, for all pairs together; and the seconds it took."""
-
-    def step(batch: PromptPairs) -> dict[str, torch.Tensor]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*same value on clean and corrupt")  # said once, below, of all pairs
-            patched = activation_patching(model, batch, components, direction=direction, progress=False)
-        assert patched.corrupt is not None  # this is patching, not ablation
-        rows = {name: [i for i, node in enumerate(patched.nodes) if node.component == name] for name in components}
-        return {name: patched.effect[rows[name]].T for name in components} | {"clean": patched.clean, "corrupt": patched.corrupt}
-
-    pairs = stream.pairs  # there can be more processes than pairs
-    size = rows_together(model, as_target(pairs.target), pairs.clean, mask=pairs.clean_mask, size=_PAIRS_PATCHED) if len(pairs) else 1
-    effects_by_component, seconds = stream.collect("patching", step, "activation patching", size=size)
-    clean, corrupt = effects_by_component.pop("clean"), effects_by_component.pop("corrupt")
-    if stream.processes.index == 0:
-        check_gap(clean, corrupt)
-    effects = {name: values.T.numpy() for name, values in effects_by_component.items()}
-    return effects, float((clean - corrupt).mean()), len(clean) == 1 < len(pairs), seconds
 
 
 def _cell(estimate: np.ndarray, effect: np.ndarray, top_k: int | None, pooled: bool, resamples: int) -> dict[str, float]:
@@ -245,6 +260,7 @@ def _cell(estimate: np.ndarray, effect: np.ndarray, top_k: int | None, pooled: b
         "pearson_high": bounds["pearson"][1],
         "spearman_low": bounds["spearman"][0],
         "spearman_high": bounds["spearman"][1],
+        "jaccard": stability(estimate, k).jaccard,
     }
 
 
@@ -254,6 +270,7 @@ def _scores(
     components: Sequence[str],
     methods: Sequence[Estimator],
     n_layers: int,
+    intervals_of: dict[str, Reliability],
 ) -> pd.DataFrame:
     """Every score averaged over pairs, methods beside the effect of patching."""
     frames = []
@@ -270,5 +287,8 @@ def _scores(
         )
         for method in methods:
             frame[method.name] = columns.get((method.name, name), np.nan)
-        frames.append(frame)
+        if name in intervals_of:
+            frame = frame.assign(**vars(intervals_of[name]))
+        tested = stability(effects[name], max(3, len(mean) // 10))
+        frames.append(frame.assign(top_frequency=tested.frequency, q_value=tested.q_value))
     return pd.concat(frames, ignore_index=True)

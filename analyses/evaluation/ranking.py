@@ -1,36 +1,39 @@
-"""Rank the heads or neurons of a model over a set of prompt pairs: mean score, standard error, and how often each is in the top k."""
+"""Rank the heads or neurons of a model over a set of prompt pairs: mean score, its error, and whether other pairs would say the same."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.components import Run, resolve_component, resolve_run
+from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.pass_size import pairs_per_pass
 from analyses.datasets.streaming import PairStream
+from analyses.evaluation.ranking_certified import certified
 from analyses.evaluation.ranking_check import Replacement, ablate_top
+from analyses.evaluation.ranking_sums import RankingSums
 from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_heads, n_layers
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
 from lens_relevance import RelevanceError
+from lens_relevance.errors import OutOfRangeError
 from lens_relevance.hooks.model_state import left_as_found
 
 
 def rank_heads(
     model: TransformerBridge,
     pairs: PromptPairs,
-    method: str | Estimator = "deeplift",
+    method: str | Estimator = "combined",
     *,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
     ablate: bool | Replacement = False,
+    certify: int | None = None,
+    direction: Direction = "mean",
     checkpoint: str | Path | None = None,
     component: str = "heads",
 ) -> pd.DataFrame:
@@ -38,121 +41,137 @@ def rank_heads(
 
     Args:
         method: a ruleset or another method of `analyses.methods`; the score of a head is its estimate of the effect of patching z.
-        run: where coefficients are taken: "corrupt", "clean" or their "mean" (one and the same for `deeplift`).
-        top_k: what counts as "in the top" for a single pair, by magnitude; a tenth of the heads, 3 at least, by default.
+        run: where coefficients are taken: "corrupt", "clean" or their "mean" (one and the same for `combined` and `deeplift`).
+        top_k: what counts as "in the top", by magnitude; a tenth of the heads, 3 at least, by default.
         batch_size: pairs per pass; None for as many as fit (see `analyses.datasets.pass_size`).
         ablate: verify the ranking by ablating its top k, and k random heads, to their values in the corrupt run ("corrupt", or True) or
             to their mean over the clean prompts ("mean"): the result's `attrs["ablation"]`, an `AblationCheck`.
+        certify: patch heads until the first `certify` places are settled, given the intervals (see `evaluation.certification`); the
+            result's `attrs["certificate"]`, a `Certificate`, says what that took. Needs a method with intervals, as `combined` is.
+        direction: the yardstick of `certify`: denoising, noising, or the mean of both.
         checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
         component: what of a head is scored: what it gives ("heads"), or its queries, keys or values (under grouped-query attention there
-            is a row per key-value head). `method="atp_star"` recomputes the softmax for queries and keys.
+            is a row per key-value head).
 
     Returns:
         A row per head: layer, head, score (mean over pairs, in the units of the target), standard_error, top_share (share of pairs in
-        which the head is among the top k).
+        which the head is among the top k), top_frequency (share of bootstrap resamples of the pairs in which it is) and q_value (the
+        smallest false-discovery rate at which it counts as different from 0: see `evaluation.stability`; `attrs["stability"]` sums it up).
+        Of a method with intervals also low, high and reliable (see `evaluation.reliability`), and with `certify` source, "estimated" or
+        "patched": what has been patched has its effect as score, low and high.
 
     Under `accelerate launch` each process takes its share of the pairs, and all return the whole ranking.
     """
     if resolve_component(component).index != "head":
         raise RelevanceError(f"rank_heads ranks heads, q, k or v, not {component!r}")
     top_k = top_k if top_k is not None else max(3, n_layers(model) * n_heads(model) // 10)
-    return _rank(model, require_pairs(pairs), estimator(method), run, component, top_k, batch_size, ablate, checkpoint)
+    asked = _Asked(component, run, top_k, batch_size, ablate, certify, direction, checkpoint)
+    return _rank(model, require_pairs(pairs), estimator(method), asked)
 
 
 def rank_neurons(
     model: TransformerBridge,
     pairs: PromptPairs,
-    method: str | Estimator = "deeplift",
+    method: str | Estimator = "combined",
     *,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
     ablate: bool | Replacement = False,
+    certify: int | None = None,
+    direction: Direction = "mean",
+    layer: int | None = None,
     checkpoint: str | Path | None = None,
 ) -> pd.DataFrame:
-    """MLP neurons (after the activation), as `rank_heads` ranks heads: columns layer, neuron, score, standard_error, top_share.
+    """MLP neurons (after the activation), as `rank_heads` ranks heads; the column of the index is `neuron`.
 
-    `top_k` is 10 by default.
+    Args:
+        top_k: 10 by default.
+        layer: rank the neurons of this layer alone.
     """
     top_k = 10 if top_k is None else top_k
-    return _rank(model, require_pairs(pairs), estimator(method), run, "neurons", top_k, batch_size, ablate, checkpoint)
+    asked = _Asked("neurons", run, top_k, batch_size, ablate, certify, direction, checkpoint, layer)
+    return _rank(model, require_pairs(pairs), estimator(method), asked)
+
+
+def rank_positions(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    method: str | Estimator = "combined",
+    *,
+    component: str = "attn",
+    run: Run = "corrupt",
+    top_k: int | None = None,
+    batch_size: int | None = None,
+    certify: int | None = None,
+    direction: Direction = "mean",
+    checkpoint: str | Path | None = None,
+) -> pd.DataFrame:
+    """Attention outputs (or MLP outputs, or the residual stream) by layer and position, as `rank_heads` ranks heads.
+
+    The column of the index is `position`: prompts have to be aligned. `top_k` is 10 by default.
+
+    Args:
+        component: attn, mlp or resid.
+    """
+    if resolve_component(component).name not in ("attn", "mlp", "resid"):
+        raise RelevanceError(f"rank_positions ranks attn, mlp or resid by position, not {component!r}")
+    asked = _Asked(component, run, 10 if top_k is None else top_k, batch_size, False, certify, direction, checkpoint)
+    return _rank(model, require_pairs(pairs), estimator(method), asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a ranking was asked for; see `rank_heads`."""
+
+    component: str
+    run: Run
+    top_k: int
+    batch_size: int | None
+    ablate: bool | Replacement
+    certify: int | None
+    direction: Direction
+    checkpoint: str | Path | None
+    layer: int | None = None
 
 
 @left_as_found
-def _rank(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    method: Estimator,
-    run: Run,
-    name: str,
-    top_k: int,
-    batch_size: int | None,
-    ablate: bool | Replacement,
-    checkpoint: str | Path | None,
-) -> pd.DataFrame:
-    if top_k < 1:
-        raise RelevanceError(f"top_k is a number of components, at least 1, not {top_k}")
-    if ablate not in (False, True, "corrupt", "mean"):
-        raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {ablate!r}')
-    kind, run = resolve_component(name), resolve_run(run)
-    size = batch_size if batch_size is not None else pairs_per_pass(model, pairs, [method], [kind.name], run=run, checkpoint=checkpoint)
-    stream = PairStream(model, pairs, size, checkpoint=checkpoint, analysis=f"rank {kind.name}", method=method.name, run=run, top_k=top_k)
+def _rank(model: TransformerBridge, pairs: PromptPairs, method: Estimator, asked: _Asked) -> pd.DataFrame:
+    kind, run, layer, top_k = resolve_component(asked.component), resolve_run(asked.run), asked.layer, asked.top_k
+    _check(model, method, asked)
+    size = asked.batch_size
+    if size is None:
+        size = pairs_per_pass(model, pairs, [method], [kind.name], run=run, checkpoint=asked.checkpoint)
+    settings = {"method": method.name, "run": run, "top_k": top_k} | ({} if layer is None else {"layer": layer})
+    stream = PairStream(model, pairs, size, checkpoint=asked.checkpoint, analysis=f"rank {kind.name}", **settings)
+    layers = slice(None) if layer is None else slice(layer, layer + 1)
     totals = stream.fold(
-        lambda: _Totals(top_k),
-        lambda batch: method(model, batch, [kind.name], run=run)[kind.name],
+        lambda: RankingSums(top_k, len(pairs), stream.first),
+        lambda batch: method.with_bracket(model, batch, kind.name, run=run)[:, :, layers],
         f"ranking {kind.name} by {method.name}",
     )
-    ranking = totals.frame(kind.index)
-    if ablate:
+    ranking = totals.frame(kind)
+    ranking["layer"] += layer or 0
+    if asked.certify is not None:
+        ranking = certified(model, stream, kind, ranking=ranking, k=asked.certify, direction=asked.direction)
+    ranking = ranking.sort_values("score", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+    if asked.ablate:
         ranked = list(zip(ranking["layer"].tolist(), ranking[kind.index].tolist(), strict=True))
-        replacement: Replacement = "corrupt" if ablate is True else ablate
+        replacement: Replacement = "corrupt" if asked.ablate is True else asked.ablate
         ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked=ranked, k=top_k, replacement=replacement)
     return ranking
 
 
-class _Totals:
-    """Running sums over pairs, from which mean, standard error and top shares follow; nothing is kept per pair."""
-
-    def __init__(self, top_k: int) -> None:
-        self.top_k, self.count = top_k, 0
-
-    def add(self, scores: Float[Tensor, "batch layer index"]) -> None:
-        """Take in the scores of a batch."""
-        scores = scores.detach().double().cpu()
-        flat, mean = scores.flatten(1), scores.mean(0)
-        top = torch.zeros_like(flat).scatter_(1, flat.abs().topk(min(self.top_k, flat.shape[1])).indices, 1.0).sum(0).reshape(mean.shape)
-        self.merge({"count": torch.tensor(len(scores)), "mean": mean, "deviations": ((scores - mean) ** 2).sum(0), "top": top})
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums so far, as tensors."""
-        if not self.count:
-            return {}
-        return {"count": torch.tensor(self.count), "mean": self.mean, "deviations": self.deviations, "top": self.top}
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Take in the sums of other pairs."""
-        count, mean, deviations, top = int(state["count"]), state["mean"], state["deviations"], state["top"]
-        if not self.count:
-            self.count, self.mean, self.deviations, self.top = count, mean, deviations, top
-            return
-        # Chan et al. 1983: sums of squared deviations of two batches as one, without the cancellation of a plain sum of squares.
-        total, change = self.count + count, mean - self.mean
-        self.deviations = self.deviations + deviations + change**2 * self.count * count / total
-        self.mean = self.mean + change * count / total
-        self.top, self.count = self.top + top, total
-
-    def frame(self, name: str) -> pd.DataFrame:
-        """The ranking, with the column `name` for the index within a layer."""
-        layers, index = (axis.flatten().tolist() for axis in torch.meshgrid(*map(torch.arange, self.mean.shape), indexing="ij"))
-        # One pair has no spread, and so no standard error.
-        variance = self.deviations / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, torch.nan)
-        frame = pd.DataFrame(
-            {
-                "layer": layers,
-                name: index,
-                "score": self.mean.flatten().tolist(),
-                "standard_error": (variance / self.count).sqrt().flatten().tolist(),
-                "top_share": (self.top / self.count).flatten().tolist(),
-            }
-        )
-        return frame.sort_values("score", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+def _check(model: TransformerBridge, method: Estimator, asked: _Asked) -> None:
+    """Refuse what cannot be ranked, before the model runs."""
+    resolve_direction(asked.direction)
+    if asked.top_k < 1:
+        raise RelevanceError(f"top_k is a number of components, at least 1, not {asked.top_k}")
+    if asked.ablate not in (False, True, "corrupt", "mean"):
+        raise RelevanceError(f'ablate is "corrupt" (or True), "mean" or False, not {asked.ablate!r}')
+    if asked.certify is not None and asked.certify < 1:
+        raise RelevanceError(f"certify is a number of places, at least 1, not {asked.certify}")
+    if asked.certify is not None and method.bracket is None:
+        raise RelevanceError(f"{method.name} has no intervals, so it cannot be certified what comes first; choose the method combined")
+    if asked.layer is not None and not 0 <= asked.layer < n_layers(model):
+        raise OutOfRangeError(f"there is no layer {asked.layer}, the model has {n_layers(model)} layers")

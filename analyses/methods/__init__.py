@@ -6,6 +6,8 @@ The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficie
 |---|---|---|
 | a ruleset | the coefficient under it; `gradient` is attribution patching (Nanda 2023; Syed et al. 2023) | 2 forwards, 1 backward |
 | `atp_star` | the gradient; for q and k the softmax is recomputed (AtP*, Kramar et al. 2024) | 4, 1 |
+| `combined` | between gradient (both runs) and `deeplift`, by kind of component; q and k by `second_order` | 4, 3 |
+| `second_order` | the gradient, and half the Hessian times the change; our reading of arXiv 2606.09899 | 4, 1 + 1 per layer |
 | `deeplift_shapley` | q, k and v only: what the three do together at a head's output, by Shapley values under `deeplift` | 2, 1 |
 | `eap_ig` | gradient averaged over embeddings between corrupt and clean (EAP-IG-inputs, Hanna et al. 2024) | steps + 2, steps |
 | `conductance` | integrated gradients of hidden units: g and the change of a, step by step (Dhamdhere et al. 2018) | steps + 3, steps + 1 |
@@ -23,16 +25,20 @@ from functools import partial
 
 from analyses.methods.atp_star_method import atp_star
 from analyses.methods.base import Estimator, Scores, TokenScores, collect, points
+from analyses.methods.combined_method import combined
 from analyses.methods.conductance_method import conductance
 from analyses.methods.deeplift_shapley_method import deeplift_shapley
 from analyses.methods.direct_logit_method import direct_logit_attribution
 from analyses.methods.eap_ig_method import eap_ig, integrated_edges
 from analyses.methods.registry import estimator, method_names, register_method
 from analyses.methods.ruleset_method import by_ruleset
+from analyses.methods.second_order_method import second_order
 from analyses.methods.token_relevance_method import by_attention
 from lens_relevance.attention_methods.methods import ALIASES
 from lens_relevance.attention_methods.methods import METHODS as ATTENTION_METHODS
 
+register_method("combined", combined)
+register_method("second_order", second_order)
 register_method("atp_star", atp_star)
 register_method("deeplift_shapley", deeplift_shapley)
 register_method("eap_ig", eap_ig)
@@ -49,6 +55,7 @@ __all__ = [
     "by_attention",
     "by_ruleset",
     "collect",
+    "combined",
     "conductance",
     "deeplift_shapley",
     "direct_logit_attribution",
@@ -58,4 +65,5 @@ __all__ = [
     "method_names",
     "points",
     "register_method",
+    "second_order",
 ]

@@ -49,7 +49,7 @@ def atp_star() -> Estimator:
         g_z = {point: cache.coefficients[cache.canonical(point)] for point in heads}
         for component in corrected:
             clean = {point: cache.reference_activations[cache.canonical(point)] for point in points(model, [component])}
-            anew, n_nodes = _outputs(model, pairs, clean, z), next(iter(clean.values())).shape[2]
+            anew, n_nodes = recomputed_outputs(model, pairs, clean, z), next(iter(clean.values())).shape[2]
             effects = {point: (anew[point] - z[point]) * g_z[point] for point in heads}
             by_component[component] = collect(model, ["heads"], effects.__getitem__)["heads"].unflatten(2, (n_nodes, -1)).sum(3)
         return {component: by_component[component] for component in components}
@@ -58,7 +58,7 @@ def atp_star() -> Estimator:
 
 
 @torch.no_grad()
-def _outputs(model: TransformerBridge, pairs: PromptPairs, clean: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
+def recomputed_outputs(model: TransformerBridge, pairs: PromptPairs, clean: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
     """What every head would give in the corrupt run with the clean run's q or k, by the point of its z.
 
     One forward for all layers: each one's q or k is exchanged, and its z set back before the next layer reads it. Heads do not look at

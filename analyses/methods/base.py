@@ -22,6 +22,10 @@ from lens_relevance.logit_reading import without_logits
 Scores = dict[str, Float[Tensor, "batch layer index"]]
 """Per component: [batch, layer, position] for resid, attn, mlp; [batch, layer, head] and [batch, layer, neuron], summed over positions."""
 
+Estimates = Float[Tensor, "batch estimate layer index"]
+Bracket = dict[str, Scores]
+"""Several estimates of the same scores, by the name of the estimate."""
+
 
 @runtime_checkable
 class TokenScores(Protocol):
@@ -60,6 +64,9 @@ class Estimator:
         single_run: whether it looks at the clean prompts alone, so that `run` does not matter.
         edges: (model, pairs) -> edges of clean against corrupt, with coefficients taken on the corrupt run; None where it has none.
         tokens: scores of the tokens of single prompts; None where it needs a pair.
+        bracket: (model, pairs, components) -> estimates of patching, by name, between which the patched value is to be expected; None where
+            the method knows one estimate alone. See `analyses.evaluation.reliability`.
+        centre: what `one_run` makes of the estimates of `bracket`.
     """
 
     name: str
@@ -71,6 +78,8 @@ class Estimator:
     single_run: bool = False
     edges: Callable[[Any, PromptPairs], EdgeAttribution] | None = None
     tokens: TokenScores | None = None
+    bracket: Callable[[Any, PromptPairs, Sequence[str]], Bracket] | None = None
+    centre: Callable[[Bracket], Scores] | None = None
 
     def passes(self, run: Run) -> int:
         """How often the runs are taken: 1, or 2 where both directions are averaged."""
@@ -84,8 +93,7 @@ class Estimator:
         where = resolve_run(run)
         if where == "corrupt" or self.single_run or (where == "mean" and self.symmetric):
             return [(1.0, pairs)]
-        turned = PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)
-        return [(-1.0, turned)] if where == "clean" else [(0.5, pairs), (-0.5, turned)]
+        return [(-1.0, turned(pairs))] if where == "clean" else [(0.5, pairs), (-0.5, turned(pairs))]
 
     def __call__(self, model: TransformerBridge, pairs: PromptPairs, components: Sequence[str], *, run: Run = "corrupt") -> Scores:
         """Scores of each component for each pair, in the units of the target, by the components' names (not their aliases).
@@ -102,6 +110,20 @@ class Estimator:
         for name, scores in total.items():
             _check_finite(f"{self.name} gives scores of {name}", scores)
         return total
+
+    def with_bracket(self, model: TransformerBridge, pairs: PromptPairs, component: str, *, run: Run = "corrupt") -> Estimates:
+        """The scores of a kind of component, and after them the estimates of `bracket`, if this method has any."""
+        if self.bracket is None or self.centre is None:
+            return self(model, pairs, [component], run=run)[component].unsqueeze(1)
+        estimates = {name: scores for name, scores in self.bracket(model, pairs, [component]).items() if component in scores}
+        for name, scores in estimates.items():
+            _check_finite(f"{self.name}'s {name} gives scores of {component}", scores[component])
+        return torch.stack([self.centre(estimates)[component], *(scores[component] for scores in estimates.values())], dim=1)
+
+
+def turned(pairs: PromptPairs) -> PromptPairs:
+    """The pairs with clean and corrupt in each other's place."""
+    return PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)
 
 
 def _check_finite(what: str, scores: Float[Tensor, "batch layer index"]) -> None:

@@ -82,7 +82,8 @@ def test_rank_writes_all_rows(run: Callable[..., Result], tmp_path: Path) -> Non
     result = run("rank", "neurons", "--n", "4", "--method", "relp", "--top", "3", "--out", str(tmp_path / "neurons.csv"))
     assert result.exit_code == 0, result.output
     frame = pd.read_csv(tmp_path / "neurons.csv")
-    assert list(frame.columns) == ["layer", "neuron", "score", "standard_error", "top_share"] and len(frame) == 4 * 256
+    assert list(frame.columns) == ["layer", "neuron", "score", "standard_error", "top_share", "top_frequency", "q_value"]
+    assert len(frame) == 4 * 256
 
 
 def test_compare_prints_the_table_and_writes_it(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_pairs_of_your_own(run: Callable[..., Result], tmp_path: Path) -> None:
         (("report", "--model", "./no/such/folder"), "there is no folder ./no/such/folder"),
         (("explain", "--prompt", PROMPT, "--answer", "Mary John"), "is 2 tokens"),
         (("explain", "--prompt", PROMPT, "--answer", "Mary", "--against", "Mary gave"), "a position must mean the same"),
-        (("rank", "tails"), "rank heads or neurons, not 'tails'"),
+        (("rank", "tails"), "rank heads, neurons, attention, not 'tails'"),
         (("compare", "--methods", "nonsense", "--n", "2"), "unknown method 'nonsense'"),
         (("compare", "--direction", "sideways"), "direction is denoising"),
         (("rank", "--task", "chess"), "unknown task 'chess'"),

@@ -42,7 +42,7 @@ def test_mean_error_and_top_share_are_those_of_the_single_pairs(gpt2: Transforme
     ranking = rank_heads(gpt2, pairs, "attnlrp", top_k=3, batch_size=2)
     scores = by_hand(gpt2, pairs, "attnlrp")
     top = torch.stack([row.flatten().abs() >= row.flatten().abs().topk(3).values[-1] for row in scores]).double().mean(0)
-    assert list(ranking.columns) == ["layer", "head", "score", "standard_error", "top_share"]
+    assert list(ranking.columns) == ["layer", "head", "score", "standard_error", "top_share", "top_frequency", "q_value"]
     assert ranking["score"].abs().is_monotonic_decreasing
     for row in ranking.itertuples():
         values = scores[:, row.layer, row.head]

@@ -326,6 +326,11 @@ MUTATIONS = [
     *of(
         "analyses/evaluation/ranking.py",
         _RANKING,
+        ("the ranking by sign", 'ranking.sort_values("score", key=abs, ascending=False', 'ranking.sort_values("score", ascending=False'),
+    ),
+    *of(
+        "analyses/evaluation/ranking_sums.py",
+        _RANKING,
         ("standard deviations in place of errors", '"standard_error": (variance / self.count).sqrt()', '"standard_error": variance.sqrt()'),
         (
             "the spread over n",
@@ -334,11 +339,10 @@ MUTATIONS = [
         ),
         (
             "batches' means are not told apart",
-            "self.deviations + deviations + change**2 * self.count * count / total",
-            "self.deviations + deviations",
+            'self.deviations + state["deviations"] + change**2 * self.count * count / total',
+            'self.deviations + state["deviations"]',
         ),
         ("top by sign", "flat.abs().topk(min(self.top_k, flat.shape[1]))", "flat.topk(min(self.top_k, flat.shape[1]))"),
-        ("the ranking by sign", 'frame.sort_values("score", key=abs, ascending=False', 'frame.sort_values("score", ascending=False'),
         (
             "a later batch weighs as much as all before",
             "self.mean = self.mean + change * count / total",
@@ -384,8 +388,8 @@ MUTATIONS = [
         ),
         (
             "pairs are not drawn together",
-            "means = [_weighted(values, drawn) for values in (estimates, effects)]",
-            "means = [_weighted(estimates, drawn), _weighted(effects, drawn[::-1])]",
+            "means = [weighted_means(values, drawn) for values in (estimates, effects)]",
+            "means = [weighted_means(estimates, drawn), weighted_means(effects, drawn[::-1])]",
         ),
     ),
     *of(
