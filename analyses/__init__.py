@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from analyses.circuits import faithfulness_table
     from analyses.describe import describe_head, describe_neuron
     from analyses.evaluation.comparison import compare_with_patching
-    from analyses.evaluation.ranking import rank_heads, rank_neurons
+    from analyses.evaluation.ranking import rank_heads, rank_neurons, rank_positions
     from analyses.graph import flow_graph
     from analyses.methods import Estimator, conductance, direct_logit_attribution, eap_ig
     from analyses.models.encoders import bridge_encoder
@@ -35,6 +35,7 @@ _HOME = {
     "load_model": "models.loading",
     "rank_heads": "evaluation.ranking",
     "rank_neurons": "evaluation.ranking",
+    "rank_positions": "evaluation.ranking",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "load_model",
     "rank_heads",
     "rank_neurons",
+    "rank_positions",
 ]
 
 

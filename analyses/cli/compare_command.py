@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from analyses.cli.app import app
 from analyses.cli.options import (
@@ -55,7 +56,14 @@ def compare(
     from analyses.evaluation.comparison import compare as compare_methods
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
-    from analyses.report.comparison_page import UNDEFINED, best_methods, comparison_page, correlation_table
+    from analyses.report.comparison_page import (
+        UNDEFINED,
+        best_methods,
+        comparison_page,
+        correlation_table,
+        coverage_lines,
+        yardstick_shown,
+    )
     from analyses.report.terminal import frame_table
     from lens_relevance.inputs.targets import describe
 
@@ -70,12 +78,14 @@ def compare(
     if here.index:
         return  # every process has the result; the first one speaks
     console = Console()
-    console.print(
-        frame_table(correlation_table(comparison.table, brief=True), f"Pearson with activation patching ({direction}), {question.words}")
-    )
+    title = f"Pearson, and under it Spearman, with activation patching ({direction}), {question.words}"
+    console.print(frame_table(correlation_table(comparison.table, brief=True), title))
     console.print(frame_table(best_methods(comparison.table), "Best"))
     if comparison.table["pearson"].isna().any():
         say(UNDEFINED)
+    console.print(frame_table(yardstick_shown(comparison), "Checks of the yardstick"))
+    for line in (*(f"Doubtful: {doubt}" for doubt in comparison.doubts), *coverage_lines(comparison)):
+        console.print(Text(line))
     if out.suffix == ".csv":
         file.write_table(comparison.table)
     else:

@@ -17,6 +17,7 @@ from analyses.evaluation.agreement import bootstrap_weights, weighted_means
 Array = np.ndarray
 
 RESAMPLES, SPLITS, FLIPS = 100, 20, 1000
+_SILENT = 1e-6  # of the largest sum: rounding of patched runs
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Stability:
         return (
             f"top {self.k} of two halves of the pairs share {self.jaccard:.2f} (Jaccard, mean of {SPLITS} splits); "
             f"{int((self.frequency >= 0.9).sum())} are in the top {self.k} of at least 90 % of resamples; "
-            f"{int((self.q_value <= 0.05).sum())} of {len(self.q_value)} differ from 0 (false-discovery rate 5 %)"
+            f"{int((self.q_value <= 0.05).sum())} of {int((~np.isnan(self.q_value)).sum())} differ from 0 (false-discovery rate 5 %)"
         )
 
 
@@ -89,11 +90,11 @@ def stability(scores: Array, k: int, *, seed: int = 0) -> Stability:
 def from_sums(resampled: Array, halves: Array, flipped: Array, k: int) -> Stability:
     """Stability from the means of each resample and half, and from the sums under each choice of signs, [row, component]."""
     p_value = sign_flip_p_values(flipped)
-    there = ~np.isnan(p_value)
-    q_value = np.full_like(p_value, np.nan)
-    if not there.any():
+    there, q_value = ~np.isnan(p_value), np.full_like(p_value, np.nan)
+    if there.any():
+        q_value[there] = false_discovery_control(p_value[there])
+    if np.isnan(flipped).all():  # of a single pair there are no halves
         return Stability(k, q_value, float("nan"), p_value, q_value)
-    q_value[there] = false_discovery_control(p_value[there])
     tops = top_sets(halves, k)
     both, either = (tops[::2] & tops[1::2]).sum(1), (tops[::2] | tops[1::2]).sum(1)
     return Stability(k, top_sets(resampled, k).mean(0), float((both / either).mean()), p_value, q_value)
@@ -111,11 +112,13 @@ def sign_flip_p_values(flipped: Array) -> Array:
     """Two-sided p-values of the paired sign-flip test that a mean is 0, [component].
 
     Were there no effect, each pair's score could as well have had the other sign. The p-value is the share of choices of signs whose sum is
-    at least as far from 0 as the one that was seen; NaN where the sums are.
+    at least as far from 0 as the one that was seen; NaN where the sums are, and where every choice gives next to nothing: what does nothing
+    on any pair is no hypothesis to test.
 
     Args:
         flipped: sums under each choice of signs, [flip, component], as seen in the first row.
     """
     sums = np.abs(flipped)
     share = (sums >= sums[0] * (1 - 1e-9)).mean(0)
-    return np.where(np.isnan(sums[0]), np.nan, share)
+    silent = sums.max(0) <= _SILENT * np.nan_to_num(sums).max(initial=0.0)
+    return np.where(np.isnan(sums[0]) | silent, np.nan, share)

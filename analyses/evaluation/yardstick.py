@@ -7,14 +7,16 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from analyses.components import COMPONENTS
 from analyses.evaluation.agreement import correlation, mean_over_pairs
-from analyses.evaluation.stability import stability
+from analyses.evaluation.stability import FLIPS, stability
 
 Array = np.ndarray
 
 COLUMNS = ("component", "n", "sum_over_gap", "directions", "above_noise", "near_zero")
 RATE = 0.05
 _NEAR_ZERO = 0.01
+_FEW = 3
 
 
 def yardstick_table(
@@ -30,8 +32,8 @@ def yardstick_table(
     Returns:
         component; n; sum_over_gap (sum of the single effects over the gap; of the residual stream the mean over layers, as each layer
         holds everything); directions (Pearson's correlation of denoising with noising over components, NaN where one was patched);
-        above_noise (components whose effect differs from 0 at a false-discovery rate of 5 %, NaN for fewer than two pairs); near_zero
-        (share of components whose effect is below 1 % of the largest).
+        above_noise (components whose effect differs from 0 at a false-discovery rate of 5 %, NaN where the pairs are too few to tell
+        three of them); near_zero (share of components whose effect is below 1 % of the largest).
     """
     rows = []
     for name, values in effects.items():
@@ -39,6 +41,8 @@ def yardstick_table(
         mean = mean[~np.isnan(mean)]
         total = mean.sum() / (n_layers if name == "resid" else 1)
         tested = stability(values, top_k).q_value
+        smallest = max(2.0 ** (1 - values.shape[1]), 1 / FLIPS)  # p-value that there can be
+        can_tell = values.shape[1] > 1 and smallest * (~np.isnan(tested)).sum() <= _FEW * RATE
         rows.append(
             {
                 "component": name,
@@ -47,7 +51,7 @@ def yardstick_table(
                 "directions": float(correlation(*(mean_over_pairs(x)[None] for x in directions[name]))[0])
                 if name in directions
                 else np.nan,
-                "above_noise": float((tested <= RATE).sum()) if values.shape[1] > 1 else float("nan"),
+                "above_noise": float((tested <= RATE).sum()) if can_tell else float("nan"),
                 "near_zero": float((np.abs(mean) < _NEAR_ZERO * np.abs(mean).max(initial=0.0)).mean()) if len(mean) else float("nan"),
             }
         )
@@ -69,18 +73,22 @@ def yardstick_warnings(table: pd.DataFrame, gap: float, gap_error: float) -> lis
         )
     for row in table.to_dict("records"):
         name, directions, share, above = row["component"], float(row["directions"]), float(row["sum_over_gap"]), float(row["above_noise"])
+        label = COMPONENTS[name].label
         if directions < 0.5:
             found.append(
-                f"{name}: denoising and noising disagree (correlation {directions:.2f}), as where several components are "
+                f"{label}: denoising and noising disagree (correlation {directions:.2f}), as where several components are "
                 "needed together or can replace each other: the mean of both cannot be trusted as a yardstick; compare with one direction"
             )
         if name == "resid" and not 0.5 <= share <= 2:
             found.append(
-                f"resid: single positions add up to {share:.2f} of the gap, where whole layers hold all of it: the positions "
+                f"{label}: single positions add up to {share:.2f} of the gap, where whole layers hold all of it: the positions "
                 "act together, and a single patch says little about their shares"
             )
-        if above < 3:
+        if above < _FEW:
             found.append(
-                f"{name}: {above:.0f} of {row['n']} effects are above noise: a correlation over them is one of chance; take more pairs"
+                f"{label}: {above:.0f} of {row['n']} effects are above noise: a correlation over them is one of chance; take more pairs"
             )
+    if table["above_noise"].isna().any():
+        names = ", ".join(COMPONENTS[name].label for name in table.loc[table["above_noise"].isna(), "component"])
+        found.append(f"{names}: the pairs are too few to tell effects from noise; take more")
     return found

@@ -44,7 +44,7 @@ SERVED = {
     "graph": "The strongest paths",
     "rank heads": "ablating the top",
     "rank neurons": "neurons by relp",
-    "compare": "Pearson with activation patching",
+    "compare": "with activation patching",
     "circuit of nodes": "Circuits of nodes",
     "circuit of edges": "Circuits of edges",
     "coverage": "Rulesets on",

@@ -81,7 +81,7 @@ def test_what_cannot_be_said() -> None:
     one = stability(scores()[:, :1], 3)
     assert np.isnan(one.frequency).all() and np.isnan(one.jaccard) and np.isnan(one.p_value).all() and np.isnan(one.q_value).all()
     silent = np.array([[0.0] * 6, [1.0, -1.0] * 3, [1.0] * 6, [np.nan] * 5 + [1.0]])
-    np.testing.assert_allclose(stability(silent, 1).p_value, [1.0, 1.0, 2.0**-5, np.nan])
+    np.testing.assert_allclose(stability(silent, 1).p_value, [np.nan, 1.0, 2.0**-5, np.nan])
 
 
 def test_a_clear_ranking_is_stable_and_noise_is_not() -> None:

@@ -52,7 +52,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         [*launcher, *options, "share", str(tmp_path)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("heads by deeplift") == 1
+    assert done.stdout.count("heads by combined") == 1
     assert (tmp_path / "command.csv").exists()
     seen = [tuple(map(int, (tmp_path / f"pairs-{i}.txt").read_text().split())) for i in (0, 1)]
     assert [count for count, _ in seen] == [2, 2]
