@@ -136,7 +136,7 @@ def test_paths_are_read_from_left_to_right() -> None:
 
 def test_heads_stand_beside_patching(model: TransformerBridge, found: Findings) -> None:
     pairs = ioi(model, n=16)
-    ranking = rank_heads(model, pairs)
+    ranking = rank_heads(model, pairs, found.rules)
     effects = activation_patching(model, pairs, "z", direction="mean").to_dataframe().set_index(["layer", "head"])["effect"]
     for row, expected in zip(found.heads.itertuples(), ranking.itertuples(), strict=True):
         assert (row.layer, row.index) == (expected.layer, expected.head) and row.head == f"L{row.layer}H{row.index}"
