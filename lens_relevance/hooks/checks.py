@@ -49,8 +49,10 @@ class ForwardCheck:
         self._sites: dict[HookPoint | None, list[Site]] = {}
         for site in sites:
             self._sites.setdefault(site.output, []).append(site)
-        self._inside = set(anatomy.inside_experts)
-        self._uncovered = tuple(f"{name}." for name in anatomy.uncovered)
+        parts = tuple(f"{name}." for name in anatomy.uncovered)  # without a site
+        inner = (".hook_scale", ".hook_normalized")
+        within = [point for name, point in anatomy.points.items() if name.startswith(parts) or name.endswith(inner)]
+        self._inside = {*anatomy.inside_experts, *within}  # of an operation that is one site as a whole, or of a part without a site
         self._cuts = {anatomy.points[name] for cut in anatomy.stacks.cuts for name in cut.names}
         self._readers: dict[HookPoint, list[Site]] = {}
         for site in sites:
@@ -71,6 +73,7 @@ class ForwardCheck:
         self._left: dict[HookPoint, Tensor] = {}
         self._awaited: dict[HookPoint, int] = {}
         self._edges: dict[Edge, tuple[HookPoint, Tensor]] = {}
+        self._between: set[Edge] = set()  # those of HookPoints that lie inside nothing
 
     def begin(self) -> None:
         """Forget the forward before."""
@@ -82,6 +85,7 @@ class ForwardCheck:
         self._left.clear()
         self._awaited.clear()
         self._edges.clear()
+        self._between.clear()
 
     def arrives(self, point: HookPoint | None, x: Tensor, *, is_cut: bool = False) -> None:
         """Compare a tensor as the model computed it, before any hook of the HookPoint; None: the logits.
@@ -99,7 +103,7 @@ class ForwardCheck:
                 if torch.is_grad_enabled() and not _is_step(site):
                     self._compare_graph(site, x, inputs)
                 self._release(site.inputs)
-        if sites or self.anatomy.is_declared or not self._has_started or self._is_inside_something(point):
+        if sites or self.anatomy.is_declared or not self._has_started or point in self._inside:
             return
         if x.requires_grad:
             self._compare_between(LOGITS if point is None else str(point.name), x)
@@ -112,13 +116,13 @@ class ForwardCheck:
         """Note what the hooks of a HookPoint are handed, as they may call another HookPoint with it."""
         if not x.requires_grad or edge_of(x) in self._edges:
             return None
-        self._edges[edge_of(x)] = point, x
-        return edge_of(x)
+        return self._note_edge(point, x)
 
     def leaves(self, point: HookPoint, x: Tensor, entered: Edge | None) -> Tensor:
         """Note what the model goes on with; embeddings are put on a graph, if they are on none, so that what they reach can be seen."""
         if entered is not None:
             self._edges.pop(entered)
+            self._between.discard(entered)
         if point in self._leaves and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
         readers = sum(_is_compared(site) for site in self._readers.get(point, ()))
@@ -127,8 +131,15 @@ class ForwardCheck:
         if x.requires_grad:
             self.has_seen_graph = True
             if point not in self._read_by_sites_alone:
-                self._edges[edge_of(x)] = point, x
+                self._note_edge(point, x)
         return x
+
+    def _note_edge(self, point: HookPoint, x: Tensor) -> Edge:
+        edge = edge_of(x)
+        self._edges[edge] = point, x
+        if point not in self._inside:
+            self._between.add(edge)
+        return edge
 
     def _release(self, points: Iterable[HookPoint]) -> None:
         """Let go of tensors that no other site reads."""
@@ -136,13 +147,6 @@ class ForwardCheck:
             self._awaited[point] -= 1
             if not self._awaited[point]:
                 del self._left[point]
-
-    def _is_inside_something(self, point: HookPoint | None) -> bool:
-        """Whether a HookPoint lies in a part without a site, or within an operation that is one site as a whole (experts, norms)."""
-        if point is None:
-            return False
-        name = str(point.name)
-        return point in self._inside or name.startswith(self._uncovered) or name.endswith((".hook_scale", ".hook_normalized"))
 
     @torch.no_grad()
     def _compare(self, site: Site, output: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -156,8 +160,7 @@ class ForwardCheck:
         edges = {edge_of(value) for value in relevant if value.requires_grad}
         if len(edges) < len(relevant):
             return
-        stops = edges | {edge for edge, (point, _) in self._edges.items() if not self._is_inside_something(point)}
-        found = reached(edge_of(x), stops) if x.requires_grad else set()
+        found = reached(edge_of(x), edges | self._between) if x.requires_grad else set()
         if found <= edges and found != edges:  # if the model goes past an input, that is one of liveness, where a rule is placed
             what = f"the gradient at {site.output_name} that {site.name} passes to its inputs is cut off"
             self.note(site.name, 1.0, x.dtype, what)
@@ -170,7 +173,9 @@ class ForwardCheck:
             return
         if self._direction is None or self._direction.numel() < x.numel() or self._direction.device != x.device:
             self._direction = _probe(x.numel(), x)
-        probe = torch.where(x.isfinite(), self._direction[: x.numel()].reshape(x.shape), 0.0).to(x.dtype)
+        probe = self._direction[: x.numel()].reshape(x.shape).to(x.dtype)
+        if not x.detach().sum().isfinite():
+            probe = torch.where(x.isfinite(), probe, 0.0)
         terms, names, values = [share(x.detach(), probe)], list[str](), [x]
         for source, coefficient in pulled_back(edge, probe, self._edges).items():
             point, value = self._edges[source]
@@ -180,8 +185,11 @@ class ForwardCheck:
             terms.append(-share(value.detach(), coefficient).to(x.device))
             if point in self._biases:
                 terms.append(-share(self._biases[point].detach(), coefficient.select(-2, 0)).to(x.device))
-        finite = [torch.nan_to_num(term, 0.0, 0.0, 0.0) for term in terms]
-        total, size = torch.stack([term.sum() for term in finite]).sum(), torch.stack([term.norm() for term in finite]).norm()
+        total = torch.stack([term.sum() for term in terms]).sum()
+        if not total.isfinite():
+            terms = [torch.nan_to_num(term, 0.0, 0.0, 0.0) for term in terms]
+            total = torch.stack([term.sum() for term in terms]).sum()
+        size = torch.stack([term.norm() for term in terms]).norm()
         off = float(total.abs() / size.clamp(min=1e-30)) if names else 1.0
         what = f"{name} is not linear in the HookPoints that it is computed from ({', '.join(names) or 'none'}), and has no site"
         self.note(name, off, _coarsest(*values), what)
@@ -229,27 +237,30 @@ def off_by(operation: Operation, inputs: Sequence[Tensor], output: Tensor) -> fl
     The size is that of the largest entry of each last dimension. Where an operation ends in a matrix, both are compared along a direction,
     at the cost of a vector in place of the matrix.
     """
-    masked, output = is_masked(output), working(output)
+    masked, output = is_masked(output) if isinstance(operation, Scores) else None, working(output)
     if type(operation).along is not Operation.along:
         direction = _probe(output.shape[-1], output)
         value, output, size = operation.along(direction, *inputs), output @ direction, output.norm(dim=-1)
     else:
         value, size = working(operation(*inputs)), None
-    difference, seen = output - value.reshape(output.shape), torch.isfinite(output)
-    if isinstance(operation, Scores):
+    difference = output - value.reshape(output.shape)
+    seen = torch.isfinite(output) if masked is not None or not output.sum().isfinite() else None
+    if isinstance(operation, Scores) and seen is not None and masked is not None:
         seen = seen & ~masked
         if operation.geometry.adds_bias and operation.geometry.bias is None:  # one of positions, the same for every query (ALiBi)
             difference = torch.where(seen, difference, 0.0)
             difference = difference - difference.sum(-2, keepdim=True) / seen.sum(-2, keepdim=True).clamp(min=1)
     if size is None:
-        size = torch.where(seen, output.abs(), 0.0).amax(-1, keepdim=True)
+        size = (output if seen is None else torch.where(seen, output, 0.0)).abs().amax(-1, keepdim=True)
     return relative(difference, seen, size)
 
 
-def relative(difference: Tensor, seen: Tensor, size: Tensor) -> float:
-    """The largest difference where `seen`, relative to the size there with a share of the largest, as what is compared may cancel."""
+def relative(difference: Tensor, seen: Tensor | None, size: Tensor) -> float:
+    """The largest difference where `seen` (None: everywhere), relative to the size there with a share of the largest, as what is compared
+    may cancel."""
     size = size + 1e-2 * torch.where(torch.isfinite(size), size, 0.0).max()
-    return float(torch.where(seen, difference.abs() / size.clamp(min=1e-30), 0.0).max())
+    off = difference.abs() / size.clamp(min=1e-30)
+    return float((off if seen is None else torch.where(seen, off, 0.0)).max())
 
 
 def _coarsest(*tensors: Tensor) -> torch.dtype:

@@ -32,6 +32,8 @@ def test_one_head_at_its_mean_costs_what_ablation_says(gpt2: TransformerBridge, 
         check = ranking.attrs["ablation"]
         assert check.replacement == "mean" and "mean over the clean prompts" in str(check)
         assert check.top == pytest.approx(effects.loc[ranking["layer"][0], ranking["head"][0]], rel=1e-4)
+        # Random sets are of one head too, and not all the same
+        assert effects.min() < check.random < effects.max() and abs(check.random - check.top) > 1e-3 < check.random_std
     to_corrupt = rank_heads(gpt2, pairs, top_k=1, ablate=True).attrs["ablation"]
     assert to_corrupt.replacement == "corrupt" and abs(to_corrupt.top - check.top) > 1e-3
     assert to_corrupt.gap == pytest.approx(check.gap, rel=1e-5)

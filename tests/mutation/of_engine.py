@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutation.mutation import of
 
 _SETTINGS = "tests/engine/test_sites_as_configured.py"
-_PADDING = "tests/engine/test_forward.py -k '(gpt2 or llama) and (padded or padding or positions)'"
+_PADDING = "tests/engine/test_forward.py -k 'reads_padding or ((gpt2 or llama) and (padded or padding or positions))'"
 _SEVERAL = "tests/engine/test_deeplift.py -k 'several or embedding or tokens'"
 _CACHE = "tests/engine/test_cache.py"
 _CONDITIONS = "tests/engine/test_conditions.py"

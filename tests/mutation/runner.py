@@ -7,6 +7,7 @@ the packages under test, which are never imported in the parent, from its copy.
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -19,7 +20,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("lens_relevance", "analyses")
-TIMEOUT = 600  # seconds; a change that makes a test run on for ever is noticed
+TIMEOUT = 600  # seconds of processor time, so that a busy machine kills nothing; a change that makes a test run on for ever is noticed
+WAITING = 3600  # seconds by the clock; so is one that makes it wait for ever
 _STAMP = 1_000_000_000  # a time of modification before that of any file, another one for each mutation: no compiled file is taken for it
 
 
@@ -66,7 +68,7 @@ def write(path: Path, text: str, number: int) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a run: pytest's exit code (-1 where it was ended after TIMEOUT), the seconds it took, and its output."""
+    """What became of a run: pytest's exit code (negative: ended after TIMEOUT or WAITING), the seconds it took, and its output."""
 
     code: int
     seconds: float
@@ -95,7 +97,7 @@ class Running:
         """None while it runs."""
         seconds = time.monotonic() - self.started
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid and seconds <= TIMEOUT:
+        if not pid and seconds <= WAITING:
             return None
         if not pid:
             self.end()
@@ -112,6 +114,7 @@ def _in_the_fork(copy: Path, tests: str, log: Path, compiled: bool) -> None:
     code = 70
     try:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):

@@ -79,7 +79,20 @@ def test_scaled_logits() -> None:
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
         residual_multiplier=0.5, logits_scaling=3.0, pad_token_id=0,
     )  # fmt: skip
-    model, pairs = models.bridge_from_config(GraniteForCausalLM, config), make_pairs()
+    patched_like_transformer_lens(models.bridge_from_config(GraniteForCausalLM, config))
+
+
+def test_soft_capped_logits() -> None:
+    """A cap of 4 where logits reach further, after the unembedding and outside of any module."""
+    model = models.build_gemma2()
+    with torch.no_grad(), model.hooks(fwd_hooks=[("unembed.hook_out", lambda x, hook: reached.append(float(x.abs().max())))]):
+        reached: list[float] = []
+        assert float(model(make_pairs().clean).abs().max()) < 4 < reached[0]
+    patched_like_transformer_lens(model)
+
+
+def patched_like_transformer_lens(model: TransformerBridge) -> None:
+    pairs = make_pairs()
     with torch.no_grad():
         _, clean = model.run_with_cache(pairs.clean)
     expected = tl_patching.get_act_patch_attn_out(model, pairs.corrupt, clean, lambda logits: last_logit_diff(logits).mean())
