@@ -28,10 +28,10 @@ from transformers import Cache
 from lens_relevance.errors import RelevanceError
 from lens_relevance.forward import Run, replaced_embeddings
 from lens_relevance.hooked_model import HookedModel, is_bridge
-from lens_relevance.hooks.conditional import Condition, backward_through
+from lens_relevance.hooks.conditional import AnyCondition, backward_through
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.recording import Part, Taps
-from lens_relevance.hooks.session import Session, refuse_silent
+from lens_relevance.hooks.session import Session, refuse_silent, refuse_unread
 from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.references import ReferenceRun
 from lens_relevance.memory.free_memory import hand_back
@@ -95,6 +95,7 @@ class Blockwise:
         self.blocks = chain_of_blocks(model, anatomy)
         self._opened, self._anatomy, self._taps, self._point, self._other = opened, anatomy, taps, point, other
         self._placed = [[p for p in opened.placed if p.site.layer == i] for i in range(len(self.blocks))]
+        self._dictionaries = [[d for d in opened.dictionaries if d.layer == i] for i in range(len(self.blocks))]
         self._storage, self._hands_back = storage, False
         self._own, self._reference = _Pass(), _Pass()
 
@@ -168,7 +169,7 @@ class Blockwise:
                         same[id(value)] = own if torch.equal(value, own) else value
                     its.kwargs[name] = same[id(value)]
 
-    def backward(self, run: Run, before: Run | None, seed: Tensor, *, conditions: Sequence[Condition]) -> Iterator[Part]:
+    def backward(self, run: Run, before: Run | None, seed: Tensor, *, conditions: Sequence[AnyCondition]) -> Iterator[Part]:
         """Coefficients from `seed` at the target's root down to the embeddings, part by part."""
         if self._hands_back:
             hand_back()
@@ -187,7 +188,7 @@ class Blockwise:
         del above
         root = run.root
         own.leaf, run.root, run.logits = None, run.root.detach(), run.logits.detach()
-        for placed in self._placed[-1]:
+        for placed in (*self._placed[-1], *self._dictionaries[-1]):
             placed.forget()
         for index in reversed(range(len(self.blocks) - 1)):
             if started or own.point_in == index:
@@ -201,6 +202,8 @@ class Blockwise:
                     placed.forget()
                 yield part
                 del part
+                for dictionary in self._dictionaries[index]:  # until then the part's coefficients are read with their features
+                    dictionary.forget()
                 if self._hands_back:
                     hand_back()
             del own.calls[index + 1 :], self._reference.calls[index + 1 :]
@@ -212,7 +215,7 @@ class Blockwise:
     def _again(self, run: _Pass, index: int, *, graph: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run a block once more on the input that was kept. Gives its input, its output and the tensors at its HookPoints."""
         call, reference = run.calls[index], run is self._reference
-        for placed in self._placed[index]:
+        for placed in (*self._placed[index], *self._dictionaries[index]):
             placed.reset()
         leaf = call.hidden.to(call.device).requires_grad_(graph)
         replaced = replaced_embeddings(self._opened, self._anatomy, self._other) if reference and self._other else nullcontext()
@@ -224,6 +227,7 @@ class Blockwise:
         _drop_pattern(self.blocks[index])
         self._opened.recording = False
         refuse_silent(self._placed[index])
+        refuse_unread(self._dictionaries[index])
         handed_on = run.calls[index + 1].hidden.to(output.device)
         if not torch.allclose(output.detach(), handed_on, rtol=0, atol=0, equal_nan=True):
             raise RelevanceError(
@@ -252,7 +256,7 @@ def _pull_back(
     *,
     tensors: dict[str, Tensor],
     references: Mapping[str, Tensor],
-    conditions: list[Condition],
+    conditions: list[AnyCondition],
 ) -> tuple[Part, Tensor | None]:
     """The part below `root`, and the coefficient that arrives at its leaf. Conditions that are met are taken off the list."""
     here = [c for c in conditions if c.name in tensors]

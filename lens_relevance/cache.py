@@ -41,6 +41,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     grid: rows and columns of an image's patches.
     info: model name, dtype, ruleset, target, reference and versions.
     tokenizer: the model's, for words in pictures; None where it has none, and after `load`.
+    dictionaries: relevance of features, errors and skip connections, which `features`, `error` and `skip` read.
     """
 
     activations: dict[str, Tensor]
@@ -62,6 +63,7 @@ class RelevanceCache(Mapping[str, Tensor]):
     logit_positions: Int[Tensor, "batch read"] | None = None
     grid: tuple[int, int] | None = None
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    dictionaries: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("activations", "coefficients", "reference_activations"):
@@ -181,6 +183,36 @@ class RelevanceCache(Mapping[str, Tensor]):
             raise RelevanceError(f"layer {layer} is out of range: the model has {len(names)} layers")
         return self[names[layer]]
 
+    def features(self, point: str) -> Float[Tensor, "batch pos feature"]:
+        """Relevance of each feature of the dictionary that writes to a HookPoint, as a sparse tensor (of those that are on)."""
+        return self._of_features(point, "relevance")
+
+    def feature_activations(self, point: str) -> Float[Tensor, "batch pos feature"]:
+        """The value of each of these features, as a sparse tensor with the same entries."""
+        return self._of_features(point, "activation")
+
+    def error(self, point: str) -> Float[Tensor, "batch pos"]:
+        """Relevance of what the dictionaries that write to a HookPoint miss of what is there."""
+        return self._of_dictionary(f"{self.aliases.get(point, point)}:error")
+
+    def skip(self, point: str) -> Float[Tensor, "batch pos"]:
+        """Relevance of what goes past a transcoder's features by its skip connection."""
+        return self._of_dictionary(f"{self.aliases.get(point, point)}:skip")
+
+    def _of_features(self, point: str, what: str) -> Tensor:
+        name = f"{self.aliases.get(point, point)}:features"
+        values = self._of_dictionary(f"{name}/{what}")
+        size = self.dictionaries[f"{name}/size"].tolist()
+        return torch.sparse_coo_tensor(self.dictionaries[f"{name}/index"], values, size, is_coalesced=True, check_invariants=False)
+
+    def _of_dictionary(self, name: str) -> Tensor:
+        if name not in self.dictionaries:
+            point, _, what = name.split("/")[0].partition(":")
+            kept = [n.split(":")[0] for n in self.dictionaries if n.split("/")[0].endswith(f":{what}")]
+            there = f"; it was kept at {', '.join(dict.fromkeys(kept))}" if kept else ""
+            raise NotKeptError(f"nothing was kept as {what} of {point}{there}; pass dictionaries=[...] that write there to propagate")
+        return self.dictionaries[name]
+
     def conservation(self) -> pd.DataFrame:
         """Where the target's value went, one row per example and layer: see lens_relevance.conservation."""
         if self.account is None:
@@ -279,4 +311,4 @@ def _stacked(parts: list[Tensor], dim: int) -> Tensor:
 
 
 _WITHOUT_POSITIONS = ("hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_rot_k")
-_GROUPS = ("activations", "coefficients", "reference_activations", "averaged", "masks", "arguments")
+_GROUPS = ("activations", "coefficients", "reference_activations", "averaged", "masks", "arguments", "dictionaries")

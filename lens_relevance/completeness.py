@@ -1,8 +1,8 @@
 """Pair rules add up, and every run shows it: the relevance at a complete cut is what the target's coefficients give its root.
 
 What rightly stays behind between the cut and the root is counted: a router's changed choice, what norms keep whose scale a rule holds
-constant (`deeplift_ln`), and what hooks of the user put in place of an activation. So the check holds for tables whose other rules are all
-exact between two runs; for others the account is the place to look.
+constant (`deeplift_ln`), the errors of dictionaries, and what hooks of the user put in place of an activation. So the check holds for
+tables whose other rules are all exact between two runs; for others the account is the place to look.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.conservation import Relevance, row_of, row_of_hooks
+from lens_relevance.dictionaries.kept import stays
+from lens_relevance.dictionaries.placement import Dictionaries
 from lens_relevance.errors import MismatchError
 from lens_relevance.hooks.recording import Part, before_hooks
 from lens_relevance.rules import Rule
@@ -26,10 +28,11 @@ from lens_relevance.sites.stacks import Cut
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def adds_up(anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]]) -> bool:
+def adds_up(anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]], dictionaries: Dictionaries) -> bool:
     """Whether relevance has to add up under these rules: each is exact between two runs, but for those of norms, and no part of the model
     is without a site."""
     used = [rule for site, rule in placed if site.enabled(rule) or site.considered(rule)]
+    used += [placed.rule for placed in dictionaries.placed]
     return not anatomy.uncovered and all(rule.is_exact or isinstance(rule, NormRule) for rule in used)
 
 
@@ -39,8 +42,8 @@ class Completeness:
     names: HookPoints that it has to see. hooked: HookPoints with hooks of the user.
     """
 
-    def __init__(self, anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]], hooked: Sequence[str]) -> None:
-        self._anatomy, self._hooked = anatomy, list(hooked)
+    def __init__(self, anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]], hooked: Sequence[str], *, dictionaries: Dictionaries) -> None:
+        self._anatomy, self._hooked, self._dictionaries = anatomy, list(hooked), dictionaries
         self._keeping = [(site, rule) for site, rule in placed if site.kind == "experts" or not rule.is_exact]
         self._beside = [name for roles in anatomy.stacks.roles.values() for name in roles["embeddings"][1:]]  # positions
         self._through: dict[str, Tensor] = {}
@@ -65,6 +68,11 @@ class Completeness:
             row = row_of_hooks(name, self._anatomy.stacks.cuts, rows)
             if row is not None:
                 self._stay(row, relevance.kept_by_hooks(name))
+
+        for name, _, kept in stays(self._dictionaries, part, like):
+            row = row_of_hooks(name, self._anatomy.stacks.cuts, rows)
+            if row is not None:
+                self._stay(row, kept)
 
     def refuse_a_gap(self, root: Tensor, reference: Tensor, seed: Tensor, *, below: Collection[str]) -> None:
         """Raise MismatchError where a cut holds more or less than the target's coefficients give its root, less what stays above it.

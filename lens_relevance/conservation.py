@@ -5,6 +5,9 @@ The sink of an operation is the relevance at its output less the relevance at it
 
     target = tokens + positions + biases + norm biases + what rules keep (norm, activation, gate, softmax, products) + edits + target,
 
+with dictionaries also + error, which is what they miss. What features of a cross-layer transcoder carry past blocks is taken out of a row
+and put into another: the column `features` adds up to zero. Under this equation
+
 so `unexplained`, what the sinks do not account for, is zero up to rounding, unless a rule is wrong or does nothing. `edits` are hooks of
 the user: what they put in place of an activation has a share of its own.
 """
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lens_relevance.forward import Run
+from lens_relevance.hooks.placed_dictionary import before_dictionary
 from lens_relevance.hooks.recording import Part, average, before_hooks
 from lens_relevance.rules import Reference, Rule
 from lens_relevance.rules.base import difference, per_example, share
@@ -26,6 +30,8 @@ from lens_relevance.sites.base import block_of
 from lens_relevance.sites.stacks import Cut
 
 _SINKS = ("biases", "norm_biases", "norm", "activation", "gate", "scores", "softmax", "product", "positions", "router", "edits", "target")
+
+_AT_DICTIONARIES = ("error", "features")
 
 
 def audited_points(anatomy: Anatomy, sites: list[Site]) -> list[str]:
@@ -85,9 +91,10 @@ class Relevance:
         return self._summed(per_example(shares if signed else shares.abs()))
 
     def kept_at(self, site: Site, rule: Rule) -> Tensor | None:
-        """What an operation keeps, from inputs as hooks left them to the output as hooks find it; None where nothing flows to it."""
-        given = before_hooks(site.output_name)
-        names = [*(str(p.name) for p in site.inputs), given if given in self._tensors else site.output_name]
+        """What an operation keeps, from inputs as hooks left them to the output as dictionaries and hooks find it; None where nothing flows
+        to it."""
+        given = (before_dictionary(site.output_name), before_hooks(site.output_name), site.output_name)
+        names = [*(str(p.name) for p in site.inputs), next((name for name in given if name in self._tensors), site.output_name)]
         if names[-1] not in self._coefficients:
             return None
         *inputs, output = (self._tensors[name].detach() for name in names)
@@ -113,10 +120,12 @@ def account(
     value: Tensor,
     target_sink: Tensor,
     average: Callable[[Tensor], Tensor],
+    at_dictionaries: Sequence[tuple[str, str, Tensor]] = (),
 ) -> pd.DataFrame:
     """Rows per example: `embed`, each layer, `output`. `value` is the target, `relevance` that at the complete cut below the row's blocks.
 
-    hooked: HookPoints with hooks of the user; `average` turns rows of several references into examples.
+    hooked: HookPoints with hooks of the user; `average` turns rows of several references into examples; at_dictionaries: HookPoint, column
+    and amounts [rows] of what dictionaries keep.
     """
     zero = torch.zeros_like(value)
     cuts = {cut.row: torch.stack([relevance.at(name) for name in cut.names]).sum(0) for cut in anatomy.stacks.cuts}
@@ -138,10 +147,15 @@ def account(
         row = row_of_hooks(name, anatomy.stacks.cuts, rows)
         if row is not None:
             add(row, "edits", relevance.kept_by_hooks(name))
+    for name, column, kept in at_dictionaries:
+        row = row_of_hooks(name, anatomy.stacks.cuts, rows)
+        if row is not None:
+            add(row, column, kept)
+    columns_kept = [*_SINKS, *(column for column in _AT_DICTIONARIES if any(name == column for _, name in sinks))]
     above = dict(zip(rows, [*(cuts[row] for row in rows[1:]), value], strict=True))
     frames = []
     for row in rows:
-        stays = {column: average(sinks.get((row, column), zero)) for column in _SINKS}
+        stays = {column: average(sinks.get((row, column), zero)) for column in columns_kept}
         unexplained = average(above[row] - cuts[row]) - torch.stack(list(stays.values())).sum(0)
         columns = {"value": average(value), "relevance": average(cuts[row]), **stays, "unexplained": unexplained}
         frame = pd.DataFrame({name: column.detach().double().cpu().numpy() for name, column in columns.items()})
@@ -162,6 +176,7 @@ def account_of_run(
     value: Tensor,
     n_references: int,
     hooked: Sequence[str],
+    at_dictionaries: Sequence[tuple[str, str, Tensor]] = (),
 ) -> pd.DataFrame:
     """The account of a run and its reference run; the sink `target` is what the logits' coefficients do not account for.
 
@@ -171,6 +186,7 @@ def account_of_run(
         seed: Coefficients at the logits.
         value: The target, or its difference between the two runs, per row.
         hooked: HookPoints with hooks of the user.
+        at_dictionaries: What dictionaries keep (see lens_relevance.dictionaries.kept).
     """
     seed = seed.reshape(run.logits.shape)
     at_logits = per_example(share(difference(run.logits, None if before is None else before.logits), seed))
@@ -185,4 +201,5 @@ def account_of_run(
         value=value,
         target_sink=value - at_logits,
         average=lambda rows: average(rows, n_references),
+        at_dictionaries=at_dictionaries,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from lens_relevance.blockwise import Blockwise
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.completeness import Completeness, adds_up, from_lowest
 from lens_relevance.conservation import account_of_run, audited_points
+from lens_relevance.dictionaries import Dictionary
+from lens_relevance.dictionaries.kept import KeptFeatures, stays
+from lens_relevance.dictionaries.placement import place_on
 from lens_relevance.errors import RelevanceError
 from lens_relevance.finite import check_coefficients, check_target
 from lens_relevance.forward import at_once, logit_positions, one_pass, recording, replaced_embeddings, seed_of, values_of
@@ -24,6 +27,7 @@ from lens_relevance.hooks.conditional import Through
 from lens_relevance.hooks.fingerprint import Checked
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.model_state import check_model, frozen, no_gradients
+from lens_relevance.hooks.placed_dictionary import DictionaryPath
 from lens_relevance.hooks.read_positions import reading_at
 from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, hooked_points
 from lens_relevance.hooks.session import session as session_on
@@ -59,6 +63,8 @@ def propagate(
     strict: bool = True,
     recompute: bool | None = None,
     check: bool = True,
+    dictionaries: Sequence[Dictionary] = (),
+    dictionary_path: DictionaryPath = "features",
 ) -> RelevanceCache:
     """Relevance of every activation that is asked for, in one forward and one backward pass.
 
@@ -91,6 +97,10 @@ def propagate(
             fit into memory otherwise (see `estimate`).
         check: At the first call, and whenever the model's modules or settings have changed, compare what each component computes with what
             its site says (see lens_relevance.hooks.checks).
+        dictionaries: Sparse autoencoders and transcoders (see `read_dictionary`). What passes the HookPoints that they write to stays as it
+            is, and is the sum of their features and an error: `.features(point)`, `.error(point)`.
+        dictionary_path: Relevance goes on from such a HookPoint through the "features", where the error keeps its share, or through the
+            "model", as without dictionaries.
 
     Returns:
         Activations, coefficients and relevance by HookPoint, in the units of the target. The model is left exactly as it was.
@@ -113,6 +123,8 @@ def propagate(
         reference=reference,
         attention_mask=attention_mask,
         through=through,
+        dictionaries=dictionaries,
+        dictionary_path=dictionary_path,
     )
     if audit and (request.conditions or request.point is not None):
         raise RelevanceError("audit=True accounts for the whole target; leave out `through` and latent targets")
@@ -134,10 +146,12 @@ def propagate(
         prompt,
         recompute,
     )
+    if recompute and request.dictionaries.crosses_layers:
+        raise RelevanceError("recompute=True runs block by block, and a dictionary reads in one block and writes in another; leave it out")
     hooked, asked = hooked_points(anatomy), request.asked
     compares = check and trial() is None and not CHECKED.holds(model, anatomy)  # before anything of ours is on the model
     with frozen(model), session_on(model) as session, reading_at(model, reading), torch.enable_grad():
-        ruled = rules_of_sites(anatomy, table, strict=strict)
+        ruled = rules_of_sites(anatomy, table, strict=strict, more=request.dictionaries.sites)
         if audit:
             asked += audited_points(anatomy, [site for site, rule in ruled if site.enabled(rule) or site.considered(rule)])
         if recompute:
@@ -148,9 +162,10 @@ def propagate(
             session.compare(compared, part_by_part=recompute)
         taps = Taps(session, anatomy, asked)
         taps.add_both_sides(hooked)
+        request.dictionaries.put_on(session, anatomy, tap=taps.store)
         complete = None
-        if check and reference_run is not None and is_pair and not request.conditions and adds_up(anatomy, ruled):
-            complete = Completeness(anatomy, ruled, hooked)
+        if check and reference_run is not None and is_pair and not request.conditions and adds_up(anatomy, ruled, request.dictionaries):
+            complete = Completeness(anatomy, ruled, hooked, dictionaries=request.dictionaries)
             taps.add(complete.names)
         session.start_at([anatomy.points[name] for name in anatomy.leaves], len(prompt.tokens) * n)
         storage = Storage(device)
@@ -162,7 +177,7 @@ def propagate(
                 before = one_pass(model, reference_run.prompt, taps, point=point)
         with blockwise.forward() if blockwise else nullcontext():
             run = one_pass(model, prompt.repeat(n), taps, point=point)
-        if not audit and blockwise is None:
+        if not audit and blockwise is None and not dictionaries:
             run.tensors = from_lowest(run.tensors, request.asked)
         explained, metric = target_of(model, anatomy, request, run)
         value = values_of(metric, run.root.detach(), n)
@@ -174,12 +189,16 @@ def propagate(
         seed = seed_of(metric, run.root.detach(), before.root if before is not None and is_pair else None, n=n)
         absent = taps.absent(request.explicit)
         kept, everything = Kept(anatomy, request.names, prompt.masks, n=n, storage=storage), Part({}, {}, {})
+        features = KeptFeatures(request.dictionaries, anatomy, prompt.masks, n=n, storage=storage)
+        at_dictionaries: list[tuple[str, str, Tensor]] = []
         for part in (at_once if blockwise is None else blockwise.backward)(run, before, seed, conditions=request.conditions):
             kept.add(part)
             if complete is not None:
                 complete.add(part, run.root.new_zeros(len(run.root), dtype=working(run.root).dtype))
+            features.add(part)
             if audit:
                 everything.add(part)
+                at_dictionaries += stays(request.dictionaries, part, value)
             del part  # or this part's graph would stay while the next one is worked on
         absent |= taps.absent(request.explicit)
         taps.check_reached(kept.reached, absent, request.explicit)
@@ -192,7 +211,16 @@ def propagate(
         whole = value if reference_value is None else value - reference_value
         with no_gradients():
             account = account_of_run(
-                anatomy, ruled, run, before=before, part=everything, seed=seed, value=whole, n_references=n, hooked=hooked
+                anatomy,
+                ruled,
+                run,
+                before=before,
+                part=everything,
+                seed=seed,
+                value=whole,
+                n_references=n,
+                hooked=hooked,
+                at_dictionaries=at_dictionaries,
             )
     check_coefficients(kept.finite(), model)
     return RelevanceCache(
@@ -212,11 +240,21 @@ def propagate(
         absent={name: reason for name, reason in absent.items() if name in request.names},
         account=account,
         tokenizer=getattr(model, "tokenizer", None),
+        dictionaries=features.tensors,
     )
 
 
 @protected_contextmanager
-def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, strict: bool = True, check: bool = True) -> Iterator[None]:
+def attach(
+    model: HookedModel,
+    rules: str | Table,
+    reference: Any = None,
+    *,
+    strict: bool = True,
+    check: bool = True,
+    dictionaries: Sequence[Dictionary] = (),
+    dictionary_path: DictionaryPath = "features",
+) -> Iterator[None]:
     """Rules on a model's HookPoints while the block lasts: every gradient tool, TransformerLens's too, then propagates relevance.
 
         with attach(model, "relp"):
@@ -230,6 +268,8 @@ def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, str
         reference: For pair rules, the run that each forward inside is compared with (token ids or prompts).
         strict: Refuse models of which a part has no site.
         check: As for `propagate`; what is compared is the first forward inside that has a graph.
+        dictionaries: As for `propagate`: gradients flow through their features.
+        dictionary_path: As for `propagate`.
 
     Raises:
         RelevanceError: As `propagate` does.
@@ -238,11 +278,13 @@ def attach(model: HookedModel, rules: str | Table, reference: Any = None, *, str
     check_model(model)
     table, anatomy = table_for(rules, reference), anatomy_of(model)
     compared = ForwardCheck(anatomy, anatomy.sites) if check and not CHECKED.holds(model, anatomy) else None
+    placed = place_on(anatomy, dictionaries, table, path=dictionary_path)
     with session_on(model) as session:
-        place_rules(session, anatomy, rules_of_sites(anatomy, table, strict=strict))
+        place_rules(session, anatomy, rules_of_sites(anatomy, table, strict=strict, more=placed.sites))
+        placed.put_on(session, anatomy)
         if compared is not None:
             session.compare(compared)
-        if needs_reference(table):
+        if needs_reference(table) or (dictionaries and reference is not None):
             with torch.no_grad(), recording(session):
                 read_inputs(model, reference).call(model)
         yield

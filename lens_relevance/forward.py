@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.conditional import Condition, backward_through
+from lens_relevance.hooks.conditional import AnyCondition, backward_through
 from lens_relevance.hooks.read_positions import ReadPositions
 from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session
@@ -35,7 +35,7 @@ class Run:
     root: Tensor
 
 
-def at_once(run: Run, before: Run | None, seed: Tensor, *, conditions: list[Condition]) -> Iterator[Part]:
+def at_once(run: Run, before: Run | None, seed: Tensor, *, conditions: list[AnyCondition]) -> Iterator[Part]:
     """The backward of a model whose graph was kept as a whole."""
     coefficients = backward_through(run.root, seed, run.tensors, conditions=conditions)
     yield Part(run.tensors, {} if before is None else before.tensors, coefficients)
@@ -104,7 +104,7 @@ def positions_of(prompt: Prompt, body: Anatomy, point: str | None, *, run: Run) 
     if point is None:
         tokens, mask = prompt.tokens, prompt.mask
     else:
-        stack = body.stack_of(point)
+        stack = body.stack_of(point.split(":")[0])
         tokens, mask = prompt.ids.get(stack, prompt.tokens), prompt.masks.get(stack, prompt.mask)
     if run.root.shape[1] == tokens.shape[1]:
         return tokens, mask

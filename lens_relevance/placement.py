@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lens_relevance.errors import CoverageError
 from lens_relevance.hooks.attention_by_rows import place_by_rows
 from lens_relevance.hooks.session import Session
@@ -12,14 +14,17 @@ from lens_relevance.sites import Anatomy, Site
 from lens_relevance.sites.attention_by_rows import SiteByRows
 
 
-def rules_of_sites(anatomy: Anatomy, table: Table, *, strict: bool) -> list[tuple[Site, Rule]]:
-    """Each site with its rule; refuse a model with parts that have no site, and a table with keys for none."""
+def rules_of_sites(anatomy: Anatomy, table: Table, *, strict: bool, more: Sequence[Site] = ()) -> list[tuple[Site, Rule]]:
+    """Each site with its rule; refuse a model with parts that have no site, and a table with keys for none.
+
+    more: Sites beside the model's own that keys may be for (the activations of dictionaries).
+    """
     if anatomy.uncovered and strict:
         listed = "; ".join(list(anatomy.uncovered.values())[:3])
         raise CoverageError(
             f"{len(anatomy.uncovered)} component(s) of this model have no site: {listed}. strict=False leaves them their plain gradient"
         )
-    check_keys(table, anatomy.sites)
+    check_keys(table, [*anatomy.sites, *more])
     return [(site, rule_for(table, site)) for site in anatomy.sites]
 
 

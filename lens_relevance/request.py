@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from lens_relevance.dictionaries import Dictionary
+from lens_relevance.dictionaries.placement import Dictionaries, place_on
 from lens_relevance.errors import RelevanceError
 from lens_relevance.forward import Run, metric_before, positions_of
 from lens_relevance.hooked_model import HookedModel
-from lens_relevance.hooks.conditional import Condition, Through, read_conditions
+from lens_relevance.hooks.conditional import AnyCondition, Condition, Through, read_conditions
+from lens_relevance.hooks.placed_dictionary import DictionaryPath
 from lens_relevance.hooks.read_positions import UNEMBEDDING, ReadPositions
 from lens_relevance.hooks.recording import NamesFilter, wanted
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
-from lens_relevance.inputs.targets import Target, as_target, top_prediction
+from lens_relevance.inputs.targets import Latent, Target, as_target, top_prediction
 from lens_relevance.ruleset_tables import Table, default_ruleset, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy
 
@@ -36,6 +39,7 @@ class Request:
         explicit: Those that were asked for by name.
         conditions: Units that relevance has to pass.
         reference: The runs to compare with.
+        dictionaries: Sparse autoencoders and transcoders on the model's HookPoints.
         metric: The target as a function of the logits, where that is known before the forward.
         reading: The positions at which logits are read; None for all.
     """
@@ -47,8 +51,9 @@ class Request:
     point: str | None
     names: list[str]
     explicit: Collection[str]
-    conditions: list[Condition]
+    conditions: list[AnyCondition]
     reference: ReferenceRun | None
+    dictionaries: Dictionaries
     metric: Metric | None
     reading: ReadPositions | None
 
@@ -60,7 +65,13 @@ class Request:
     @property
     def asked(self) -> list[str]:
         """Names of the HookPoints whose tensors are needed."""
-        return [*self.names, *(condition.name for condition in self.conditions), *([] if self.point is None else [self.point])]
+        further = [condition.name for condition in self.conditions if isinstance(condition, Condition)]
+        return [*self.names, *further, *([] if self.point is None or self.target_feature else [self.point])]
+
+    @property
+    def target_feature(self) -> bool:
+        """Whether the target is a feature of a dictionary."""
+        return any(placed.target is not None for placed in self.dictionaries.placed)
 
 
 def read_request(
@@ -74,6 +85,8 @@ def read_request(
     reference: Any,
     attention_mask: Tensor | None,
     through: Through,
+    dictionaries: Sequence[Dictionary] = (),
+    dictionary_path: DictionaryPath = "features",
 ) -> Request:
     """The arguments of `propagate` as a Request; raises RelevanceError where they do not fit the model or each other."""
     rules = rules if rules is not None else default_ruleset(anatomy, reference)
@@ -83,10 +96,13 @@ def read_request(
     if target is not None:
         prompt = _extended(model, target, given)
     names, explicit = wanted(anatomy, names_filter)
-    conditions = read_conditions(anatomy, through)
+    placed = place_on(anatomy, dictionaries, table, path=dictionary_path)
+    conditions = read_conditions(anatomy, through, placed.placed, n_positions=prompt.tokens.shape[1])
     point = None if target is None or target.point is None else anatomy.canonical(target.point)
+    if isinstance(target, Latent) and target.feature is not None and point is not None:
+        point = placed.at(point).explain(target.feature)
     runs = None if reference is None else _reference(model, reference, target, given, prompt)
-    request = Request(rules, table, prompt, target, point, names, explicit, conditions, runs, None, None)
+    request = Request(rules, table, prompt, target, point, names, explicit, conditions, runs, placed, None, None)
     if set(request.asked) & set(UNEMBEDDING):
         return request
     metric, reading = metric_before(model, prompt, target, n=request.n_references)

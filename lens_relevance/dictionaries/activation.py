@@ -64,8 +64,7 @@ class JumpReLU(FeatureActivation):
         return torch.where(before > self.threshold, before, 0.0)
 
     def at(self, before: Float[Tensor, "token feature"], token: Int[Tensor, " n"], feature: Int[Tensor, " n"]) -> Function:
-        threshold = self.threshold[feature]
-        return _Above(threshold)
+        return _Above(self.threshold[feature])
 
     def sizes(self) -> dict[str, int]:
         return {"threshold": len(self.threshold)}
@@ -109,7 +108,11 @@ class Gated(FeatureActivation):
         return torch.where(before + self.gate_bias > 0, (self.scale.exp() * before + self.magnitude_bias).relu(), 0.0)
 
     def at(self, before: Float[Tensor, "token feature"], token: Int[Tensor, " n"], feature: Int[Tensor, " n"]) -> Function:
-        return Gated(self.gate_bias[feature], self.magnitude_bias[feature], self.scale[feature])
+        return self.of_part(feature)
+
+    def of_part(self, chosen: Tensor) -> Gated:
+        """The function of some of the features."""
+        return Gated(self.gate_bias[chosen], self.magnitude_bias[chosen], self.scale[chosen])
 
     def sizes(self) -> dict[str, int]:
         return {name: len(getattr(self, name)) for name in ("gate_bias", "magnitude_bias", "scale")}
@@ -128,3 +131,7 @@ class _Above:
     def __call__(self, x: Tensor) -> Tensor:
         on = x >= self.threshold if self.includes else x > self.threshold
         return torch.where(on, x, 0.0)
+
+    def of_part(self, chosen: Tensor) -> _Above:
+        """The function of some of the entries."""
+        return _Above(self.threshold[chosen], self.includes)

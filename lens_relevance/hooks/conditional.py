@@ -5,7 +5,7 @@
 ["L1H0", "L1H3"]. The flow from the target has to pass every
 HookPoint named, from the top of the model downward, and only through those units; everything else, the paths around a HookPoint among it,
 is left out. So the sum over a partition of a HookPoint's units is what passes that HookPoint, and for a whole cut (a resid_pre) it is the
-unrestricted relevance.
+unrestricted relevance. Features of a dictionary go by the HookPoint that it writes to: {"blocks.2.mlp.hook_out": {"feature": [17]}}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary, dictionary_at
 from lens_relevance.sites import Anatomy
 
 
@@ -60,6 +61,31 @@ class Condition:
         return restricted if conversion is None else conversion.revert(restricted).reshape(coefficient.shape)
 
 
+@dataclass(frozen=True)
+class FeatureCondition:
+    """The features of a dictionary that the flow has to pass, at these positions of `n_positions` in each row, or at all (None)."""
+
+    placed: PlacedDictionary
+    chosen: tuple[int, ...]
+    positions: tuple[int, ...] | None
+    n_positions: int
+
+    @property
+    def name(self) -> str:
+        """What the features are called among a run's tensors."""
+        return self.placed.name
+
+    def restrict(self, coefficient: Tensor) -> Tensor:
+        """The coefficients of the features that are on, zero but at these."""
+        features = self.placed.features
+        assert features is not None
+        kept = torch.isin(features.feature, torch.tensor(self.chosen, device=coefficient.device))
+        if self.positions is not None:
+            kept &= torch.isin(features.token % self.n_positions, torch.tensor(self.positions, device=coefficient.device))
+        return coefficient * kept
+
+
+AnyCondition = Condition | FeatureCondition
 Through = Mapping[str, Any] | str | Sequence[str] | None
 _HEAD, _NEURON = re.compile(r"L(\d+)H(\d+)"), re.compile(r"L(\d+)N(\d+)")
 
@@ -84,18 +110,39 @@ def _by_point(through: Through) -> Mapping[str, Any]:
     return units
 
 
-def read_conditions(anatomy: Anatomy, through: Through) -> list[Condition]:
-    """Conditions from what the user gave."""
-    conditions = []
+def read_conditions(
+    anatomy: Anatomy, through: Through, dictionaries: Sequence[PlacedDictionary] = (), *, n_positions: int = 0
+) -> list[AnyCondition]:
+    """Conditions from what the user gave; n_positions: of each row."""
+    conditions: list[AnyCondition] = []
     for name, units in _by_point(through).items():
         if not isinstance(units, Mapping) or not units:
             raise RelevanceError(f"through[{name!r}] must name units by axis, as in {{'head': [0, 3]}}, got {units!r}")
         canonical = anatomy.canonical(name)
+        if "feature" in units:
+            conditions.append(_feature_condition(dictionary_at(dictionaries, canonical), units, n_positions))
+            continue
         conditions.append(Condition(canonical, anatomy.points[canonical], units, anatomy.conversion(canonical)))
     return conditions
 
 
-def backward_through(root: Tensor, seed: Tensor, tensors: dict[str, Tensor], *, conditions: list[Condition]) -> dict[str, Tensor]:
+def _feature_condition(placed: PlacedDictionary, units: Mapping[str, Any], n_positions: int) -> FeatureCondition:
+    """The condition of {"feature": [17], "position": [4]}."""
+    if set(units) - {"feature", "position"}:
+        raise RelevanceError(f"through: features of {placed.points_out[0]} have the axes feature and position, not {', '.join(units)}")
+    if not placed.passes:
+        raise RelevanceError("through: relevance flows through features under dictionary_path='features' alone")
+    sizes = {"feature": placed.dictionary.n_features, "position": n_positions}
+    chosen: dict[str, tuple[int, ...]] = {}
+    for axis, indices in units.items():
+        listed = torch.as_tensor(indices).reshape(-1).tolist()
+        if any(not -sizes[axis] <= i < sizes[axis] for i in listed):
+            raise RelevanceError(f"through: {axis} {listed} is out of range at {placed.points_out[0]}, which has {sizes[axis]}")
+        chosen[axis] = tuple(i % sizes[axis] for i in listed)
+    return FeatureCondition(placed, chosen["feature"], chosen.get("position"), n_positions)
+
+
+def backward_through(root: Tensor, seed: Tensor, tensors: dict[str, Tensor], *, conditions: Sequence[AnyCondition]) -> dict[str, Tensor]:
     """Coefficients at the tapped tensors, from `seed` at `root` by way of every condition, the one that fired last first.
 
     One backward pass; a condition adds one from its HookPoint downward.

@@ -63,15 +63,15 @@ class Taps:
                 self.names.append(name)
                 if name in self._body.decorative:
                     continue  # not even touched: T5's norms go on with what they find there, if anybody does
-                self._opened.state(self._body.points[name]).taps.append(partial(self._store, name))
+                self._opened.state(self._body.points[name]).taps.append(partial(self.store, name))
 
     def add_both_sides(self, names: list[str]) -> None:
         """Tap HookPoints before their hooks (`before_hooks(name)`) and after."""
         self.add(names)
         for name in names:
-            self._opened.state(self._body.points[name]).taps_before_hooks.append(partial(self._store, before_hooks(name)))
+            self._opened.state(self._body.points[name]).taps_before_hooks.append(partial(self.store, before_hooks(name)))
 
-    def _store(self, name: str, x: Tensor) -> Tensor | None:
+    def store(self, name: str, x: Tensor) -> Tensor | None:
         """Keep what passes. A HookPoint hands on the tensor it was given, so that two of them may hold the same one: only a view of its
         own has the coefficient of this point's branch."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -98,7 +98,7 @@ class Taps:
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         """A raw tensor in TransformerLens's layout."""
-        conversion = self._body.conversion(name)
+        conversion = self._body.conversion(name) if name in self._body.points else None  # a feature's values have one layout
         return tensor if conversion is None else conversion.convert(tensor)
 
     def absent(self, explicit: Collection[str]) -> dict[str, str]:

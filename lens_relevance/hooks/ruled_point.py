@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.checks import ForwardCheck
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary, WrittenPoint
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
 from lens_relevance.sites.base import InnerPoints
@@ -36,6 +37,8 @@ class PointState:
         self.replace: Callable[[Tensor], Tensor] | None = None
         self.output_of: list[PlacedRule] = []
         self.input_of: list[tuple[PlacedRule, int]] = []
+        self.written: WrittenPoint | None = None
+        self.read_by: list[PlacedDictionary] = []
         self.taps: list[Callable[[Tensor], Tensor | None]] = []
         self.taps_before_hooks: list[Callable[[Tensor], Tensor | None]] = []
         self.check: ForwardCheck | None = None
@@ -52,6 +55,8 @@ class PointState:
             or self.taps_before_hooks
             or self.output_of
             or self.input_of
+            or self.written
+            or self.read_by
             or self.feeds
             or self.rebuilding
         )
@@ -70,12 +75,16 @@ class PointState:
         for placed in self.output_of:
             if placed.active:
                 x = placed.substitute(x)
+        if self.written is not None:
+            x = self.written.write(x)
         return _tapped(x, self.taps_before_hooks)
 
     def after(self, x: Tensor) -> Tensor:
         x = _tapped(x, self.taps)
         for rebuilding in self.feeds:
             rebuilding.feed(self.point, x)
+        for dictionary in self.read_by:
+            dictionary.read(x)
         visits = [v for placed, i in self.input_of if placed.active and (v := placed.capture(i, x)) is not None]
         if not visits:
             return x

@@ -14,6 +14,7 @@ from lens_relevance.hooked_model import HookedModel, root
 from lens_relevance.hooks.checks import ForwardCheck
 from lens_relevance.hooks.interrupts import protected, protected_contextmanager
 from lens_relevance.hooks.model_state import check_forward, end_interrupted_calls
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary, WrittenPoint
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
 from lens_relevance.hooks.ruled_point import PointState, RuledHookPoint
@@ -31,6 +32,7 @@ class Session:
         self._check: ForwardCheck | None = None
         self._compares_to_the_end = False
         self.placed: list[PlacedRule] = []
+        self.dictionaries: list[PlacedDictionary | WrittenPoint] = []
         self._states: dict[HookPoint, PointState] = {}
         self._components: dict[nn.Module, list[PlacedRule]] = {}
         self._handles: list[Any] = []
@@ -126,10 +128,13 @@ class Session:
         self._handles.clear()
         self._components.clear()
         self.placed.clear()
+        for one in self.dictionaries:
+            one.forget()
+        self.dictionaries.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for placed in self.placed:
-            placed.reset()
+        for one in (*self.placed, *self.dictionaries):
+            one.reset()
         for state in self._states.values():
             state.started, state.check = False, None if self.recording else self._check
             if state.rebuilding is not None:
@@ -149,12 +154,13 @@ class Session:
         if not wanted or given is None or not isinstance(first, Tensor) or first.grad_fn is None:
             return
         source, missing = get_gradient_edge(given).node, set(wanted)
+        ends = {source, *(at.node for at in self.dictionaries if isinstance(at, WrittenPoint) and at.node and not at.is_autoencoder)}
         found_source, seen, stack = False, {first.grad_fn}, [first.grad_fn]
         while stack and missing:
             node = stack.pop()
             missing.discard(node)
             found_source = found_source or node is source
-            if node is not source:
+            if node not in ends:  # below a transcoder lies what it stands for, which relevance does not pass
                 fresh = [n for n, _ in node.next_functions if n is not None and n not in seen]
                 seen.update(fresh)
                 stack += fresh
@@ -193,7 +199,18 @@ class Session:
                 "Is the model called with token ids, and does its embedding have a HookPoint that fires?"
             )
         refuse_silent(self.placed)
+        refuse_unread(self.dictionaries)
         return output
+
+
+def refuse_unread(dictionaries: Sequence[PlacedDictionary | WrittenPoint]) -> None:
+    """Raise LivenessError where dictionaries are on HookPoints that did not fire."""
+    silent = [one for one in dictionaries if isinstance(one, WrittenPoint) and not one.fired]
+    if silent:
+        raise LivenessError(
+            f"{', '.join(one.point for one in silent)} did not fire in this forward, so that the dictionaries there wrote nothing; name "
+            "HookPoints that fire, such as a component's hook_out"
+        )
 
 
 def refuse_silent(placed: Sequence[PlacedRule]) -> None:

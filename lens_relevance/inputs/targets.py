@@ -209,23 +209,33 @@ class Latent(Target):
     unit: int | None = None
     direction: Float[Tensor, " d"] | None = None
     position: int = -1
+    feature: int | None = None
 
     def metric(
         self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Metric:
+        unit = self.unit if self.feature is None else 0  # of a feature its own values are read, [batch, pos, 1]
         return LatentValue(
-            str(self.point), positions(self.position, tokens, attention_mask), self.head, unit=self.unit, direction=self.direction
+            str(self.point), positions(self.position, tokens, attention_mask), self.head, unit=unit, direction=self.direction
         )
 
 
 def latent(
-    name: str, unit: int | None = None, head: int | None = None, *, direction: Float[Tensor, " d"] | None = None, position: int = -1
+    name: str,
+    unit: int | None = None,
+    head: int | None = None,
+    *,
+    direction: Float[Tensor, " d"] | None = None,
+    position: int = -1,
+    feature: int | None = None,
 ) -> Latent:
     """Start from a unit, or a direction, at a HookPoint (of one head, where the layout is [.., head, d_head]) at a position.
 
-    Units: those of the activation.
+    feature: Start from this feature of the dictionary that writes to the HookPoint: why did it fire? Units: those of the activation.
     """
-    return Latent(name, head, unit, direction, position)
+    if feature is not None and not (unit is None and head is None and direction is None):
+        raise RelevanceError("latent: a feature goes without unit, head and direction")
+    return Latent(name, head, unit, direction, position, feature)
 
 
 def top_prediction(logits: Float[Tensor, "batch *pos vocab"], tokens: Tensor, mask: Tensor | None) -> TokenTarget:
@@ -252,6 +262,8 @@ def as_target(target: Any) -> Target:
 def describe(target: Target | Callable[[Tensor], Tensor] | None, model: HookedModel | None = None) -> str:
     """A target in words, for tables and pages."""
     if isinstance(target, Latent):
+        if target.feature is not None:
+            return f"latent({target.point}, feature={target.feature})"
         return f"latent({target.point}, head={target.head}, unit={target.unit})"
     if isinstance(target, Continuation):
         return f"continuation({target.text!r})"

@@ -65,6 +65,11 @@ class KnownFunction:
         known = self._known(x)
         return known if known is not None and known.dtype == x.dtype else self.function(x)
 
+    def of_part(self, chosen: Tensor) -> Function:
+        """The function of some entries, where each has one of its own (the features of a dictionary)."""
+        part = getattr(self.function, "of_part", None)
+        return self.function if part is None else part(chosen)
+
     def _known(self, x: Tensor) -> Tensor | None:
         return next((y for at, y in self._values if at is x), None)
 
@@ -155,6 +160,7 @@ def rescale_factor(function: Function, x1: Tensor, y1: Tensor, *, x2: Tensor, y2
     scale = torch.maximum(torch.maximum(x1.abs(), x2.abs()), torch.maximum(y1.abs(), y2.abs()))
     tiny = d.abs() <= eps**0.4 * scale
     quotient = change / torch.where(d == 0, torch.ones_like(d), d)
+    function = function.of_part(tiny) if isinstance(function, KnownFunction) else function
     slope = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)
     smooth = (slope * d[tiny] - change[tiny]).abs() <= 16 * eps * scale[tiny]
     quotient[tiny] = torch.where(smooth | (d[tiny] == 0), slope, quotient[tiny])
