@@ -21,6 +21,7 @@ PUBLIC = (
     "analyses.circuits",
     "analyses.contexts",
     "analyses.describe",
+    "analyses.dictionaries",
     "analyses.edges",
     "analyses.graph",
     "analyses.interventions",

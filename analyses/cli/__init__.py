@@ -11,6 +11,7 @@ from analyses.cli import (  # isort: skip  # noqa: F401
     coverage_command,
     estimate_command,
     contexts_command,
+    dictionary_command,
 )
 
 __all__ = ["app"]

@@ -34,9 +34,10 @@ class Dictionaries:
 
     def put_on(self, session: Session, anatomy: Anatomy, tap: Tap | None = None) -> None:
         """Put them on a model; tap: gets the values of features, errors and skip connections by name."""
-        for one in (*self.placed, *self.written):
+        both: list[PlacedDictionary | WrittenPoint] = [*self.placed, *self.written]
+        for one in both:
             one.session, one.tap = session, tap or one.tap
-            session.dictionaries.append(one)
+        session.dictionaries += both
         for placed in self.placed:
             if not placed.is_autoencoder:
                 session.state(anatomy.points[placed.point_in]).read_by.append(placed)

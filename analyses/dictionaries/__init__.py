@@ -1,0 +1,21 @@
+"""Sparse autoencoders and transcoders: a small trainer, features ranked by relevance, and the ablation of single features as yardstick."""
+
+from analyses.dictionaries.ablation import ablate_features
+from analyses.dictionaries.comparison import compare_features
+from analyses.dictionaries.labels import label_features
+from analyses.dictionaries.quality import Quality, quality
+from analyses.dictionaries.ranking import rank_features
+from analyses.dictionaries.saving import save_dictionary
+from analyses.dictionaries.train import Trained, train_dictionary
+
+__all__ = [
+    "Quality",
+    "Trained",
+    "ablate_features",
+    "compare_features",
+    "label_features",
+    "quality",
+    "rank_features",
+    "save_dictionary",
+    "train_dictionary",
+]

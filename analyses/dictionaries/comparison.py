@@ -1,0 +1,127 @@
+"""Which method can be trusted on features: estimates held against the ablation of single features, on the same pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.dictionaries.ablation import FeatureOfDictionary, ablate_features, feature_values
+from analyses.dictionaries.ranking import rank_features
+from analyses.evaluation.agreement import agreement, intervals
+from analyses.methods.integrated_path import embeddings_moved, embeddings_of, midpoints
+from analyses.tasks import PromptPairs
+from analyses.tasks.pairs import require_pairs
+from lens_relevance import Dictionary, RelevanceError, propagate
+from lens_relevance.hooks.model_state import left_as_found
+from lens_relevance.sites import anatomy
+
+METHODS = ("deeplift", "gradient", "relp", "integrated_gradients")
+_STEPS = 10
+
+
+@left_as_found
+def compare_features(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    dictionaries: Sequence[Dictionary],
+    *,
+    n_features: int = 200,
+    methods: Sequence[str] = METHODS,
+    resamples: int = 200,
+) -> pd.DataFrame:
+    """How well estimates of features agree with ablating each feature (the mean of both directions).
+
+    The features are the n that are most often on in the pairs and differ between their two runs, whatever any method says of them; of each
+    dictionary equally many.
+
+    Args:
+        methods: Rulesets, and "integrated_gradients" (10 steps along the line between the embeddings of the two runs). Coefficients of
+            rulesets that do not compare two runs are taken on both and averaged, as the yardstick is.
+        resamples: Bootstrap resamples of the pairs for the 95 % interval of Pearson's correlation.
+
+    Returns:
+        A row per method: pearson, spearman, sign_agreement, top_k_overlap (k = 20), magnitude_error over features, of scores averaged over
+        pairs; pearson_low, pearson_high; features, pairs, and seconds of the method.
+    """
+    pairs = require_pairs(pairs)
+    chosen = most_active(model, pairs, dictionaries, n_features)
+    effects = ablate_features(model, pairs, dictionaries, features=chosen).numpy()
+    rows = []
+    for method in methods:
+        start = time.perf_counter()
+        scores = estimates(model, pairs, dictionaries, method)
+        seconds = time.perf_counter() - start
+        estimate = np.stack([scores[index][:, feature].double().cpu().numpy() for index, feature in chosen])
+        found = agreement(estimate.mean(1), effects.mean(1), 20)
+        low, high = intervals(estimate, effects, resamples)["pearson"]
+        rows.append({"method": method, **vars(found), "pearson_low": low, "pearson_high": high, "seconds": seconds})
+    frame = pd.DataFrame(rows).assign(features=len(chosen), pairs=len(pairs))
+    return frame.sort_values("pearson", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def most_active(model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], n: int) -> list[FeatureOfDictionary]:
+    """The features whose values differ between the two runs of most pairs, equally many of each dictionary.
+
+    Raises:
+        RelevanceError: there are fewer.
+    """
+    ranked = rank_features(model, pairs, dictionaries, rules="gradient")
+    names = anatomy(model)
+    chosen: list[FeatureOfDictionary] = []
+    for index, dictionary in enumerate(dictionaries):
+        of_point = ranked[ranked["point"] == names.canonical(dictionary.point_out[0])]
+        differing = of_point[of_point["score"] != 0].sort_values(["active_share", "feature"], ascending=[False, True], kind="stable")
+        share = n // len(dictionaries) + (index < n % len(dictionaries))
+        if len(differing) < share:
+            raise RelevanceError(f"{dictionary!r} has {len(differing)} features that differ between the runs, and {share} are asked for")
+        chosen += [(index, feature) for feature in differing["feature"].head(share).tolist()]
+    return chosen
+
+
+def estimates(
+    model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], method: str
+) -> list[Float[Tensor, "pair feature"]]:
+    """Scores of all features of each dictionary, clean against corrupt, summed over positions."""
+    names = anatomy(model)
+    points = [(names.canonical(one.point_in), names.canonical(one.point_out[0])) for one in dictionaries]
+    outs = [out for _, out in points]
+    with torch.no_grad():
+        clean, corrupt = (feature_values(model, pairs, run, dictionaries, points) for run in ("clean", "corrupt"))
+    coefficients = _coefficients(model, pairs, outs, method)
+    found = []
+    for i, dictionary in enumerate(dictionaries):
+        g = coefficients(outs[i]).flatten(2)
+        found.append(((clean[i] - corrupt[i]) * (g @ dictionary.decoder[0].to(g).T)).sum(1))
+    return found
+
+
+def _coefficients(model: TransformerBridge, pairs: PromptPairs, outs: list[str], method: str) -> Callable[[str], Tensor]:
+    def on(run: str, other: str | None, rules: str) -> dict[str, Tensor]:
+        reference = None if other is None else getattr(pairs, other)
+        cache = propagate(
+            model, getattr(pairs, run), pairs.target, rules=rules, names_filter=outs, reference=reference, attention_mask=pairs.clean_mask
+        )
+        return {name: cache.coefficients[name] for name in outs}
+
+    if method == "integrated_gradients":
+        leaf = embeddings_of(model)
+        embeddings = [
+            propagate(model, getattr(pairs, run), pairs.target, rules="gradient", names_filter=leaf).activations[leaf]
+            for run in ("clean", "corrupt")
+        ]
+        parts = []
+        for share in midpoints(_STEPS):
+            with embeddings_moved(model, embeddings[0] - embeddings[1], share):
+                parts.append(on("corrupt", None, "gradient"))
+    elif method.startswith("deeplift"):
+        parts = [on("corrupt", "clean", method)]
+    else:
+        parts = [on("corrupt", None, method), on("clean", None, method)]
+    return lambda name: torch.stack([part[name] for part in parts]).mean(0)
