@@ -67,8 +67,8 @@ class ForwardCheck:
             and site.operation.bias is not None
             and (per_head := f"{site.name.removesuffix('.o')}.hook_result") in anatomy.points
         }
-        inner = {site.output for site in sites if site.kind in ("scores", "pattern", "activation", "gate")}
-        self._read_by_sites_alone = inner & set(self._readers)
+        steps = {site.output for site in sites if site.kind in ("scores", "pattern", "activation", "gate")}
+        self._read_by_sites_alone = steps & set(self._readers)
         self._direction: Tensor | None = None
         self._left: dict[HookPoint, Tensor] = {}
         self._awaited: dict[HookPoint, int] = {}
