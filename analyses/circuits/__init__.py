@@ -1,7 +1,7 @@
 """Circuits: from scores of nodes or edges to circuits, how faithful these are, and how near to a known one."""
 
 from analyses.circuits.ablation import Ablation
-from analyses.circuits.choose import Circuit, above, greedy, top
+from analyses.circuits.choose import Circuit, above, frequent, greedy, top
 from analyses.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from analyses.circuits.items import Items
 from analyses.circuits.methods_compared import faithfulness_table
@@ -32,6 +32,7 @@ __all__ = [
     "auroc",
     "faithfulness_curve",
     "faithfulness_table",
+    "frequent",
     "from_mib",
     "greedy",
     "known_circuit",

@@ -1,4 +1,4 @@
-"""From scores to a circuit: the best n, all above a threshold, or grown from the logits."""
+"""From scores to a circuit: the best n, those that stay the best on other pairs, all above a threshold, or grown from the logits."""
 
 from __future__ import annotations
 
@@ -59,6 +59,25 @@ def above(scores: ItemScores, threshold: float, order: Order = "absolute") -> Ci
     kept = values >= threshold
     if not kept.any():
         raise RelevanceError(f"threshold {threshold:g} leaves an empty circuit; the best score is {values.max():.3g}")
+    return Circuit(scores.items, kept)
+
+
+def frequent(scores: ItemScores, n: int, frequency: float = 0.9) -> Circuit:
+    """Items that are among the n strongest, by |score|, in at least this share of bootstrap resamples of the examples.
+
+    In place of one cut through one order (CIRCUS, arXiv 2603.00523, counts agreement over cuts; only its abstract was at hand): what would
+    be left out on other examples is left out here.
+
+    Raises:
+        RelevanceError: the scores of single examples are not known, or no item is as frequent.
+    """
+    if not 1 <= n <= len(scores.items):
+        raise RelevanceError(f"a circuit has 1 to {len(scores.items)} items here, got n={n}")
+    if not 0 < frequency <= 1:
+        raise RelevanceError(f"frequency is a share of the resamples, above 0 and up to 1, not {frequency:g}")
+    kept = scores.stability(n).frequency >= frequency
+    if not kept.any():
+        raise RelevanceError(f"no item is among the {n} strongest in {frequency:.0%} of resamples; take a lower frequency or more pairs")
     return Circuit(scores.items, kept)
 
 

@@ -15,6 +15,7 @@ from analyses.circuits.ablation import Ablation
 from analyses.circuits.items import Items
 from analyses.components import Run, parse_node
 from analyses.datasets.batches import rows_together
+from analyses.evaluation.stability import Stability, stability
 from analyses.methods import Estimator, estimator
 from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
@@ -36,6 +37,7 @@ class ItemScores:
         signed: mean over examples of the estimate of what the item adds to the target.
         strength: mean over examples of the absolute value of that estimate.
         downwards: whether the full circuit's metric is lower than the empty one's, so that a negative score leads towards the full one.
+        by_pair: the estimates of each example, [example, item]; None where they are not known (`random`, scores read from a file).
     """
 
     items: Items
@@ -43,6 +45,7 @@ class ItemScores:
     signed: np.ndarray
     strength: np.ndarray
     downwards: bool = False
+    by_pair: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for scores in (self.signed, self.strength):
@@ -60,6 +63,16 @@ class ItemScores:
         if order not in ("signed", "absolute"):
             raise RelevanceError(f"order is 'signed' or 'absolute', got {order!r}")
         return np.abs(self.signed) if order == "absolute" else -self.signed if self.downwards else self.signed
+
+    def stability(self, n: int) -> Stability:
+        """What resampling of the examples does to the n strongest items (see `analyses.evaluation.stability`).
+
+        Raises:
+            RelevanceError: the scores of single examples are not known.
+        """
+        if self.by_pair is None:
+            raise RelevanceError(f"the scores of {self.method} are known as means alone, so they cannot be resampled: use score_items")
+        return stability(self.by_pair.T, n)
 
     def to_frame(self) -> pd.DataFrame:
         """The items with columns score and strength, strongest first."""
@@ -92,7 +105,7 @@ def score_items(ablation: Ablation, method: str | Table | Estimator = "deeplift"
         chosen = estimator(method)
         name, per_example = chosen.name, _estimates(ablation, chosen, run)
     values = per_example.double().cpu().numpy()
-    return ItemScores(items, name, values.mean(0), np.abs(values).mean(0), downwards)
+    return ItemScores(items, name, values.mean(0), np.abs(values).mean(0), downwards, values)
 
 
 def _estimates(ablation: Ablation, method: Estimator, run: Run) -> Float[Tensor, "example item"]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from analyses.cli.app import app
 from analyses.cli.options import (
@@ -45,6 +46,10 @@ def circuit(
     pairs: Pairs = None,
     n: Number = 16,
     seed: Seed = 0,
+    size: Annotated[int | None, typer.Option(min=1, help="Also list a circuit: of how many items, by the first method.")] = None,
+    frequency: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of these, those among the strongest in this share of resamples of the pairs.")
+    ] = 0.9,
     out: Annotated[Path | None, typer.Option(help="A .csv to write the table to.")] = None,
     force: Force = False,
     mib: Annotated[
@@ -60,7 +65,7 @@ def circuit(
 
     Circuits are found on one half of the pairs and evaluated on the other.
     """
-    from analyses.circuits import faithfulness_table
+    from analyses.circuits import Ablation, faithfulness_table, frequent, score_items
     from analyses.circuits.methods_compared import METHODS
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
@@ -82,6 +87,14 @@ def circuit(
         f"Circuits of {level}s, {question.title}: found on {half} pairs (selection_cmd), CMD (0 is best) and CPR on {len(held_out)} others"
     )
     Console().print(frame_table(table.round(4), title))
+    if size is not None:
+        scores = score_items(Ablation(loaded, question.pairs, level), chosen[0])  # type: ignore[arg-type]
+        kept, stable = frequent(scores, size, frequency).kept, scores.stability(size)
+        named = scores.items.frame.assign(score=scores.signed, frequency=stable.frequency, q=stable.q_value)[kept]
+        listed = named.sort_values("score", key=abs, ascending=False, kind="stable")
+        words = f"{len(listed)} of the {size} strongest {level}s by {chosen[0]}, those in at least {frequency:.0%} of resamples"
+        Console().print(frame_table(listed, words))
+        Console().print(Text(str(stable)))
     if file is not None:
         file.write_table(table)
     if mib is not None:

@@ -52,7 +52,7 @@ class Findings:
         flow: relevance that heads carry, [layer, head, query, key]; None where the model has no live pattern.
         heads: one row per head: head, layer, index, relevance, standard_error, top_share (share of pairs in which it is among the
             `top_k` strongest), patching (mean of denoising and noising), denoising, noising; largest relevance first.
-        pearson, spearman: relevance against patching.
+        pearson, spearman: relevance against patching. stability: of the ranking over the pairs, in words.
         account: the conservation account of the example. value, reference_value: the target there, and on its counterpart.
         clean, corrupt: the target on both sides, one value per pair.
         seconds: time taken by each part. missing: what could not be computed for this model, and why.
@@ -77,6 +77,7 @@ class Findings:
     top_k: int
     pearson: float
     spearman: float
+    stability: str
     account: pd.DataFrame
     value: float
     reference_value: float | None
@@ -168,6 +169,7 @@ def find(model: TransformerBridge, question: Question, rules: str | None = None,
         top_k=top_k,
         pearson=pearson,
         spearman=spearman,
+        stability=ranking.attrs["stability"],
         account=_averaged(cache.conservation()),
         value=float(cache.value.mean()),
         reference_value=None if cache.reference_value is None else float(cache.reference_value.mean()),

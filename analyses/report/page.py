@@ -137,7 +137,8 @@ def _heads(page: Page, findings: Findings) -> None:
 
 def _heads_caption(findings: Findings) -> str:
     several = f" ± is the standard error over {pairs_in_words(findings, findings.n_pairs)}." if "±" in head_table(findings) else ""
-    return f"The heads that count most, in {unit(findings)}.{several}"
+    stable = f" Over resampled pairs: {findings.stability}." if findings.has_many_pairs else ""
+    return f"The heads that count most, in {unit(findings)}.{several}{stable}"
 
 
 def head_table(findings: Findings, top: int = TOP_HEADS) -> pd.DataFrame:

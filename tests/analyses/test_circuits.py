@@ -18,6 +18,7 @@ from analyses.circuits import (
     auroc,
     faithfulness_curve,
     faithfulness_table,
+    frequent,
     greedy,
     known_circuit,
     overlap,
@@ -27,6 +28,7 @@ from analyses.circuits import (
 from analyses.circuits.faithfulness import areas, sizes
 from analyses.circuits.faithfulness import faithfulness as recovered
 from analyses.circuits.recovery import area_under_roc
+from analyses.evaluation.stability import RESAMPLES, resampling_weights
 from analyses.methods import eap_ig
 from analyses.tasks import pronoun
 from analyses.tasks.pairs import PromptPairs
@@ -223,6 +225,30 @@ def test_choices(ablation: Ablation) -> None:
     grown = greedy(scores, 12).to_frame()
     reached = {"logits"} | set(grown["source"])
     assert len(grown) == 12 and {t.split(".")[0] if "H" in t else t.removesuffix(".in") for t in grown["target"]} <= reached
+
+
+def test_frequent_items_are_those_of_most_resamples() -> None:
+    """Counted by a loop over the resamples; and an estimate of single examples is what the mean is taken of."""
+    ablation = Ablation(models.build_gpt2(), some_pairs(9), "edge")
+    scores, n = score_items(ablation, "relp"), 12
+    assert scores.by_pair is not None and scores.by_pair.shape == (9, len(scores.items))
+    np.testing.assert_allclose(scores.by_pair.mean(0), scores.signed, rtol=1e-9)
+    counts = np.zeros(len(scores.items))
+    for drawn in resampling_weights(9).resamples:
+        strongest = np.argsort(-np.abs((drawn[:, None] * scores.by_pair).sum(0)), kind="stable")[:n]
+        counts[strongest] += 1
+    for frequency in (0.9, 0.5):
+        circuit = frequent(scores, n, frequency)
+        assert circuit.kept.tolist() == (counts / RESAMPLES >= frequency).tolist()
+    assert 0 < len(frequent(scores, n)) < n < len(frequent(scores, n, 0.01))
+    known = ItemScores(scores.items, "read", scores.signed, scores.strength)
+    for wrong, message in (
+        (lambda: frequent(known, 3), "known as means alone"),
+        (lambda: frequent(scores, 0), "a circuit has 1 to"),
+        (lambda: frequent(scores, 3, 1.5), "a share of the resamples"),
+    ):
+        with pytest.raises(RelevanceError, match=message):
+            wrong()
 
 
 def test_auroc_counts_ties_half() -> None:

@@ -94,6 +94,26 @@ def test_compare_prints_the_table_and_writes_it(run: Callable[..., Result], tmp_
     assert table.exit_code == 0 and tuple(pd.read_csv(tmp_path / "table.csv").columns) == COLUMNS
 
 
+def test_rank_certifies_its_first_places(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run("rank", "--n", "4", "--certify", "3", "--top", "4")
+    assert result.exit_code == 0, result.output
+    for text in ("interval", "reliable", "top 3 settled for the mean of denoising and", "of a full sweep", "false-discovery rate"):
+        assert text in " ".join(result.stdout.split()), text
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    attention = run("rank", "attention", "--n", "4", "--top", "3")
+    assert attention.exit_code == 0 and "L1.attn@14" in attention.stdout
+    for arguments, message in ((("--layer", "1"), "--layer goes with neurons"), (("--method", "relp", "--certify", "2"), "no intervals")):
+        refused = run("rank", "--n", "2", *arguments)
+        assert refused.exit_code == 2 and message in refused.stderr
+
+
+def test_circuit_lists_what_is_frequent(run: Callable[..., Result]) -> None:
+    result = run("circuit", "--n", "4", "--methods", "relp", "--size", "4", "--frequency", "0.5")
+    assert result.exit_code == 0, result.output
+    assert "of the 4 strongest nodes by relp, those in at least 50%" in " ".join(result.stdout.split()) and "frequency" in result.stdout
+
+
 def test_pairs_of_your_own(run: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     pd.DataFrame([dict(clean=PROMPT, corrupt=AGAINST, answer="Mary", wrong="John")] * 2).to_csv(path, index=False)

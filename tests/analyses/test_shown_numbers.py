@@ -147,6 +147,7 @@ def findings() -> Findings:
         top_k=1,
         pearson=0.91,
         spearman=0.82,
+        stability="",
         account=account,
         value=2.0,
         reference_value=-1.0,
