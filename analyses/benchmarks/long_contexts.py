@@ -27,12 +27,12 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
+from analyses.benchmarks.resident import highest
 from lens_relevance import __version__
 
 GIB = 2**30
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 WAYS = ("at once", "block by block", "block by block, in a folder")
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def prompt(model: Any, positions: int) -> Int[Tensor, "1 pos"]:
@@ -65,18 +65,15 @@ def case(folder: str, positions: int, rules: str, way: str, *, limit: float) -> 
         if estimated > limit:
             return row
         del expected
-        before = _resident("VmRSS")
-        _RESET.write_text("5")
-        started, processor = time.perf_counter(), time.process_time()
-        cache = propagate(model, inputs, logit(5), rules=rules, reference=reference, recompute=recompute, device=device)
-        row |= {"seconds": time.perf_counter() - started, "processor": time.process_time() - processor}
-        row |= {"peak": (_resident("VmHWM") - before) / GIB, "value": float(cache.value), "explained": float(cache.tokens().sum())}
+
+        def run() -> None:
+            started, processor = time.perf_counter(), time.process_time()
+            cache = propagate(model, inputs, logit(5), rules=rules, reference=reference, recompute=recompute, device=device)
+            row.update({"seconds": time.perf_counter() - started, "processor": time.process_time() - processor})
+            row.update({"value": float(cache.value), "explained": float(cache.tokens().sum())})
+
+        row["peak"] = highest(run) / GIB
     return row
-
-
-def _resident(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def page(rows: pd.DataFrame, model: str) -> str:

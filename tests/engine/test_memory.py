@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from analyses.benchmarks.estimates import allocated
 from lens_relevance import Estimate, RelevanceError, estimate, logit, mean_embedding, propagate, random_tokens
 from lens_relevance.hooks import attention_by_rows as by_rows
 from lens_relevance.memory import estimate_of_run, free_memory
@@ -19,20 +20,6 @@ from tests.classifiers import build_classifier, inputs_for
 from tests.engine.families import build
 
 POSITIONS = 32
-
-
-def measured(run: Callable[[], Any]) -> int:
-    """Bytes at the moment with most, of all that torch allocates while this runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def tokens(batch: int, seed: int = 0) -> Tensor:
@@ -54,7 +41,7 @@ def test_within_15_percent_of_the_measured_peak(family: str, rules: str, recompu
     found = peak(estimate(model, POSITIONS, 16, rules=rules), recompute)
     run = lambda: propagate(model, tokens(16), logit(3), rules=rules, reference=reference, recompute=recompute)  # noqa: E731
     run()  # what is computed once per model
-    assert found == pytest.approx(measured(run), rel=0.15)
+    assert found == pytest.approx(allocated(run), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +61,7 @@ def test_whatever_is_asked_for(settings: dict[str, Any]) -> None:
     found = estimate(model, POSITIONS, 8, target=target, **settings).plain_bytes
     run = lambda: propagate(model, tokens(8), target, **{"rules": "attnlrp", **settings}, recompute=False)  # noqa: E731
     run()
-    assert found == pytest.approx(measured(run), rel=0.15)
+    assert found == pytest.approx(allocated(run), rel=0.15)
 
 
 def test_attention_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +72,7 @@ def test_attention_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     found = peak(estimate(model, 128, 4, names_filter="embed.hook_out"), True)
     run = lambda: propagate(model, ids, logit(3), rules="attnlrp", names_filter="embed.hook_out", recompute=True)  # noqa: E731
     run()
-    assert found == pytest.approx(measured(run), rel=0.15)
+    assert found == pytest.approx(allocated(run), rel=0.15)
     monkeypatch.setattr(by_rows, "AT_ONCE", 2**40)
     assert peak(estimate(model, 128, 4, names_filter="embed.hook_out"), True) > 1.5 * found
 
