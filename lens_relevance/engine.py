@@ -100,7 +100,8 @@ def propagate(
         dictionaries: Sparse autoencoders and transcoders (see `read_dictionary`). What passes the HookPoints that they write to stays as it
             is, and is the sum of their features and an error: `.features(point)`, `.error(point)`.
         dictionary_path: Relevance goes on from such a HookPoint through the "features", where the error keeps its share, or through the
-            "model", as without dictionaries.
+            "model", as without dictionaries; under "direct" it ends at features and errors, so that what a target (a feature too) reads
+            without other features in between adds up to it.
 
     Returns:
         Activations, coefficients and relevance by HookPoint, in the units of the target. The model is left exactly as it was.

@@ -56,7 +56,8 @@ class KeptFeatures:
         real = mask[row, position].bool()
         index = torch.stack([row, position, features.feature])[:, real]
         size = (*mask.shape, placed.dictionary.n_features)
-        for name, values in (("relevance", share(features.value - features.other, coefficient)), ("activation", features.value)):
+        kept = {"relevance": share(features.value - features.other, coefficient), "activation": features.value, "coefficient": coefficient}
+        for name, values in kept.items():
             averaged = torch.sparse_coo_tensor(
                 index, values[real] / self._n, size, check_invariants=False
             ).coalesce()  # over the references of each example
@@ -80,7 +81,7 @@ def stays(dictionaries: Dictionaries, part: Part, like: Float[Tensor, " rows"]) 
             yield from _kept_where_written(written, part, like)
     for placed in dictionaries.placed:
         for name, features in ((placed.name, placed.features), (placed.target_name, placed.target_features)):
-            if features is None or name not in part.coefficients or not (placed.passes or name == placed.target_name):
+            if features is None or name not in part.coefficients or not (placed.encodes or name == placed.target_name):
                 continue
             coefficient = part.coefficients[name].detach().reshape(-1)
             through = coefficient * features.slope
@@ -90,7 +91,7 @@ def stays(dictionaries: Dictionaries, part: Part, like: Float[Tensor, " rows"]) 
             pair = placed.recorded is not None
             if not (isinstance(rule, ElementwiseRule) and (rule.slope_exact and rule.needs_reference if pair else rule.slope_conserves)):
                 yield placed.point_in, "activation", _rows(features.by_token(arrived - through * features.change), like)
-            if len(placed.points_out) > 1:
+            if len(placed.points_out) > 1 and name == placed.name:
                 yield placed.point_in, "features", -_rows(features.by_token(arrived), like)
 
 
@@ -101,7 +102,7 @@ def _kept_where_written(written: WrittenPoint, part: Part, like: Tensor) -> Iter
     if written.bias_change is not None:
         yield written.point, "biases", _rows((written.bias_change * g).sum(-1), like)
     for placed in written.dictionaries:
-        if len(placed.points_out) > 1 and written.point in placed.sent:
+        if (len(placed.points_out) > 1 or not placed.encodes) and written.point in placed.sent:
             yield written.point, "features", _rows(placed.sent[written.point], like)
 
 

@@ -56,8 +56,8 @@ def place_on(anatomy: Anatomy, dictionaries: Sequence[Dictionary], table: Table,
     Raises:
         RelevanceError: A HookPoint is not there, or is beside the model's computation; two write to one; the ruleset's rule does not fit.
     """
-    if path not in ("features", "model"):
-        raise RelevanceError(f"dictionary_path={path!r}: relevance goes on through the 'features' or through the 'model'")
+    if path not in ("features", "model", "direct"):
+        raise RelevanceError(f"dictionary_path={path!r}: relevance goes on through the 'features' or through the 'model', or is 'direct'")
     found = Dictionaries()
     for dictionary in dictionaries:
         if not isinstance(dictionary, Dictionary):

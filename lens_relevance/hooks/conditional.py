@@ -130,7 +130,7 @@ def _feature_condition(placed: PlacedDictionary, units: Mapping[str, Any], n_pos
     """The condition of {"feature": [17], "position": [4]}."""
     if set(units) - {"feature", "position"}:
         raise RelevanceError(f"through: features of {placed.points_out[0]} have the axes feature and position, not {', '.join(units)}")
-    if not placed.passes:
+    if not placed.encodes:
         raise RelevanceError("through: relevance flows through features under dictionary_path='features' alone")
     sizes = {"feature": placed.dictionary.n_features, "position": n_positions}
     chosen: dict[str, tuple[int, ...]] = {}

@@ -2,7 +2,7 @@
 
 What passes a HookPoint stays as it is. It is taken for the sum of what features write and of an error, which is what the dictionary misses,
 and each of them gets its coefficient. Under the path "features" relevance goes on through the features' encoders, and the error keeps its
-share; under the path "model" it goes on as without dictionaries.
+share; under the path "model" it goes on as without dictionaries; under the path "direct" it ends at features and errors.
 
 Like a rule, a dictionary stands outside the hooks of a HookPoint: it writes before they run, and reads after they have.
 """
@@ -25,7 +25,7 @@ from lens_relevance.sites.base import block_of
 if TYPE_CHECKING:
     from lens_relevance.hooks.session import Session
 
-DictionaryPath = Literal["features", "model"]
+DictionaryPath = Literal["features", "model", "direct"]
 Tap = Callable[[str, Tensor], Tensor | None]
 
 
@@ -35,13 +35,14 @@ class PlacedDictionary:
     Attributes:
         name: What its features' values are called among the tensors of a run.
         features: Those that are on in the forward under way.
-        passes: Whether relevance goes on through them.
+        passes: Whether relevance goes on through what the dictionary writes, and not through what the model computes there.
+        encodes: Whether it goes on through the features' encoders.
         target: A feature that relevance starts from.
     """
 
     def __init__(self, dictionary: Dictionary, point_in: str, points_out: tuple[str, ...], *, rule: Rule, path: DictionaryPath) -> None:
         self.dictionary, self.point_in, self.points_out, self.rule = dictionary, point_in, points_out, rule
-        self.passes = path == "features"
+        self.passes, self.encodes = path != "model", path == "features"
         self.name = f"{points_out[0]}:features"
         self.target: int | None = None
         self.session: Session | None = None
@@ -105,7 +106,7 @@ class PlacedDictionary:
         rows, other = self._rows(x.detach()), self.reference_rows(x)
         dictionary = self.here(rows)
         self.features = active_features(dictionary, rows, other, rule=self.rule)
-        values = Encode.apply(self, self.features, x) if self.passes else self.features.value.clone().requires_grad_()
+        values = Encode.apply(self, self.features, x) if self.encodes else self.features.value.clone().requires_grad_()
         self.values = _tapped(self.tap(self.name, values), values)
         linear = linear_part(dictionary, self._rows(x if self.passes else x.detach()))
         if linear is not None:
