@@ -93,10 +93,10 @@ def feature_graph(
     edges, carried = [], []
     with progress_bar() as bar:
         task = bar.add_task("explaining features", total=len(nodes) + 1)
-        for row in [None, *nodes.itertuples()]:
-            what = target if row is None else latent(str(row.point), feature=int(row.feature), position=int(row.position))
+        for row in [None, *nodes.to_dict("records")]:
+            what = target if row is None else latent(row["point"], feature=row["feature"], position=row["position"])
             cache = explained(what, "direct", lambda name: name in wanted)
-            into, scale = ("logits", 1.0) if row is None else (str(row.node), float(row.coefficient))
+            into, scale = ("logits", 1.0) if row is None else (row["node"], row["coefficient"])
             edges += _entering(cache, points, into, scale)
             carried += _carried(cache, names.n_layers, into, scale)
             bar.advance(task)
