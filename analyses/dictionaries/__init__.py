@@ -4,7 +4,7 @@ from analyses.dictionaries.ablation import ablate_features
 from analyses.dictionaries.comparison import compare_features
 from analyses.dictionaries.feature_graphs import FeatureGraph, feature_graph
 from analyses.dictionaries.labels import label_features
-from analyses.dictionaries.quality import Quality, quality
+from analyses.dictionaries.quality import Quality, measure_quality
 from analyses.dictionaries.ranking import rank_features
 from analyses.dictionaries.saving import save_dictionary
 from analyses.dictionaries.train import Trained, train_dictionary
@@ -17,7 +17,7 @@ __all__ = [
     "compare_features",
     "feature_graph",
     "label_features",
-    "quality",
+    "measure_quality",
     "rank_features",
     "save_dictionary",
     "train_dictionary",

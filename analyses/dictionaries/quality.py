@@ -42,7 +42,7 @@ class Quality:
 
 
 @torch.no_grad()
-def quality(model: TransformerBridge, dictionary: Dictionary, rows: Int[Tensor, "row pos"]) -> Quality:
+def measure_quality(model: TransformerBridge, dictionary: Dictionary, rows: Int[Tensor, "row pos"]) -> Quality:
     """The quality of a dictionary on these rows of tokens."""
     pairs = list(activations(model, rows, dictionary.point_in, point_out=dictionary.point_out[0]))
     x, y = (torch.cat(part) for part in zip(*pairs, strict=True))

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.progress import progress_bar
 from analyses.dictionaries.activations import activations
-from analyses.dictionaries.quality import Quality, quality
+from analyses.dictionaries.quality import Quality, measure_quality
 from lens_relevance import Dictionary, RelevanceError
 from lens_relevance.dictionaries import TopK
 from lens_relevance.hooks.model_state import left_as_found
@@ -87,7 +87,7 @@ def train_dictionary(
             if file is not None:
                 learner.save(file, run, epoch + 1)
     dictionary = learner.dictionary(point_in, writes)
-    return Trained(dictionary, quality(model, dictionary, held_out))
+    return Trained(dictionary, measure_quality(model, dictionary, held_out))
 
 
 def _shuffled(stream: Iterator[tuple[Tensor, Tensor]], generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

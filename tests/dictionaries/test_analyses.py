@@ -13,7 +13,7 @@ from analyses.dictionaries import (
     ablate_features,
     compare_features,
     label_features,
-    quality,
+    measure_quality,
     rank_features,
     save_dictionary,
     train_dictionary,
@@ -62,7 +62,7 @@ def test_training_finds_what_is_written(model: TransformerBridge, rows: torch.Te
     """A random dictionary of the same kind misses almost everything."""
     for one in trained:
         random = random_dictionary(one.dictionary.point_in, one.dictionary.point_out, d_in=64, kind="topk").to(torch.zeros(()))
-        assert one.quality.variance_unexplained < 0.5 < quality(model, random, rows[:10]).variance_unexplained
+        assert one.quality.variance_unexplained < 0.5 < measure_quality(model, random, rows[:10]).variance_unexplained
         assert one.quality.active <= 8
         assert one.quality.loss_recovered > 0.5
         assert one.dictionary.activation == TopK(8)
