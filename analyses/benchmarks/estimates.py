@@ -90,7 +90,7 @@ the same as torch's profiler counts it, event by event; the estimate comes from 
 
 The resident set of a process is another number, and not what is estimated: it has besides what the C library keeps of memory that was
 freed (glibc keeps pieces of up to 32 MiB, and what lies between tensors that stay), and pages of weights that are mapped from a file and
-read for the first time. On [long contexts](long_contexts.md), each run in a fresh process, it is 3 to 13 % above the estimate block by
+read for the first time. On [long contexts](long_contexts.md), each run in a fresh process, it is 3 to 16 % above the estimate block by
 block, where freed memory is handed back after each block; at once, 26 % above at 2,048 tokens and twice as much at 512, where this is
 half a gigabyte. A run on a CPU is refused where less than 1.3 times the estimate is free.
 """
