@@ -130,6 +130,7 @@ def findings() -> Findings:
     )
     return Findings(
         question=Question("a question", "in words", pairs, slice(0, 1), False),
+        alone="deeplift",
         rules="deeplift",
         target="logit(' Mary') - logit(' John')",
         asked=[" Mary", " John"],
@@ -218,7 +219,7 @@ def test_findings_are_those_of_the_analyses(embedded: TransformerBridge) -> None
 
 def test_the_account_of_a_prompt_against_random_words_is_the_mean_over_them(embedded: TransformerBridge) -> None:
     question = from_prompt(embedded, "When Mary and John went to the store, John gave a drink to", "Mary", wrong="John")
-    found = find(embedded, question)
+    found = find(embedded, question, "deeplift")
     pairs = question.pairs
     assert len(pairs) > 1
     account = propagate(embedded, pairs.clean, pairs.target, rules="deeplift", reference=pairs.corrupt, audit=True).conservation()
