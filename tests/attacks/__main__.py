@@ -28,11 +28,11 @@ _FOOT = """
 
     python -m tests.attacks.honest [FAMILY ...]
 
-calls `propagate` on tiny models of every family in float64, float32 and bfloat16, padded and not, without hooks and with hooks that set to zero,
-scale or patch what passes randomly drawn HookPoints, and compares each call with the sites. A call that is refused with the checks and passes
-without them is a false alarm. Measured on 2026-11-22: 4,923 calls on 25 families, 0 false
-alarms (GPT-2 to BERT in the order of the table of families; T5, Flan-T5, ViT, GPT-OSS, BERT without a head, native gated and soft-capped); the
-others were not swept. The suite calls every family in float32 and bfloat16, padded and not (`tests/engine/test_checks.py`).
+calls `propagate` on tiny models of every family in float64, float32 and bfloat16, padded and not, without hooks and with hooks that set
+to zero, scale or patch what passes randomly drawn HookPoints, and compares each call with the sites. A call that is refused with the
+checks and passes without them is a false alarm. Measured on 2026-11-22: 4,923 calls on 25 families, 0 false alarms (GPT-2 to BERT in
+the order of the table of families; T5, Flan-T5, ViT, GPT-OSS, BERT without a head, native gated and soft-capped); the others were not
+swept. The suite calls every family in float32 and bfloat16, padded and not (`tests/engine/test_checks.py`).
 """
 
 
