@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -297,6 +297,4 @@ def _drop_pattern(block: nn.Module) -> None:
 
 
 def _first(output: Any) -> Tensor:
-    first = output[0] if isinstance(output, tuple) else output
-    assert isinstance(first, Tensor)
-    return first
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

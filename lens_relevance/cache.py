@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
+from lens_relevance.cache_files import load_cache, save_cache
 from lens_relevance.errors import NotKeptError, RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.named_tensors import NamedTensors
 from lens_relevance.notebook_form import cache_html, token_strings
 from lens_relevance.rules.base import difference, share
-from lens_relevance.whole_files import write_whole
 
 
 @dataclass
@@ -244,18 +241,7 @@ class RelevanceCache(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (no pickle)."""
-        tensors = {"value": self.value, "logits": self.logits, "input_tokens": self.input_tokens, "mask": self.mask}
-        for name in ("reference_value", "logit_positions"):
-            if getattr(self, name) is not None:
-                tensors[name] = getattr(self, name)
-        for group in _GROUPS:
-            tensors |= {f"{group}/{name}": tensor for name, tensor in getattr(self, group).items()}
-        meta = {"stacks": self.stacks, "aliases": self.aliases, "info": self.info, "absent": self.absent, "grid": self.grid}
-        meta["tensors"] = sorted(tensors)  # so that one that is missing is noticed
-        account = "" if self.account is None else self.account.to_json(orient="split", double_precision=15)
-        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"lens_relevance": json.dumps(meta), "account": account}
-        write_whole(path, lambda beside: save_file(contiguous, str(beside), metadata=metadata))
+        save_cache(self, path)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> RelevanceCache:
@@ -264,34 +250,7 @@ class RelevanceCache(Mapping[str, Tensor]):
         Raises:
             RelevanceError: the file cannot be read, is damaged, or was written by something else.
         """
-        try:
-            with safe_open(str(path), framework="pt", device=device) as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if "lens_relevance" not in header:
-                raise RelevanceError(f"{path} was not written by RelevanceCache.save")
-            return cls._from_parts(tensors, header)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, RelevanceError):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RelevanceError(f"{path} cannot be read as a saved RelevanceCache ({reason})") from error
-
-    @classmethod
-    def _from_parts(cls, tensors: dict[str, Tensor], header: dict[str, str]) -> RelevanceCache:
-        meta = json.loads(header["lens_relevance"])
-        if sorted(tensors) != meta.pop("tensors"):
-            raise ValueError("it does not hold the tensors that were saved")
-        groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
-        for name in [n for n in tensors if "/" in n]:
-            group, _, point = name.partition("/")
-            groups[group][point] = tensors.pop(name)
-        account = None
-        if header["account"]:
-            split = json.loads(header["account"])
-            account = pd.DataFrame(split["data"], columns=split["columns"])
-        grid = tuple(meta.pop("grid") or ()) or None
-        return cls(**groups, **tensors, **meta, account=account, grid=grid)  # type: ignore[arg-type]
+        return load_cache(cls, path, device)
 
 
 class _NoModel:
@@ -311,4 +270,3 @@ def _stacked(parts: list[Tensor], dim: int) -> Tensor:
 
 
 _WITHOUT_POSITIONS = ("hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_rot_k")
-_GROUPS = ("activations", "coefficients", "reference_activations", "averaged", "masks", "arguments", "dictionaries")

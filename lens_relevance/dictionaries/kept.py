@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.dictionaries.placement import Dictionaries
-from lens_relevance.hooks.placed_dictionary import PlacedDictionary, WrittenPoint
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary
 from lens_relevance.hooks.recording import Part, average
 from lens_relevance.hooks.storage import Storage
+from lens_relevance.hooks.written_point import WrittenPoint
 from lens_relevance.rules.activation import ElementwiseRule
 from lens_relevance.rules.base import share
 from lens_relevance.sites import Anatomy

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from lens_relevance.dictionaries.dictionary import Dictionary
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooks.placed_dictionary import DictionaryPath, PlacedDictionary, Tap, WrittenPoint, dictionary_at
+from lens_relevance.hooks.placed_dictionary import DictionaryPath, PlacedDictionary, Tap, dictionary_at
 from lens_relevance.hooks.session import Session
+from lens_relevance.hooks.written_point import WrittenPoint
 from lens_relevance.rules import Activation, ElementwiseRule
 from lens_relevance.ruleset_tables import Table, rule_for
 from lens_relevance.sites import Anatomy, Site

@@ -17,9 +17,10 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.checks import ForwardCheck
-from lens_relevance.hooks.placed_dictionary import PlacedDictionary, WrittenPoint
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
+from lens_relevance.hooks.written_point import WrittenPoint
 from lens_relevance.sites.base import InnerPoints
 
 

@@ -14,11 +14,12 @@ from lens_relevance.hooked_model import HookedModel, root
 from lens_relevance.hooks.checks import ForwardCheck
 from lens_relevance.hooks.interrupts import protected, protected_contextmanager
 from lens_relevance.hooks.model_state import check_forward, end_interrupted_calls
-from lens_relevance.hooks.placed_dictionary import PlacedDictionary, WrittenPoint
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary
 from lens_relevance.hooks.placed_rule import PlacedRule
 from lens_relevance.hooks.recomputation import Rebuilding
 from lens_relevance.hooks.ruled_point import PointState, RuledHookPoint
 from lens_relevance.hooks.substitution import Refusal, bypassed
+from lens_relevance.hooks.written_point import WrittenPoint
 from lens_relevance.rules.base import Rule
 from lens_relevance.sites import Site
 
