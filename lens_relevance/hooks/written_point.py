@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lens_relevance.errors import LivenessError
-from lens_relevance.hooks.placed_dictionary import PlacedDictionary, Tap, as_rows, before_dictionary, expanded, untapped
+from lens_relevance.hooks.placed_dictionary import PlacedDictionary, Tap, as_rows, before_dictionary, expanded, tapped_or, untapped
 from lens_relevance.rules.base import working
 from lens_relevance.sites.base import block_of
 

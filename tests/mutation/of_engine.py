@@ -165,7 +165,7 @@ MUTATIONS = [
         ("the averaged relevance is not read", "if canonical in self.averaged:", "if False:"),
     ),
     *of(
-        "lens_relevance/cache.py",
+        "lens_relevance/cache_files.py",
         "tests/runs/test_damaged_files.py -k 'cache and saved'",
         ("files that lack a tensor are read", 'if sorted(tensors) != meta.pop("tensors"):', 'if meta.pop("tensors") is None:'),
     ),
