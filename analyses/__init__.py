@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from analyses.evaluation.comparison import compare_with_patching
     from analyses.evaluation.ranking import rank_heads, rank_neurons, rank_positions
     from analyses.graph import flow_graph
+    from analyses.interventions import intervene, set_units
     from analyses.methods import Estimator, conductance, direct_logit_attribution, eap_ig
     from analyses.models.encoders import bridge_encoder
     from analyses.models.loading import load_model
@@ -32,10 +33,12 @@ _HOME = {
     "eap_ig": "methods",
     "faithfulness_table": "circuits",
     "flow_graph": "graph",
+    "intervene": "interventions",
     "load_model": "models.loading",
     "rank_heads": "evaluation.ranking",
     "rank_neurons": "evaluation.ranking",
     "rank_positions": "evaluation.ranking",
+    "set_units": "interventions",
 }
 
 __all__ = [
@@ -52,10 +55,12 @@ __all__ = [
     "eap_ig",
     "faithfulness_table",
     "flow_graph",
+    "intervene",
     "load_model",
     "rank_heads",
     "rank_neurons",
     "rank_positions",
+    "set_units",
 ]
 
 
