@@ -98,6 +98,7 @@ def table(measures: np.ndarray, effect: np.ndarray, *, seed: int) -> pd.DataFram
 
 
 def main(
+    *,
     model: Annotated[str, typer.Option(help="A hub name, a folder or a GGUF file.")] = "embedded",
     text: Annotated[Path | None, typer.Option(help="A corpus; the descriptions of the installed packages if left out.")] = None,
     neurons: Annotated[int, typer.Option(help="How many neurons.")] = 200,
