@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.components import resolve_component
 from analyses.methods.base import Bracket, Estimator, Scores, collect, points, turned
+from analyses.methods.ruleset_method import warn_if_incomplete
 from analyses.methods.second_order_method import RECOMPUTED, expansion
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceCache, propagate
@@ -56,9 +58,17 @@ def centre(estimates: Bracket) -> Scores:
 def bracket(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Bracket:
     """Secant and tangents of each component; queries and keys have tangents behind their recomputed softmax, and second order."""
     names, plain = points(model, components), [name for name in components if name not in RECOMPUTED]
+    first = resolve_component("resid").read_at(0)
     pair = propagate(
-        model, pairs.corrupt, pairs.target, rules="deeplift", reference=pairs.clean, names_filter=names, attention_mask=pairs.corrupt_mask
+        model,
+        pairs.corrupt,
+        pairs.target,
+        rules="deeplift",
+        names_filter=list(dict.fromkeys([*names, first])),
+        reference=pairs.clean,
+        attention_mask=pairs.corrupt_mask,
     )
+    warn_if_incomplete(pair, first)
     found: Bracket = {SECANT: collect(model, components, lambda point: -pair[point])}
     for estimate, tokens, mask in ((DENOISING, pairs.corrupt, pairs.corrupt_mask), (NOISING, pairs.clean, pairs.clean_mask)):
         found[estimate] = {}

@@ -44,7 +44,7 @@ def by_ruleset(rules: str | Table, name: str | None = None) -> Estimator:
             attention_mask=pairs.corrupt_mask,
         )
         if complete:
-            _warn_if_incomplete(cache, first)
+            warn_if_incomplete(cache, first)
         return collect(model, components, lambda point: -cache[point])  # the clean run less the corrupt one, where g is taken
 
     def edges(model: TransformerBridge, pairs: PromptPairs) -> EdgeAttribution:
@@ -76,7 +76,7 @@ def by_ruleset(rules: str | Table, name: str | None = None) -> Estimator:
 _COMPLETENESS = 1e-3
 
 
-def _warn_if_incomplete(cache: RelevanceCache, first: str) -> None:
+def warn_if_incomplete(cache: RelevanceCache, first: str) -> None:
     """Say so where relevance does not add up to the difference of the target, as that of `deeplift` does in every sound run.
 
     Args:

@@ -50,8 +50,10 @@ def test_the_top_heads_of_induction_are_those_that_pattern_scores_single_out(emb
     previous, inducing = (set(scores.index[scores[kind] > least]) for kind, least in (("previous_token", 0.5), ("induction", 0.2)))
     assert len(previous) >= 2 and len(inducing) >= 2 and not previous & inducing
     assert {layer for layer, _ in previous} == {0} and {layer for layer, _ in inducing} == {1}
-    ranked = [(row.layer, row.head) for row in rank_heads(embedded, pairs).itertuples()]
-    assert set(ranked[: len(previous | inducing)]) == previous | inducing
+    whole = previous | inducing
+    assert {(row.layer, row.head) for row in rank_heads(embedded, pairs).head(len(whole)).itertuples()} == whole
+    ranked = [(row.layer, row.head) for row in rank_heads(embedded, pairs, "deeplift").itertuples()]
+    assert set(ranked[: len(whole)]) == whole
     assert set(ranked[:2]) == previous
 
 
@@ -74,7 +76,7 @@ def test_an_induction_head_looks_behind_the_repetition_and_copies(embedded: Tran
 @pytest.mark.parametrize("build", [models.build_gpt2, models.build_llama, models.build_gemma2])
 def test_a_heads_flow_adds_up_to_its_rank(build: Callable[[], TransformerBridge]) -> None:
     model, pairs = build(), random_pairs()
-    ranked = rank_heads(model, pairs).set_index(["layer", "head"])["score"]
+    ranked = rank_heads(model, pairs, "deeplift").set_index(["layer", "head"])["score"]
     for layer, head in ((0, 1), (1, 3)):
         found = describe_head(model, pairs, layer, head=head, top_k=10_000)
         assert found.relevance == pytest.approx(ranked[layer, head], rel=1e-4, abs=1e-6)
@@ -172,7 +174,7 @@ def test_direct_logits_of_all_that_was_written_are_the_logits(build: Callable[..
 
 def test_a_neurons_description(gpt2: TransformerBridge) -> None:
     pairs = random_pairs()
-    ranked = rank_neurons(gpt2, pairs)
+    ranked = rank_neurons(gpt2, pairs, "deeplift")
     layer, neuron = int(ranked["layer"][0]), int(ranked["neuron"][0])
     found = describe_neuron(gpt2, pairs, layer, neuron=neuron, top_k=4)
     assert found.relevance == pytest.approx(float(ranked["score"][0]), rel=1e-4)
@@ -199,7 +201,7 @@ def test_a_neurons_description(gpt2: TransformerBridge) -> None:
 
 def test_descriptions_turn_into_rows_beside_the_rank(embedded: TransformerBridge) -> None:
     pairs = ioi(embedded, n=8)
-    top = rank_heads(embedded, pairs).head(2)
+    top = rank_heads(embedded, pairs, "deeplift").head(2)
     rows = pd.concat(
         [describe_head(embedded, pairs, row.layer, head=row.head).to_dataframe() for row in top.itertuples()], ignore_index=True
     )

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 from analyses.benchmarks import gpt2_check as module
-from analyses.benchmarks.gpt2_check import KNOWN_HEADS, PUBLISHED, gpt2_check
+from analyses.benchmarks.gpt2_check import KNOWN_HEADS, OWN, PUBLISHED, gpt2_check
 from analyses.evaluation.comparison import compare_with_patching
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model
@@ -47,7 +47,7 @@ def test_tables_are_those_of_the_ranking_and_the_comparison(folder: Path) -> Non
     model = load_model(str(folder))
     pairs = ioi(model, 3, corruption="abc")
     check = gpt2_check(model, pairs, top_k=30)
-    ranking = rank_heads(model, pairs)
+    ranking = rank_heads(model, pairs, OWN)
     order = [f"{row.layer}.{row.head}" for row in ranking.itertuples()]
     assert len(check.heads) == sum(map(len, KNOWN_HEADS.values())) == 12
     for row in check.heads.itertuples():

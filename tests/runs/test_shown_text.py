@@ -174,7 +174,7 @@ for line in {lines!r}:
     out, errors = done.stdout.decode(encoding), done.stderr.decode(encoding)
     assert done.returncode == 0 and "Traceback" not in errors, errors
     assert re.findall(r"ended with (\d|None)", out) == ["0", "0", "0", "0", "0", "2"]
-    assert "heads by deeplift" in out and r"/\u4e0d/x" in errors and errors.count("Error:") == 1
+    assert "heads by combined" in out and r"/\u4e0d/x" in errors and errors.count("Error:") == 1
     assert re.search(r"= [+-]\d+\.\d\d; next word", out), out
 
 
