@@ -23,14 +23,14 @@ MUTATIONS = [
         _METHODS,
         (
             "the clean run's scores keep their sign",
-            'return [(-1.0, turned)] if where == "clean"',
-            'return [(1.0, turned)] if where == "clean"',
+            'return [(-1.0, turned(pairs))] if where == "clean"',
+            'return [(1.0, turned(pairs))] if where == "clean"',
         ),
-        ("the mean of both runs is their sum", "[(0.5, pairs), (-0.5, turned)]", "[(1.0, pairs), (-1.0, turned)]"),
+        ("the mean of both runs is their sum", "[(0.5, pairs), (-0.5, turned(pairs))]", "[(1.0, pairs), (-1.0, turned(pairs))]"),
         (
             "masks are not turned round",
-            "turned = PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)",
-            "turned = PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.clean_mask, pairs.corrupt_mask)",
+            "return PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.corrupt_mask, pairs.clean_mask)",
+            "return PromptPairs(pairs.corrupt, pairs.clean, pairs.target, pairs.clean_mask, pairs.corrupt_mask)",
         ),
         ("both runs cost as much as one", 'return 2 if resolve_run(run) == "mean"', 'return 1 if resolve_run(run) == "mean"'),
     ),
@@ -200,7 +200,7 @@ MUTATIONS = [
     *of(
         "analyses/circuits/scores.py",
         _CIRCUITS,
-        ("strength is that of the mean", "np.abs(values).mean(0), downwards)", "np.abs(values.mean(0)), downwards)"),
+        ("strength is that of the mean", "np.abs(values).mean(0), downwards, values)", "np.abs(values.mean(0)), downwards, values)"),
         ("signed order always upwards", "-self.signed if self.downwards else self.signed", "self.signed"),
         ("patching is noising alone", "return (denoising + noising).T / 2", "return noising.T"),
         ("random is one order for every seed", "drawn = np.random.default_rng(seed)", "drawn = np.random.default_rng(0)"),
@@ -402,15 +402,19 @@ MUTATIONS = [
         ),
         ("backwards of one run", '"backwards": method.backwards * method.passes(run)', '"backwards": method.backwards'),
         ("forwards of one run", '"forwards": method.forwards * method.passes(run)', '"forwards": method.forwards'),
-        ("the yardstick is always the mean", "direction=direction, progress=False)", 'direction="mean", progress=False)'),
         ("Pearson's lower bound twice", '"pearson_high": bounds["pearson"][1]', '"pearson_high": bounds["pearson"][0]'),
         ("Spearman's bounds are Pearson's", '"spearman_low": bounds["spearman"][0]', '"spearman_low": bounds["pearson"][0]'),
-        (
-            "the gap is that of the first pair",
-            "return effects, float((clean - corrupt).mean())",
-            "return effects, float((clean - corrupt)[0])",
-        ),
+        ("the gap is that of the first pair", "gap, together = float(gaps.mean())", "gap, together = float(gaps[0])"),
         ("the worst method first", '.sort_values(ascending=False, kind="stable")', '.sort_values(ascending=True, kind="stable")'),
+    ),
+    *of(
+        "analyses/evaluation/patched_effects.py",
+        _COMPARISON,
+        (
+            "the yardstick is always the mean",
+            "components, direction=direction, progress=False)",
+            'components, direction="mean", progress=False)',
+        ),
     ),
     *of(
         "analyses/perturbation/removal.py",
@@ -428,7 +432,7 @@ MUTATIONS = [
         ),
         ("positive and negative exchanged", '"positive": wide["same_prediction", "MoRF"]', '"positive": wide["same_prediction", "LeRF"]'),
         ("a 95 % interval of 90 %", "[(1 - confidence) / 2, (1 + confidence) / 2]", "[1 - confidence, confidence]"),
-        ("one removed too many", "ranks[rows] < removed_count.unsqueeze(1)", "ranks[rows] <= removed_count.unsqueeze(1)"),
+        ("one removed too many", "ranks[rows] < torch.tensor(", "ranks[rows] <= torch.tensor("),
         (
             "areas over counts",
             'part = part.sort_values("share")',
