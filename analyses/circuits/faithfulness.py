@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float, Int
 
 from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
@@ -69,22 +68,21 @@ def faithfulness(ablation: Ablation, circuits: Sequence[Circuit]) -> np.ndarray:
 
 def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "absolute") -> FaithfulnessCurve:
     """f over circuits of growing size: every size under 1,000 items, else 0.1 to 100 %."""
-    n = len(ablation.items)
-    if len(scores.items) != n:
-        raise RelevanceError(f"scores of {len(scores.items)} items do not fit an ablation of {n}")
-    counts = sizes(n)
-    rank = np.empty(n, dtype=int)
-    rank[ranking(scores, order)] = np.arange(n)
-    frame = faithfulness_frame(ablation, torch.from_numpy(rank[None, :] < counts[:, None]), counts)
-    cpr, cmd = areas(counts / n, frame["faithfulness"].to_numpy())
+    counts = sizes(len(ablation.items))
+    frame = faithfulness_frame(ablation, scores, order, counts=counts)
+    cpr, cmd = areas(counts / len(ablation.items), frame["faithfulness"].to_numpy())
     return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
 
 
-def faithfulness_frame(ablation: Ablation, kept: Bool[Tensor, "k item"], counts: Int[np.ndarray, " k"]) -> pd.DataFrame:
-    """Columns k, share, metric, faithfulness of circuits of these sizes; see `FaithfulnessCurve`."""
-    metric = ablation(kept).double().mean(1).cpu().numpy()
-    share = counts / len(ablation.items)
-    return pd.DataFrame({"k": counts, "share": share, "metric": metric, "faithfulness": _recovered(ablation, metric)})
+def faithfulness_frame(ablation: Ablation, scores: ItemScores, order: Order, *, counts: Int[np.ndarray, " k"]) -> pd.DataFrame:
+    """Columns k, share, metric, faithfulness of the circuits of the best k items, for these k; see `FaithfulnessCurve`."""
+    n = len(ablation.items)
+    if len(scores.items) != n:
+        raise RelevanceError(f"scores of {len(scores.items)} items do not fit an ablation of {n}")
+    rank = np.empty(n, dtype=int)
+    rank[ranking(scores, order)] = np.arange(n)
+    metric = ablation(torch.from_numpy(rank[None, :] < counts[:, None])).double().mean(1).cpu().numpy()
+    return pd.DataFrame({"k": counts, "share": counts / n, "metric": metric, "faithfulness": _recovered(ablation, metric)})
 
 
 def _recovered(ablation: Ablation, metric: np.ndarray) -> np.ndarray:

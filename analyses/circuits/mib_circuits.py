@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.ablation import Ablation
-from analyses.circuits.choose import Circuit, ranking, top
+from analyses.circuits.choose import Circuit, top
 from analyses.circuits.faithfulness import FaithfulnessCurve, faithfulness_frame
 from analyses.circuits.items import Items, Level
 from analyses.circuits.mib import MibGraph, MibModel, write_mib
@@ -46,13 +45,8 @@ def mib_curve(ablation: Ablation, scores: ItemScores, order: Order = "signed") -
     MIB also takes edges that lead nowhere out of a circuit before it evaluates it. That changes no metric: nothing that is kept reads what
     such an edge carries.
     """
-    n = len(ablation.items)
-    if len(scores.items) != n:
-        raise RelevanceError(f"scores of {len(scores.items)} items do not fit an ablation of {n}")
-    counts = np.array([int(share * n) for share in MIB_SHARES])
-    rank = np.empty(n, dtype=int)
-    rank[ranking(scores, order)] = np.arange(n)
-    frame = faithfulness_frame(ablation, torch.from_numpy(rank[None, :] < counts[:, None]), counts)
+    counts = np.array([int(share * len(ablation.items)) for share in MIB_SHARES])
+    frame = faithfulness_frame(ablation, scores, order, counts=counts)
     cpr, cmd = mib_areas(frame["faithfulness"].to_numpy())
     return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from analyses.components import Run, parse_node
 from analyses.datasets.batches import rows_together
 from analyses.evaluation.stability import Stability, stability
 from analyses.methods import Estimator, estimator
+from analyses.methods.base import turned
 from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.targets import as_target
@@ -148,7 +149,6 @@ def _patching(ablation: Ablation) -> Tensor:
     if ablation.mean_tokens is not None:  # there is no run that nodes could be denoised in
         return noising.T
     pairs = ablation.pairs
-    swapped = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean, clean_mask=pairs.corrupt_mask, corrupt_mask=pairs.clean_mask)
-    corrupt = Ablation(ablation.model, swapped, "node", by_position=ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
+    corrupt = Ablation(ablation.model, turned(pairs), "node", by_position=ablation.items.pos > 1, bytes_at_once=ablation.bytes_at_once)
     denoising = corrupt(alone) - corrupt.full
     return (denoising + noising).T / 2

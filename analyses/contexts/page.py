@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import parse_node
 from analyses.contexts.atlas import Atlas
-from analyses.datasets.batches import text_of
+from analyses.datasets.batches import strings_of
 from analyses.views import Page, token_view
 from analyses.views.markup import format_number
 from lens_relevance import propagate
@@ -49,7 +49,7 @@ def contexts_page(model: TransformerBridge, atlas: Atlas, units: Sequence[str], 
                 if abs(total - row["relevance"]) > 1e-2 * max(abs(total), abs(row["relevance"]), 1e-2):
                     said = f"{unit} has the relevance {total:.4g} in window {row['window']}, and the atlas says {row['relevance']:.4g}"
                     raise RelevanceError(f"{said}: it is of another model")
-                strings = [text_of(model, [int(token)]) for token in tokens]
+                strings = strings_of(model, tokens.tolist())
                 relevant, active = format_number(row["relevance"]), format_number(row["activation"])
                 caption = f"predicts {row['predicted']!r}; relevance {relevant}, activation {active} at {row['token']!r}"
                 page.view(token_view(strings, relevance, caption))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,11 @@ def rows_together(
         target.select(half).metric(model, tokens[half], hidden[half]).gives_rows_apart(logits if logits.ndim > 2 else logits.unsqueeze(1))
     )
     return size if apart else n
+
+
+def strings_of(model: TransformerBridge, tokens: Iterable[int]) -> list[str]:
+    """Each token as text of its own; its id where the model has no tokenizer."""
+    return [text_of(model, [int(token)]) for token in tokens]
 
 
 def text_of(model: TransformerBridge, tokens: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.datasets.batches import strings_of
 from analyses.datasets.progress import progress_bar
 from lens_relevance import Dictionary, RelevanceCache, RelevanceError, latent, propagate
 from lens_relevance.hooks.model_state import left_as_found
@@ -102,9 +103,7 @@ def feature_graph(
             bar.advance(task)
     assert whole.reference_value is not None
     frame = pd.DataFrame(edges, columns=["source", "target", "score"]).sort_values("score", key=abs, ascending=False, kind="stable")
-    strings = (
-        [model.tokenizer.decode([i]) for i in tokens[0].tolist()] if model.tokenizer is not None else [str(i) for i in tokens[0].tolist()]
-    )
+    strings = strings_of(model, tokens[0].tolist())
     return FeatureGraph(
         nodes.drop(columns="coefficient"),
         frame.head(n_edges).reset_index(drop=True),

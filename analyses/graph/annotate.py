@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import find_node
-from analyses.datasets.batches import text_of
+from analyses.datasets.batches import strings_of
 from analyses.describe.written_by_units import WRITERS, written_tokens
 from analyses.graph.tables import EVERYWHERE, Tables, rows
 from lens_relevance.errors import RelevanceError
@@ -17,7 +17,7 @@ from lens_relevance.inputs.prompt import Inputs, tokenize
 def annotated(graph: Tables, model: TransformerBridge, inputs: Inputs) -> Tables:
     """See `FlowGraph.annotated`."""
     tokens, _ = tokenize(model, inputs)
-    if len(tokens) != 1 or tuple(text_of(model, [int(token)]) for token in tokens[0]) != graph.tokens:
+    if len(tokens) != 1 or tuple(strings_of(model, tokens[0].tolist())) != graph.tokens:
         raise RelevanceError(f"these inputs are not the prompt that the graph is of, which is {''.join(graph.tokens)!r}")
     if EVERYWHERE in set(graph.nodes["position"]):
         raise RelevanceError("this graph sums over positions, and what a unit writes is told at one: make it by position")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.datasets.batches import strings_of
 from analyses.edges.attribution import edges_of, passes
 from analyses.edges.flows import Flows, flows_of
 from analyses.edges.wiring import wiring
@@ -63,7 +64,7 @@ def flow_graph(
         edges, heads = edges_of(streams, cache, constants, table=table, flows=True)
         parts.append(flows_of(streams, cache, edges, heads=heads))
     flows = parts[0] if len(parts) == 1 else _mean(parts)
-    graph = _assemble(flows, _strings(model, tokens[0]))
+    graph = _assemble(flows, strings_of(model, tokens[0].tolist()))
     if graph.edges.empty:
         raise RelevanceError("no edge carries any relevance: the target does not depend on this prompt, or the two runs are the same")
     graph = graph if by_position else graph.sum_positions()
@@ -180,9 +181,3 @@ def _finite(score: Tensor, what: str) -> np.ndarray:
             "the layer where it begins, or run the model in float32"
         )
     return values
-
-
-def _strings(model: TransformerBridge, tokens: Tensor) -> list[str]:
-    """Tokens as text, or their ids where the model has no tokenizer."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return [str(int(t)) if tokenizer is None else tokenizer.decode([int(t)]) for t in tokens]

@@ -72,7 +72,7 @@ def _nodes(listed: Any, where: str, n_pos: int) -> dict[str, dict[str, Any]]:
         raise RelevanceError(f"{where}: nodes are no list, or none")
     nodes: dict[str, dict[str, Any]] = {}
     for i, given in enumerate(listed):
-        node = dict(only(given, f"{where}: node {i}", needed=_NODE[:2] + _NODE[2:5], allowed=_NODE[5:] + _NODE_MAY))
+        node = dict(only(given, f"{where}: node {i}", needed=_NODE[:5], allowed=_NODE[5:] + _NODE_MAY))
         node["node_id"] = _text(node["node_id"], f"{where}: node {i}")
         if node["node_id"] in nodes:
             raise RelevanceError(f"{where}: the node {visible(repr(node['node_id']))} is there twice")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.components import resolve_component
+from analyses.components import COMPONENTS
 from analyses.methods.base import Bracket, Estimator, Scores, collect, points, turned
 from analyses.methods.ruleset_method import warn_if_incomplete
 from analyses.methods.second_order_method import RECOMPUTED, expansion
@@ -58,7 +58,7 @@ def centre(estimates: Bracket) -> Scores:
 def bracket(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Bracket:
     """Secant and tangents of each component; queries and keys have tangents behind their recomputed softmax, and second order."""
     names, plain = points(model, components), [name for name in components if name not in RECOMPUTED]
-    first = resolve_component("resid").read_at(0)
+    first = COMPONENTS["resid"].read_at(0)
     pair = propagate(
         model,
         pairs.corrupt,

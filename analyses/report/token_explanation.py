@@ -9,6 +9,7 @@ from rich.text import Text
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.datasets.batches import strings_of
 from analyses.report.terminal import frame_table
 from analyses.report.token_notes import token_notes
 from analyses.shown_text import visible
@@ -54,7 +55,7 @@ def explain_tokens(model: TransformerBridge, prompt: str | Tensor, target: Targe
 
 
 def _table(model: TransformerBridge, title: str, tokens: Tensor, scores: Tensor, explained: Tensor) -> Group:
-    words = [model.tokenizer.decode([token]) if model.tokenizer is not None else str(token) for token in tokens.tolist()]
+    words = strings_of(model, tokens.tolist())
     notes = ["explained" if weight else "" for weight in explained.tolist()]
     columns = {"position": range(len(words)), "word": words, "score": scores.double().tolist(), "": notes}
     read_with = [Text(visible(note)) for note in token_notes(words, scores.double().tolist(), None, rules=title)]
