@@ -86,7 +86,8 @@ def score_items(ablation: Ablation, method: str | Table | Estimator = "deeplift"
 
     Args:
         method: a method of `analyses.methods`, by name or as an Estimator, or a table of rules: estimates (u_clean - u_corrupt) . g_v.
-            Edges take one that scores edges (rulesets, `eap_ig`); nodes also one that scores the residual stream, MLPs and heads.
+            Edges take one that scores edges (rulesets, `eap_ig`, `conductance`); nodes also one that scores the residual stream, MLPs and
+            heads.
             `patching` (nodes only): activation patching, the mean of what setting the node alone to its clean value adds to the corrupt run
             (denoising) and what setting it alone to its replacement takes from the clean run (noising; the only one where means replace).
             `random`: normal numbers from `seed`.
@@ -115,7 +116,9 @@ def _estimates(ablation: Ablation, method: Estimator, run: Run) -> Float[Tensor,
     if method.edges is None and (items.level == "edge" or items.pos > 1 or not of_nodes):
         scored = f"it scores {', '.join(method.components)}" + (", at all positions together" if of_nodes and items.level == "node" else "")
         wanted = "edges" if items.level == "edge" else "the embeddings, every head and every MLP" + (" by position" * (items.pos > 1))
-        raise RelevanceError(f"{method.name} cannot order these items, which are {wanted}: {scored}; choose a ruleset or eap_ig")
+        raise RelevanceError(
+            f"{method.name} cannot order these items, which are {wanted}: {scored}; choose a ruleset, eap_ig or conductance"
+        )
     everything, batches = ablation.pairs, []
     size = rows_together(ablation.model, as_target(everything.target), everything.clean, mask=everything.clean_mask, size=_BATCH)
     for batch in everything.batches(size):
@@ -143,7 +146,7 @@ def _one_run(ablation: Ablation, method: Estimator, pairs: PromptPairs) -> Float
 def _patching(ablation: Ablation) -> Tensor:
     """[example, item]: the mean of denoising and noising, each item on its own."""
     if ablation.items.level != "node":
-        raise RelevanceError("patching every edge on its own takes a forward per edge; score edges by a ruleset or eap_ig")
+        raise RelevanceError("patching every edge on its own takes a forward per edge; score edges by a ruleset, eap_ig or conductance")
     alone = ~torch.eye(len(ablation.items), dtype=torch.bool)
     noising = ablation.full - ablation(alone)
     if ablation.mean_tokens is not None:  # there is no run that nodes could be denoised in

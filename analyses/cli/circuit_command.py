@@ -40,7 +40,9 @@ MIB_MODELS = {
 def circuit(
     *,
     model: Model = "embedded",
-    methods: Annotated[str | None, typer.Option(help="Comma-separated rulesets, eap_ig, patching, random; all if left out.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated rulesets, eap_ig, conductance, patching, random; several if left out.")
+    ] = None,
     level: Annotated[str, typer.Option(help="node or edge: what a circuit is made of.")] = "node",
     task: Task = None,
     pairs: Pairs = None,

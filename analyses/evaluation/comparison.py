@@ -186,8 +186,8 @@ def compare(
             scores = {name: values.sum(2, keepdims=True) for name, values in scores.items()}
         shared = {
             "completeness": _incompleteness(scores.get("resid"), gap),
-            "forwards": method.forwards * method.passes(run),
-            "backwards": method.backwards * method.passes(run),
+            "forwards": (method.forwards + method.per_layer * n_layers(model)) * method.passes(run),
+            "backwards": (method.backwards + method.per_layer * n_layers(model)) * method.passes(run),
             "seconds": seconds,
         }
         for name in [name for name in components if name in wanted]:

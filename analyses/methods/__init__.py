@@ -5,7 +5,7 @@ The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficie
 | method | g | passes per pair |
 |---|---|---|
 | a ruleset | the coefficient under it; `gradient` is attribution patching (Nanda 2023; Syed et al. 2023) | 2 forwards, 1 backward |
-| `atp_star` | the gradient; for q and k the softmax is recomputed (AtP*, Kramar et al. 2024) | 4, 1 |
+| `atp_star` | the gradient less one layer at a time; q and k by a recomputed softmax (AtP*, Kramar et al. 2024) | 3, 0 + 1, 1 per layer |
 | `combined` | between gradient (both runs) and `deeplift`, by kind of component; q and k by `second_order` | 4, 3 |
 | `second_order` | the gradient, and half the Hessian times the change; our reading of arXiv 2606.09899 | 4, 1 + 1 per layer |
 | `deeplift_shapley` | q, k and v only: what the three do together at a head's output, by Shapley values under `deeplift` | 2, 1 |
@@ -15,8 +15,9 @@ The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficie
 | `weighted_accumulation`, ... | heads only, no pair: what token-to-token relevance passes through a head of the clean prompt | 1, 1 |
 
 Positive: the component carries what makes the metric of the clean run larger. `run` chooses where g is taken: on the corrupt run (as
-TransformerLens does; estimates denoising), on the clean run (estimates noising), or the mean of the two. Rulesets and `eap_ig` also score
-edges; rulesets and token relevance also score the tokens of single prompts. `register_method` adds a method of your own.
+TransformerLens does; estimates denoising), on the clean run (estimates noising), or the mean of the two. Rulesets, `eap_ig` and
+`conductance` also score edges; rulesets and token relevance also score the tokens of single prompts. `register_method` adds a method of
+your own.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ class Estimator:
         bracket: (model, pairs, components) -> estimates of patching, by name, between which the patched value is to be expected; None where
             the method knows one estimate alone. See `analyses.evaluation.reliability`.
         centre: what `one_run` makes of the estimates of `bracket`.
+        per_layer: forward and backward passes that it takes besides, for each layer of the model.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Estimator:
     tokens: TokenScores | None = None
     bracket: Callable[[Any, PromptPairs, Sequence[str]], Bracket] | None = None
     centre: Callable[[Bracket], Scores] | None = None
+    per_layer: int = 0
 
     def passes(self, run: Run) -> int:
         """How often the runs are taken: 1, or 2 where both directions are averaged."""

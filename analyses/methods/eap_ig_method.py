@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -11,7 +10,16 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.edges.attribution import EdgeAttribution, edges_of, passes
 from analyses.edges.wiring import wiring
 from analyses.methods.base import Estimator, Scores, activations, collect, points
-from analyses.methods.integrated_path import DEFAULT_STEPS, check_steps, embeddings_moved, embeddings_of, midpoints, named
+from analyses.methods.integrated_path import (
+    DEFAULT_STEPS,
+    check_steps,
+    edge_passes,
+    embeddings_moved,
+    embeddings_of,
+    midpoints,
+    named,
+    with_edges,
+)
 from analyses.tasks import PromptPairs
 from lens_relevance import propagate
 from lens_relevance.ruleset_tables import ruleset
@@ -52,22 +60,13 @@ def integrated_edges(model: TransformerBridge, pairs: PromptPairs, steps: int = 
         RelevanceError: fewer than one step.
     """
     check_steps(steps)
-    streams, plain, leaf = wiring(model), ruleset("gradient"), embeddings_of(model)
-    clean, corrupt = (activations(model, tokens, [leaf], pairs=pairs)[leaf] for tokens in (pairs.clean, pairs.corrupt))
+    streams, plain = wiring(model), ruleset("gradient")
     # what is written is that of the two runs themselves
     ((values, _),) = passes(
         model, streams, pairs.clean, target=pairs.target, rules="gradient", reference=pairs.corrupt, attention_mask=pairs.clean_mask
     )
     total: EdgeAttribution | None = None
-    for share in midpoints(steps):
-        with embeddings_moved(model, clean - corrupt, share):
-            ((cache, constants),) = passes(
-                model, streams, pairs.corrupt, target=pairs.target, rules="gradient", reference=None, attention_mask=pairs.clean_mask
-            )
-        edges = edges_of(streams, cache, constants, table=plain, values=values)[0]
-        total = edges if total is None else replace(total, **{name: getattr(total, name) + getattr(edges, name) for name in _SCORES})
+    for cache, constants in edge_passes(model, streams, pairs, midpoints(steps)):
+        total = with_edges(total, edges_of(streams, cache, constants, table=plain, values=values)[0], 1 / steps)
     assert total is not None
-    return replace(total, **{name: getattr(total, name) / steps for name in _SCORES})
-
-
-_SCORES = ("scores", "writer_scores", "reader_scores")
+    return total

@@ -107,7 +107,7 @@ def test_eap_ig_of_components_nodes_and_edges_is_one(build: Any) -> None:
     assert np.abs(nodes.signed).min() > 1e-4
 
 
-@pytest.mark.parametrize("method", ["atp_star", "conductance", "direct_logit_attribution"])
+@pytest.mark.parametrize("method", ["atp_star", "direct_logit_attribution"])
 def test_methods_without_edges_order_nodes(gpt2: TransformerBridge, method: str) -> None:
     pairs = random_pairs(3)
     ablation = Ablation(gpt2, pairs, "node")
@@ -119,8 +119,6 @@ def test_methods_without_edges_order_nodes(gpt2: TransformerBridge, method: str)
     assert by_name["embed"] == pytest.approx(float(scores["resid"][:, 0].sum(1).mean()), rel=1e-5)
     # the last position, which alone is written straight to the logits, has the same token in both prompts
     assert (by_name["embed"] == 0) == (method == "direct_logit_attribution")
-    if method == "atp_star":  # which corrects queries and keys alone
-        assert np.allclose(nodes.signed, score_items(ablation, "gradient").signed, atol=1e-5)
     with pytest.raises(RelevanceError, match=f"{method} cannot order these items, which are edges"):
         score_items(Ablation(gpt2, pairs, "edge"), method)
     with pytest.raises(RelevanceError, match="by position"):

@@ -11,13 +11,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import COMPONENTS
 from analyses.methods import estimator
+from analyses.methods.base import turned
 from analyses.methods.combined_method import DENOISING, NOISING, SECANT, SECANT_SHARE, SECOND_DENOISING, SECOND_NOISING, bracket
 from analyses.methods.second_order_method import expansion
 from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs
-from lens_relevance import RelevanceError, latent
+from lens_relevance import RelevanceError, latent, propagate
 from lens_relevance.hooks.model_state import frozen
 from tests import models
+from tests.analyses.test_atp_star import attention
 from tests.analyses.test_ranking import random_pairs
 
 LAST = 1  # the last layer of the small models
@@ -82,10 +84,17 @@ def test_the_second_term_is_that_of_a_hessian_written_out() -> None:
             assert hessian.abs().max() > 1e-4
 
 
-def test_for_queries_and_keys_the_first_term_is_atp_star(gpt2: TransformerBridge) -> None:
-    pairs = random_pairs()
+def test_for_queries_and_keys_the_first_term_is_the_gradient_behind_the_recomputed_softmax() -> None:
+    model, pairs = models.build_gpt2(torch.float64), random_pairs()
+    (_, clean), (_, corrupt) = (model.run_with_cache(tokens) for tokens in (pairs.clean, pairs.corrupt))
+    g = propagate(model, pairs.corrupt, pairs.target, rules="gradient", names_filter=lambda name: name.endswith("o.hook_in")).coefficients
     for name in ("q", "k"):
-        torch.testing.assert_close(expansion(gpt2, pairs, name)[0], estimator("atp_star")(gpt2, pairs, [name])[name], rtol=1e-4, atol=1e-6)
+        first = expansion(model, pairs, name)[0]
+        for layer in range(2):
+            here, other = ({x: run[f"blocks.{layer}.attn.hook_{x}"] for x in "qkv"} for run in (corrupt, clean))
+            change = attention(**{**here, name: other[name]}) - attention(**here)
+            torch.testing.assert_close(first[:, layer], (change * g[f"blocks.{layer}.attn.o.hook_in"]).sum((1, 3)), rtol=1e-9, atol=1e-11)
+        assert first.abs().max() > 1e-3
 
 
 def test_clean_run_and_mean(gpt2: TransformerBridge) -> None:
@@ -106,7 +115,8 @@ def test_combined_lies_where_its_table_says(gpt2: TransformerBridge) -> None:
         torch.testing.assert_close(parts[NOISING][name], there, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[name], share * secant + (1 - share) * (here + there) / 2, rtol=1e-3, atol=1e-5)
     for name in ("q", "k"):
-        first, second = (estimator(m)(gpt2, pairs, [name], run="mean")[name] for m in ("atp_star", "second_order"))
+        first = (expansion(gpt2, pairs, name)[0] - expansion(gpt2, turned(pairs), name)[0]) / 2
+        second = estimator("second_order")(gpt2, pairs, [name], run="mean")[name]
         torch.testing.assert_close((parts[SECOND_DENOISING][name] + parts[SECOND_NOISING][name]) / 2, second, rtol=1e-4, atol=1e-6)
         between = torch.stack([parts[SECANT][name], first, second])
         assert (found[name] <= between.amax(0) + 1e-6).all() and (found[name] >= between.amin(0) - 1e-6).all()

@@ -1,0 +1,67 @@
+"""Whether other pairs give the same circuit: overlap of the strongest edges over draws of pairs (docs/measurements/edge_stability.md).
+
+    python -m analyses.benchmarks.edge_stability [--model FOLDER --task pronoun --draws 6 --n 16]
+
+Each draw holds other pairs of the task. For every share, the edges of largest |mean score| of two draws are compared by Jaccard,
+|A and B| / |A or B|, and the mean over all pairs of draws is printed, with the lowest of them.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import combinations
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.circuits import Ablation, score_items
+from analyses.evaluation.stability import top_sets
+from analyses.methods import estimator
+from analyses.models.loading import load_model
+from analyses.tasks import TASKS
+
+METHODS = ("deeplift", "gradient", "eap_ig", "conductance")
+"""`gradient` over edges is EAP (Syed et al. 2023)."""
+SHARES = (0.01, 0.02, 0.05, 0.1)
+
+
+def overlaps(scores: np.ndarray, share: float) -> np.ndarray:
+    """Jaccard of the strongest share of the edges for each pair of draws; scores [draw, edge]."""
+    tops = top_sets(scores, max(1, round(share * scores.shape[1])))
+    return np.array([(a & b).sum() / (a | b).sum() for a, b in combinations(tops, 2)])
+
+
+def row_of(model: TransformerBridge, method: str, task: str, *, draws: int, n: int) -> dict[str, object]:
+    """A method's row."""
+    chosen, found, seconds = estimator(method), [], []
+    for seed in range(draws):
+        ablation = Ablation(model, TASKS[task](model, n=n, seed=seed), "edge")
+        start = time.perf_counter()
+        found.append(score_items(ablation, chosen).signed)
+        seconds.append(time.perf_counter() - start)
+    by_share = {share: overlaps(np.stack(found), share) for share in SHARES}
+    return {
+        "method": method,
+        **{f"top {share:.0%}": f"{values.mean():.3f} ({values.min():.3f})" for share, values in by_share.items()},
+        "passes": f"{chosen.forwards} + {chosen.backwards}",
+        "seconds": round(float(np.median(seconds)), 2),
+        "edges": found[0].size,
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hub name, local folder, or embedded.")] = "embedded",
+    task: Annotated[str, typer.Option(help="Which task.")] = "ioi",
+    draws: Annotated[int, typer.Option(help="Draws of pairs.")] = 6,
+    n: Annotated[int, typer.Option(help="Pairs per draw.")] = 16,
+) -> None:
+    """Print the table."""
+    loaded = load_model(model)
+    print(pd.DataFrame([row_of(loaded, method, task, draws=draws, n=n) for method in METHODS]).to_string(index=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)
