@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from analyses.components import owner
-from analyses.graph.tables import EDGE_KEYS, Tables
+from analyses.graph.tables import EDGE_KEYS, INTERVALS, Tables
 from lens_relevance.errors import RelevanceError
 
 _KEYS = {"edges": EDGE_KEYS, "nodes": ["node", "component", "layer", "head", "position", "token"], "sinks": ["node", "position", "sink"]}
@@ -87,6 +87,7 @@ def average(graphs: Sequence[Tables], by_position: bool = False) -> Tables:
         sinks=tables["sinks"],
         neurons=tables["neurons"],
         tokens=tokens,
+        intervals=_no_intervals(),
         value=sum(g.value for g in graphs) / n,
         info=graphs[0].info | {"average": f"over {n} prompts"},
     )
@@ -111,14 +112,26 @@ def diff(first: Tables, second: Tables) -> Tables:
         tables[name] = both
     info = first.info | {"diff": f"{first.info.get('ruleset', '')} less {second.info.get('ruleset', '')}"}
     tables["edges"] = _strongest_first(tables["edges"])
-    return replace(first, **tables, tokens=tokens, value=first.value - second.value, info=info)
+    return replace(first, **tables, tokens=tokens, intervals=_no_intervals(), value=first.value - second.value, info=info)
 
 
 def _joined(graph: Tables, edges: pd.DataFrame, nodes: pd.DataFrame, sinks: pd.DataFrame, neurons: pd.DataFrame) -> Tables:
     """Rows with the same keys added up."""
     tables = {"edges": edges, "nodes": nodes, "sinks": sinks, "neurons": neurons}
     summed = {name: frame.groupby(_KEYS[name], sort=False, observed=True)["score"].sum().reset_index() for name, frame in tables.items()}
-    return replace(graph, edges=_strongest_first(summed["edges"]), nodes=summed["nodes"], sinks=summed["sinks"], neurons=summed["neurons"])
+    return replace(
+        graph,
+        edges=_strongest_first(summed["edges"]),
+        nodes=summed["nodes"],
+        sinks=summed["sinks"],
+        neurons=summed["neurons"],
+        intervals=_no_intervals(),
+    )
+
+
+def _no_intervals() -> pd.DataFrame:
+    """What is expected of a sum is not the sum of what is expected."""
+    return pd.DataFrame(columns=list(INTERVALS))
 
 
 def _strongest_first(edges: pd.DataFrame) -> pd.DataFrame:

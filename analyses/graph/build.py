@@ -17,10 +17,13 @@ from analyses.edges.attribution import edges_of, passes
 from analyses.edges.flows import Flows, flows_of
 from analyses.edges.wiring import wiring
 from analyses.graph.flow import FlowGraph
+from analyses.graph.intervals import node_intervals
 from analyses.graph.tables import nodes_frame
+from analyses.tasks import PromptPairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.inputs.prompt import Inputs, tokenize
+from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
+from lens_relevance.inputs.references import is_inputs, reference_run
 from lens_relevance.inputs.targets import Target, as_target
 from lens_relevance.ruleset_tables import Table, default_ruleset, ruleset
 from lens_relevance.sites import anatomy
@@ -48,6 +51,9 @@ def flow_graph(
         threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never kept); `FlowGraph.prune`
             chooses with more care.
 
+    Between two prompts `intervals` says for heads, MLPs and embeddings where the effect of patching them is expected, for 4 forward and 3
+    backward passes besides.
+
     Raises:
         RelevanceError: several prompts, scores that are not finite, or a threshold that leaves no edge.
         CoverageError: a model whose edges cannot be separated.
@@ -55,6 +61,26 @@ def flow_graph(
     tokens, mask = tokenize(model, inputs)
     if len(tokens) != 1:
         raise RelevanceError(f"a flow graph is that of one prompt, got {len(tokens)}; flow_graphs makes one for each, average joins them")
+    graph = _graph(model, tokens, mask, target, rules=rules, reference=reference, by_position=by_position, threshold=threshold)
+    if target is None or not is_inputs(reference):
+        return graph
+    other = reference_run(model, reference, Prompt(tokens, mask)).prompt
+    pair = PromptPairs(tokens, other.tokens, target, mask, other.mask)
+    return replace(graph, intervals=node_intervals(model, pair, by_position=by_position))
+
+
+def _graph(
+    model: TransformerBridge,
+    tokens: Tensor,
+    mask: Tensor,
+    target: Target | Callable[[Tensor], Tensor] | None,
+    *,
+    rules: str | Table | None,
+    reference: Any,
+    by_position: bool,
+    threshold: float,
+) -> FlowGraph:
+    """The graph of one prompt, without intervals."""
     rules = rules if rules is not None else default_ruleset(anatomy(model), reference)
     streams, table = wiring(model), ruleset(rules)
     parts = []
@@ -82,7 +108,10 @@ def flow_graphs(
     by_position: bool = True,
     threshold: float = 0.0,
 ) -> list[FlowGraph]:
-    """One graph for each of several prompts; arguments as in `flow_graph`, a reference of token ids or texts with one row per prompt."""
+    """One graph for each of several prompts, without intervals.
+
+    Arguments as in `flow_graph`, a reference of token ids or texts with one row per prompt.
+    """
     tokens, mask = tokenize(model, inputs)
     given = None
     if isinstance(reference, Tensor | list | tuple):
@@ -96,7 +125,16 @@ def flow_graphs(
         one = None if whole is None else whole.select([row])
         other = reference if given is None else given[row : row + 1, real]
         graphs.append(
-            flow_graph(model, tokens[row : row + 1, real], one, rules=rules, reference=other, by_position=by_position, threshold=threshold)
+            _graph(
+                model,
+                tokens[row : row + 1, real],
+                mask[row : row + 1, real],
+                one,
+                rules=rules,
+                reference=other,
+                by_position=by_position,
+                threshold=threshold,
+            )
         )
     return graphs
 

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from analyses.graph.tables import EDGE_KEYS, FlowTables, Tables
+from analyses.graph.tables import EDGE_KEYS, INTERVALS, FlowTables, Tables
 from analyses.output_files import MARK
 from analyses.shown_text import visible
 from lens_relevance.errors import RelevanceError
@@ -21,8 +21,9 @@ _TABLES = {
     "sinks": ("node", "position", "sink", "score"),
     "neurons": ("node", "position", "neuron", "score"),
     "attention": ("node", "position", "source_position", "attention"),
+    "intervals": INTERVALS,
 }
-_LATER = ("attention",)  # files of earlier versions have none
+_LATER = ("attention", "intervals")  # files of earlier versions have none
 _FORMAT = "lens_relevance flow graph 1"
 
 
@@ -31,6 +32,9 @@ def to_networkx(graph: FlowTables) -> nx.DiGraph:
     result = nx.DiGraph(value=graph.value, **graph.info)
     for row in graph.nodes.to_dict("records"):
         result.add_node(_key(row["node"], row["position"]), **{str(k): v for k, v in row.items()})
+    for row in graph.intervals.to_dict("records"):
+        if (key := _key(row["node"], row["position"])) in result:
+            result.nodes[key].update({name: row[name] for name in ("low", "high", "reliable")})
     for row in graph.edges.to_dict("records"):
         ends = _key(row["source"], row["source_position"]), _key(row["target"], row["position"])
         result.add_edge(*ends, **{str(k): v for k, v in row.items() if k not in ("source", "target")})

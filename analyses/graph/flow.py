@@ -204,6 +204,8 @@ class FlowGraph(FlowTables):
         edges = self.edges.assign(position=place(self.edges["position"]), source_position=place(self.edges["source_position"]))
         nodes = self.nodes.assign(position=place(self.nodes["position"]), details=[self._details(row) for row in self.nodes.itertuples()])
         nodes["kind"] = nodes["component"].map({"group": "head"})
+        intervals = self.intervals.assign(position=place(self.intervals["position"]))
+        nodes = nodes.merge(intervals, on=["node", "position"], how="left") if len(intervals) else nodes
         tokens = list(self.tokens) if self.by_position else ["(all)"]
         return flow_view(
             nodes,

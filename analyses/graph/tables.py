@@ -15,6 +15,7 @@ from lens_relevance.errors import RelevanceError
 EDGE_KEYS = ["source", "target", "position", "source_position"]
 EVERYWHERE = -1
 """The position of what is summed over positions."""
+INTERVALS = ("node", "position", "low", "high", "reliable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class FlowTables:
         info: model, ruleset, target, reference and versions.
         labels: what units write here (`L11H3@14`: "' Mary' ' Maria'"), once `FlowGraph.annotated` has asked the model.
         attention: columns node, position, source_position, attention: where heads look, from the same.
+        intervals: columns node, position, low, high, reliable: where the effect of patching a head, an MLP or an embedding is expected, of
+            a graph between two prompts (see `analyses.graph.intervals`); none for edges, and none once graphs are joined or compared.
 
     Where positions are summed over, `position` is -1.
     """
@@ -48,6 +51,7 @@ class FlowTables:
     info: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     attention: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["node", "position", "source_position", "attention"]))
+    intervals: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(INTERVALS)))
 
     def __post_init__(self) -> None:
         for name in ("edges", "nodes"):
@@ -72,7 +76,8 @@ def with_edges(graph: Tables, edges: pd.DataFrame) -> Tables:
         return frame.merge(ends, on=["node", "position"]).reset_index(drop=True)
 
     nodes, sinks, neurons = (at_ends(frame) for frame in (graph.nodes, graph.sinks, graph.neurons))
-    return replace(graph, edges=edges.reset_index(drop=True), nodes=nodes, sinks=sinks, neurons=neurons)
+    intervals = at_ends(graph.intervals) if len(graph.intervals) else graph.intervals
+    return replace(graph, edges=edges.reset_index(drop=True), nodes=nodes, sinks=sinks, neurons=neurons, intervals=intervals)
 
 
 def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:

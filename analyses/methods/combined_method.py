@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -57,7 +57,27 @@ def centre(estimates: Bracket) -> Scores:
 
 def bracket(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Bracket:
     """Secant and tangents of each component; queries and keys have tangents behind their recomputed softmax, and second order."""
-    names, plain = points(model, components), [name for name in components if name not in RECOMPUTED]
+    plain = [name for name in components if name not in RECOMPUTED]
+    found: Bracket = {SECANT: {}, DENOISING: {}, NOISING: {}}
+    for estimate, at in estimates_at(model, pairs, points(model, components), points(model, plain)).items():
+        found[estimate] = collect(model, components if estimate == SECANT else plain, at)
+    for name in [name for name in components if name in RECOMPUTED]:
+        for sign, direction, tangent, second in ((1, pairs, DENOISING, SECOND_DENOISING), (-1, turned(pairs), NOISING, SECOND_NOISING)):
+            terms = expansion(model, direction, name)
+            found[tangent][name] = sign * terms[0]
+            found.setdefault(second, {})[name] = sign * (terms[0] + terms[1])
+    return found
+
+
+def estimates_at(
+    model: TransformerBridge, pairs: PromptPairs, names: Sequence[str], plain: Sequence[str]
+) -> dict[str, Callable[[str], Tensor]]:
+    """Secant and tangents as functions that give the estimates, element by element, at a HookPoint.
+
+    Args:
+        names: HookPoints at which the secant is wanted.
+        plain: those at which the tangents are; no run is made for none.
+    """
     first = COMPONENTS["resid"].read_at(0)
     pair = propagate(
         model,
@@ -69,17 +89,11 @@ def bracket(model: TransformerBridge, pairs: PromptPairs, components: Sequence[s
         attention_mask=pairs.corrupt_mask,
     )
     warn_if_incomplete(pair, first)
-    found: Bracket = {SECANT: collect(model, components, lambda point: -pair[point])}
+    found: dict[str, Callable[[str], Tensor]] = {SECANT: lambda point: -pair[point]}
     for estimate, tokens, mask in ((DENOISING, pairs.corrupt, pairs.corrupt_mask), (NOISING, pairs.clean, pairs.clean_mask)):
-        found[estimate] = {}
         if plain:
-            run = propagate(model, tokens, pairs.target, rules="gradient", names_filter=points(model, plain), attention_mask=mask)
-            found[estimate] = collect(model, plain, partial(_tangent, pair, run))
-    for name in [name for name in components if name in RECOMPUTED]:
-        for sign, direction, tangent, second in ((1, pairs, DENOISING, SECOND_DENOISING), (-1, turned(pairs), NOISING, SECOND_NOISING)):
-            terms = expansion(model, direction, name)
-            found[tangent][name] = sign * terms[0]
-            found.setdefault(second, {})[name] = sign * (terms[0] + terms[1])
+            run = propagate(model, tokens, pairs.target, rules="gradient", names_filter=list(plain), attention_mask=mask)
+            found[estimate] = partial(_tangent, pair, run)
     return found
 
 

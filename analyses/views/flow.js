@@ -19,6 +19,7 @@
 
     const where = (node) => `“${data.tokens[node.position]}” (${node.position})`;
     const share = (score) => (data.targetValue && score !== null ? `${number((100 * score) / data.targetValue, false)} % of ${data.target}` : "");
+    const patched = (node) => node.interval ? [`patched: ${number(node.interval[0])} to ${number(node.interval[1])}${node.interval[2] ? "" : ", unsure"}`] : [];
     const scoreLine = (score) => (score === null ? "no score of its own" : [number(score), share(score)].filter(Boolean).join(" · "));
     const groupOf = (i) => state.groups.find((group) => group.members.includes(i));
     const shownAs = (i) => groupOf(i)?.head ?? i; // a group stands where its strongest member does
@@ -224,7 +225,7 @@
       drawAttention(i);
       if (i === null) return lensRelevance.hideTip();
       const box = marks[i].getBoundingClientRect();
-      lensRelevance.showTip([nameOf(i), `at ${where(nodes[i])}`, scoreLine(nodes[i].score)], focused ? box.right : box.left + box.width / 2, box.bottom - 8);
+      lensRelevance.showTip([nameOf(i), `at ${where(nodes[i])}`, scoreLine(nodes[i].score), ...patched(nodes[i])], focused ? box.right : box.left + box.width / 2, box.bottom - 8);
     }
     function lookAtEdge(event) {
       if (event.target.closest?.(".lr-node") || dragging) return;
@@ -309,7 +310,7 @@
         if (data.paths[kept.path]) state.path = kept.path;
       } catch { /* an address of another page */ }
     }
-    Object.assign(view, { where, scoreLine, groupOf, nameOf, ends, open, look, pin, group, ungroup, choosePath, shownEdges, labelled, savedState });
+    Object.assign(view, { where, scoreLine, patched, groupOf, nameOf, ends, open, look, pin, group, ungroup, choosePath, shownEdges, labelled, savedState });
 
     // ---- slider and search
     const toSlider = (n) => (edges.length > 1 ? Math.round((1000 * Math.log(Math.max(n, 1))) / Math.log(edges.length)) : 1000);

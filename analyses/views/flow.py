@@ -62,7 +62,8 @@ def flow_view(
     Args:
         nodes: Columns `node` (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`, `logits`; also readers `L4H1.q`, `.k`, `.v`, `L4.mlp.in`,
             which are shown when their component is opened), `position`, `score`; optionally `details`, shown when a node is opened: a
-            number, text, dict, list of dicts, DataFrame, or a dict of these; `kind` (head, mlp, embed, logits) and `layer` for names of
+            number, text, dict, list of dicts, DataFrame, or a dict of these; `low`, `high` and `reliable`, where the effect of patching the
+            node is expected; `kind` (head, mlp, embed, logits) and `layer` for names of
             another form.
         edges: Columns `source`, `target` (a node or a reader), `position`, `score`; optionally `source_position` for edges between tokens.
             A node that only an edge names is drawn hollow.
@@ -98,6 +99,7 @@ def _props(flow: Flow, title: str, target: str, target_value: float | None, show
             "score": None if mark.score is None else round_significant(mark.score),
             "readers": {name: round_significant(score) for name, score in mark.readers.items()},
             "details": detail_blocks(mark.details),
+            "interval": None if mark.interval is None else [round_significant(end) for end in mark.interval[:2]] + [mark.interval[2]],
         }
         for mark in flow.marks
     ]

@@ -27,7 +27,7 @@ class Component:
 
 @dataclass
 class Mark:
-    """One drawn node: a component at a position. `score` is None where only edges name it."""
+    """One drawn node: a component at a position. `score` is None where only edges name it. interval: low, high, whether it is narrow."""
 
     name: str
     kind: str
@@ -37,6 +37,7 @@ class Mark:
     readers: dict[str, float] = field(default_factory=dict)
     details: Any = None
     order: int = 0
+    interval: tuple[float, float, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def _add_nodes(marks: dict[tuple[str, int], Mark], nodes: pd.DataFrame, n_tokens
             continue
         mark.score = score
         details = row.get("details")
+        if not pd.isna(row.get("low")):
+            mark.interval = float(row["low"]), float(row["high"]), bool(row["reliable"])
         mark.details = None if details is None or (isinstance(details, float) and math.isnan(details)) else details
 
 

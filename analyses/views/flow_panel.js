@@ -71,6 +71,7 @@
       element("p", { textContent: group ? `${group.members.length} nodes, of which this is ${node.name} at ${view.where(node)}` : `at ${view.where(node)}` }),
       element("p", { className: "lr-flow-score", textContent: view.scoreLine(node.score) }),
     ];
+    for (const line of view.patched(node)) parts.push(element("p", { textContent: line, title: "where the effect of patching this node is expected (mean of both directions)" }));
     if (group) parts.push(element("p", {}, button("Ungroup", "take the group apart", () => view.ungroup(group))));
     const readers = Object.entries(node.readers).map(([name, score]) => [INPUT[name] ?? name, score]);
     if (readers.length) parts.push(...block("Relevance of its inputs", [], readers));

@@ -203,6 +203,23 @@ def test_hovering_a_flow_node_tells_component_token_and_share(browser: Browser, 
     tab.close()
 
 
+def test_where_a_patched_effect_is_expected_is_told_beside_the_score(browser: Browser, tmp_path: Path) -> None:
+    nodes, edges = small_graph()
+    known = nodes["node"].isin(["L0H1", "L1.mlp"])
+    nodes = nodes.assign(
+        low=nodes["score"].where(known) - 0.25, high=nodes["score"].where(known) + 0.25, reliable=nodes["node"] == "L1.mlp"
+    )
+    tab = browser.open(write(views.flow_view(nodes, edges, TOKENS, target="logit diff", shown=6), tmp_path))
+    tab.hover('[data-node="L0H1"]')
+    assert tab.run(TIP).split("\n")[2:] == ["−0.500 · −25.0 % of logit diff", "patched: −0.750 to −0.250, unsure"]
+    tab.click('[data-node="L0H1"]')
+    assert "patched: −0.750 to −0.250, unsure" in tab.run("document.querySelector('.lr-flow-panel').innerText")
+    tab.click(".lr-flow-out button")
+    text = tab.run("document.querySelector('.lr-flow-panel').innerText")
+    assert "patched: " in text and "unsure" not in text
+    tab.close()
+
+
 def test_hovering_a_flow_edge_tells_its_ends_and_score(browser: Browser, tmp_path: Path) -> None:
     nodes, edges = small_graph()
     view = views.flow_view(nodes, edges, TOKENS, target="logit diff", shown=6)
