@@ -11,9 +11,12 @@
 | `q`, `k`, `v` | | queries, keys and values of a head | `L3H5.q` |
 | `pattern` | | attention pattern of a head | `L3H5.pattern` |
 | `neurons` | `neuron` | MLP neurons, after the activation function | `L9N1841` |
+| `features` | `feature` | features of a dictionary (sparse autoencoder, transcoder) | `L9F17` |
 
 Every function that takes a component takes any of its names; tables use the first one. A position follows after an at sign: `L3.resid@7`,
-`L3H5@7`. Graphs and circuits also speak of `embed`, `pos_embed`, `bias`, `logits` and the input of an MLP, `L3.mlp.in`.
+`L3H5@7`. Graphs and circuits also speak of `embed`, `pos_embed`, `bias`, `logits` and the input of an MLP, `L3.mlp.in`. Graphs over
+features speak of what a dictionary misses (`L9.error`), of its skip connection (`L9.skip`) and of all features that are no nodes of their
+own (`L9.features`).
 """
 
 from __future__ import annotations
@@ -98,8 +101,9 @@ SCORED = ("resid", "attn", "mlp", "heads", "q", "k", "v", "neurons")
 
 SOURCES = ("embed", "pos_embed", "bias")
 LOGITS, MLP_INPUT = "logits", "mlp.in"
+FEATURES, ERROR, SKIP = "features", "error", "skip"
 _READERS = ("q", "k", "v", "pattern")
-_ALIASES = {alias: one.name for one in COMPONENTS.values() for alias in (one.name, *one.aliases)}
+_ALIASES = {alias: one.name for one in COMPONENTS.values() for alias in (one.name, *one.aliases)} | {"feature": FEATURES}
 
 
 def resolve_component(name: str) -> Component:
@@ -115,7 +119,7 @@ def resolve_component(name: str) -> Component:
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One component of one layer, of one head or neuron where it has these, at one position or (None) at all of them.
+    """One component of one layer, of one head, neuron or feature where it has these, at one position or (None) at all of them.
 
     Attributes:
         component: its name; an alias is replaced by the name. `embed`, `pos_embed`, `bias` and `logits` belong to no layer (-1).
@@ -127,6 +131,7 @@ class Node:
     position: int | None = None
     head: int | None = None
     neuron: int | None = None
+    feature: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "component", _ALIASES.get(self.component, self.component))
@@ -136,6 +141,8 @@ class Node:
             name = self.component
         elif self.neuron is not None:
             name = f"L{self.layer}N{self.neuron}"
+        elif self.feature is not None:
+            name = f"L{self.layer}F{self.feature}"
         elif self.head is not None:
             name = f"L{self.layer}H{self.head}" + ("" if self.component == "heads" else f".{self.component}")
         else:
@@ -151,9 +158,11 @@ class Node:
 
 
 _HEAD = rf"H(?P<head>\d+)(?:\.(?P<reader>{'|'.join(_READERS)}))?"
-_LAYER_WIDE = "|".join(re.escape(one.name) for one in COMPONENTS.values() if one.index == "position") + rf"|{re.escape(MLP_INPUT)}"
+_WITHOUT_INDEX = [one.name for one in COMPONENTS.values() if one.index == "position"] + [MLP_INPUT, FEATURES, ERROR, SKIP]
+_LAYER_WIDE = "|".join(re.escape(name) for name in _WITHOUT_INDEX)
 _TEXT = re.compile(
-    rf"(?:(?P<outside>{'|'.join((*SOURCES, LOGITS))})|L(?P<layer>\d+)(?:{_HEAD}|N(?P<neuron>\d+)|\.(?P<wide>{_LAYER_WIDE})))"
+    rf"(?:(?P<outside>{'|'.join((*SOURCES, LOGITS))})|L(?P<layer>\d+)"
+    rf"(?:{_HEAD}|N(?P<neuron>\d+)|F(?P<feature>\d+)|\.(?P<wide>{_LAYER_WIDE})))"
     r"(?:@(?P<position>\d+))?"
 )
 
@@ -163,9 +172,11 @@ def find_node(text: str) -> Node | None:
     match = _TEXT.fullmatch(text)
     if match is None:
         return None
-    name = match["outside"] or match["wide"] or match["reader"] or ("neurons" if match["neuron"] else "heads")
-    layer, position, head, neuron = (None if part is None else int(part) for part in match.group("layer", "position", "head", "neuron"))
-    return Node(name, -1 if layer is None else layer, position, head, neuron)
+    indexed = "neurons" if match["neuron"] else FEATURES if match["feature"] else "heads"
+    name = match["outside"] or match["wide"] or match["reader"] or indexed
+    numbers = match.group("layer", "position", "head", "neuron", "feature")
+    layer, position, head, neuron, feature = (None if part is None else int(part) for part in numbers)
+    return Node(name, -1 if layer is None else layer, position, head, neuron, feature)
 
 
 def parse_node(text: str) -> Node:

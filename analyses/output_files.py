@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analyses.shown_text import visible
 from lens_relevance import RelevanceError
+from lens_relevance.shown_text import visible
 from lens_relevance.whole_files import check_writable, write_whole
 
 MARK = "Made with lens_relevance"

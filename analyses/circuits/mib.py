@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from analyses.json_files import only, read_json
 from analyses.output_files import MARK
 from lens_relevance.errors import RelevanceError
+from lens_relevance.json_files import only, read_json
 from lens_relevance.whole_files import write_whole
 
 INPUT, LOGITS = "input", "logits"

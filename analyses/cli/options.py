@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from analyses.shown_text import let_any_text_be_printed, visible
+from lens_relevance.shown_text import let_any_text_be_printed, visible
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

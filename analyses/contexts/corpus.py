@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.shown_text import visible
 from lens_relevance.errors import RelevanceError
+from lens_relevance.shown_text import visible
 
 ENDINGS = (".txt", ".jsonl", ".csv", ".parquet")
 _ROWS = 1000  # of a table at a time

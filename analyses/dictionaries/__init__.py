@@ -2,7 +2,6 @@
 
 from analyses.dictionaries.ablation import ablate_features
 from analyses.dictionaries.comparison import compare_features
-from analyses.dictionaries.feature_graphs import FeatureGraph, feature_graph
 from analyses.dictionaries.labels import label_features
 from analyses.dictionaries.quality import Quality, measure_quality
 from analyses.dictionaries.ranking import rank_features
@@ -10,12 +9,10 @@ from analyses.dictionaries.saving import save_dictionary
 from analyses.dictionaries.train import Trained, train_dictionary
 
 __all__ = [
-    "FeatureGraph",
     "Quality",
     "Trained",
     "ablate_features",
     "compare_features",
-    "feature_graph",
     "label_features",
     "measure_quality",
     "rank_features",

@@ -13,11 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.edges.dictionaries import Units
 from analyses.edges.heads import Constants, HeadCoefficients, head_coefficients, rotary_constants
-from analyses.edges.readers import attention_readers, mlp_reader
+from analyses.edges.in_the_stream import InTheStream
+from analyses.edges.readers import attention_readers
 from analyses.edges.residual_stream import ResidualStream
 from analyses.edges.wiring import Wiring, points, wiring
-from analyses.edges.writers import sources, writes
+from analyses.edges.writers import attention_writes, mlp_writes, sources
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import CoverageError
@@ -43,6 +45,7 @@ class EdgeAttribution:
         value: [batch], the target; reference_value: the same on the reference run.
         tokens, mask: token ids and 1 where they are real.
         info: model, ruleset, target, reference and versions.
+        units: of the dictionaries that stand in the stream.
     """
 
     writers: list[str]
@@ -56,6 +59,7 @@ class EdgeAttribution:
     mask: Int[Tensor, "batch pos"]
     reference_value: Float[Tensor, " batch"] | None = None
     info: dict[str, str] = field(default_factory=dict)
+    units: tuple[Units, ...] = ()
 
     @property
     def n_edges(self) -> int:
@@ -127,7 +131,7 @@ def passes(
     attention_mask: Tensor | None = None,
     flows: bool = False,
 ) -> Iterator[tuple[RelevanceCache, Constants]]:
-    """One backward pass per reference run, with everything kept that edges need.
+    """One backward pass per reference run, with everything kept that edges need, through the dictionaries that stand in the stream.
 
     Args:
         flows: also keep what flows inside heads and MLPs need.
@@ -140,14 +144,21 @@ def passes(
         raise CoverageError("flows end at the logits of tokens (unembed), and this model has none: it gives classes or a hidden state")
     wanted = set(points(streams, flows))
     tokens, mask = tokenize(model, inputs, attention_mask)
-    references = [reference]
+    references, dictionaries = [reference], [one.dictionary for one in streams.dictionaries]
     if getattr(reference, "n", 1) > 1:
         runs = reference_run(model, reference, Prompt(tokens, mask))
         references = [runs.prompt.tokens[i :: runs.n] for i in range(runs.n)]
     for each in references:
         with rotary_constants(streams) as constants:
             cache = propagate(
-                model, tokens, target, rules=rules, names_filter=lambda name: name in wanted, reference=each, attention_mask=mask
+                model,
+                tokens,
+                target,
+                rules=rules,
+                names_filter=lambda name: name in wanted,
+                reference=each,
+                attention_mask=mask,
+                dictionaries=dictionaries,
             )
         missing = sorted(wanted - set(cache.coefficients))
         if missing:
@@ -171,19 +182,29 @@ def edges_of(
     inside, values = [], cache if values is None else values
     with torch.no_grad():
         stream = ResidualStream(streams, cache, values)
-        stream.write(sources(streams, values, cache, table=table))
+        dictionaries = InTheStream(stream, streams.dictionaries, cache, table)
+        dictionaries.write(sources(streams, values, cache, table=table), 0, "in")
         for layer in streams.layers:
+            if layer.index > 0:
+                dictionaries.write_anew(layer.index, "in")
             heads = head_coefficients(layer, cache, table, constants=constants, flows=flows)
             inside.append(heads)
             stream.read(layer.attn_readers, attention_readers(layer, cache, table, heads=heads), layer.attn_input)
             if layer.has_mlp and layer.parallel:  # reads what attention reads
-                stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
-            for written, norm in zip(writes(layer, values, cache, table=table), (layer.attn_after, layer.mlp_after), strict=False):
-                stream.write(written)
-                if norm is not None:
-                    stream.normalize(norm, rule_for(table, norm))
-                if written.names == layer.heads and layer.has_mlp and not layer.parallel:
-                    stream.read(layer.mlp_reader, mlp_reader(layer, cache, table), layer.mlp_input)
+                dictionaries.read_mlp(layer, replaced=streams.replaces_mlp(layer))
+            dictionaries.write(attention_writes(layer, values, cache, table=table), layer.index, "attn")
+            if layer.attn_after is not None:
+                stream.normalize(layer.attn_after, rule_for(table, layer.attn_after))
+            if layer.has_mlp:
+                if not layer.parallel:
+                    dictionaries.read_mlp(layer, replaced=streams.replaces_mlp(layer))
+                if streams.replaces_mlp(layer):
+                    dictionaries.write_mlp(layer)
+                else:
+                    dictionaries.write(mlp_writes(layer, values, cache, table=table), layer.index, "after_mlp")
+                if layer.mlp_after is not None:
+                    stream.normalize(layer.mlp_after, rule_for(table, layer.mlp_after))
+            dictionaries.write_anew(layer.index, "out")
         stream.read(["logits"], working(cache.coefficients[streams.final]).unsqueeze(0), streams.final)
     available = streams.available()
     limit = torch.tensor([available[name] for name in streams.readers])
@@ -199,6 +220,7 @@ def edges_of(
         mask=cache.mask,
         reference_value=cache.reference_value,
         info=dict(cache.info),
+        units=tuple(dictionaries.units.values()),
     )
     return edges, inside
 

@@ -2,7 +2,8 @@
 
 For every head and MLP, its score is the sum of the edges that enter it plus its sinks, and the sum of the edges that leave it. For every
 reader, the sum of the edges that leave it is its score (the relevance that enters it) plus its sinks. For the logits, the score is the sum
-of the edges that enter plus the sinks.
+of the edges that enter plus the sinks. A feature is one node that reads and writes: its score is the sum of what enters it plus its sinks,
+and the sum of what leaves it. What a dictionary misses has no edges that enter it: relevance ends there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from analyses.edges.attribution import EdgeAttribution
+from analyses.edges.dictionaries import Units
 from analyses.edges.heads import HeadCoefficients
 from analyses.edges.wiring import Layer, Wiring, linear
 from lens_relevance.cache import RelevanceCache
@@ -33,6 +35,7 @@ class Flows:
         sinks: by (kind, names), [name, pos]; kinds are bias, norm, softmax, product, activation (of a mixture of experts: all that stays
             inside it).
         neurons: by MLP, [pos, neuron].
+        activations: by features, [name, pos].
         value: the target, less that of the reference run.
         info: model, ruleset, target, reference and versions.
     """
@@ -41,6 +44,7 @@ class Flows:
     nodes: dict[Names, Tensor]
     sinks: dict[tuple[str, Names], Tensor]
     neurons: dict[str, Tensor]
+    activations: dict[Names, Tensor]
     value: float
     info: dict[str, str]
 
@@ -52,15 +56,21 @@ def flows_of(wiring: Wiring, cache: RelevanceCache, edges: EdgeAttribution, *, h
     value = edges.value[0] - (0.0 if edges.reference_value is None else edges.reference_value[0])
     flows = Flows(
         edges={("residual", tuple(edges.writers), tuple(edges.readers)): edges.scores[0]},
-        nodes={tuple(edges.writers): edges.writer_scores[0].T, tuple(n for n in edges.readers if n != "logits"): entering[:-1]},
+        nodes={tuple(edges.writers): edges.writer_scores[0].T},
         sinks={},
         neurons={},
+        activations={},
         value=float(value),
         info={key: str(text) for key, text in edges.info.items()},
     )
+    writers = set(edges.writers)
+    only_read = [name for name in edges.readers if name != "logits" and name not in writers]
+    flows.nodes[tuple(only_read)] = entering[[reader[name] for name in only_read]]
+    for units in edges.units:
+        _features(flows, units, entering[[reader[name] for name in units.standing.readers]])
     for layer, inside in zip(wiring.layers, heads, strict=True):
         _heads(flows, layer, cache, inside, entering[[reader[name] for name in layer.attn_readers]])
-        if layer.has_mlp:
+        if layer.has_mlp and not wiring.replaces_mlp(layer):
             _mlp(flows, layer, cache, edges, entering[[reader[name] for name in layer.mlp_reader]])
     at_logits = cache["unembed.hook_out"].sum(-1)
     flows.nodes["logits",] = at_logits
@@ -86,6 +96,16 @@ def _heads(flows: Flows, layer: Layer, cache: RelevanceCache, inside: HeadCoeffi
     bias = torch.cat([_head_bias(site, c, cache) for site, c in ((layer.q, inside.q), (layer.k, inside.k), (layer.v, inside.v))])
     flows.sinks["bias", q + k + v] = bias
     flows.sinks["norm", q + k + v] = leaving - entering - bias
+
+
+def _features(flows: Flows, units: Units, entering: Tensor) -> None:
+    """The sinks of features, and their activations. entering: [reader, pos]."""
+    names = tuple(units.standing.readers)
+    scores, sinks = units.scores[:, 0], {kind: score[:, 0] for kind, score in units.sinks.items()}
+    for kind, score in sinks.items():
+        flows.sinks[kind, names] = score
+    flows.sinks["norm", names] = scores - entering - sum(sinks.values())
+    flows.activations[names[: len(units.standing.chosen)]] = units.activation[:, 0]
 
 
 def _mlp(flows: Flows, layer: Layer, cache: RelevanceCache, edges: EdgeAttribution, entering: Tensor) -> None:

@@ -61,15 +61,32 @@ class ResidualStream:
     def write(self, written: Written) -> None:
         """Add contributions; the rest adds to what `bias` has written so far."""
         coefficient = working(self.cache.coefficients[written.point]).flatten(0, 1)
-        first = self._row[written.names[0]]
-        rows = slice(first, first + len(written.names))
-        parts = self._contributions[:, rows]
-        parts.copy_(self._real(written.parts).flatten(1, 2).transpose(0, 1))
+        rows, parts = self._rows_of(written), self._by_row(written)
+        self._contributions[:, rows] += parts  # features of a cross-layer transcoder write several times
         self._total += parts.sum(1)
-        self._writer_scores[:, rows] = (parts @ coefficient.unsqueeze(-1)).squeeze(-1)
+        self._writer_scores[:, rows] += (parts @ coefficient.unsqueeze(-1)).squeeze(-1)
         self._filled = max(self._filled, rows.stop)
         if written.rest is not None:
             self._add_to_bias(self._real(written.rest).flatten(0, 1), coefficient)
+
+    def hand_over(self, written: Written, readers: list[str], coefficients: Float[Tensor, "reader batch pos d_model"]) -> None:
+        """Contributions that features alone read, as these write in their place."""
+        rows, parts, first = self._rows_of(written), self._by_row(written), self._column[readers[0]]
+        columns, weight = slice(first, first + len(readers)), self._real(coefficients).flatten(1, 2).permute(1, 2, 0)
+        self._scores[:, rows, columns] = parts @ weight
+        self._writer_scores[:, rows] = self._scores[:, rows, columns].sum(-1)
+        self._scores[:, 0, columns] = self._scores[:, rows, columns].sum(1)
+        self._filled = max(self._filled, rows.stop)
+        if written.rest is not None:
+            rest = (self._real(written.rest).flatten(0, 1).unsqueeze(1) @ weight).squeeze(1)
+            self._scores[:, self._row["bias"], columns] += rest
+            self._scores[:, 0, columns] += rest
+            self._writer_scores[:, self._row["bias"]] += rest.sum(-1)
+
+    def give_way(self) -> None:
+        """Nothing of what was written goes on: features that read the stream write all of it anew."""
+        self._contributions.zero_()
+        self._total.zero_()
 
     def normalize(self, norm: Site, rule: Rule) -> None:
         """The stream passes a norm, and each contribution with it as the norm's rule has it; the rest of its output goes to `bias`."""
@@ -90,6 +107,13 @@ class ResidualStream:
         first = self._column[names[0]]
         edges = self._contributions[:, : self._filled] @ self._real(coefficients).flatten(1, 2).permute(1, 2, 0)
         self._scores[:, : self._filled, first : first + len(names)] = edges
+
+    def _rows_of(self, written: Written) -> slice:
+        first = self._row[written.names[0]]
+        return slice(first, first + len(written.names))
+
+    def _by_row(self, written: Written) -> Float[Tensor, "row writer d_model"]:
+        return self._real(written.parts).flatten(1, 2).transpose(0, 1)
 
     def _add_to_bias(self, rest: Float[Tensor, "row d_model"], coefficient: Float[Tensor, "row d_model"]) -> None:
         bias = self._row["bias"]

@@ -2,14 +2,15 @@
 
 Writers are `embed`, `pos_embed`, each head (`L3H5`: z_h W_O^h), each MLP (`L3.mlp`, its output without the bias) and `bias`, the named sink
 that holds every bias written so far. Readers are q, k and v of each query head (`L4H1.q`), each MLP's input (`L4.mlp.in`) and `logits`.
+Where a dictionary stands, its features read and write (`L9F17`, the others together `L9.features`); what it misses (`L9.error`) writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -19,6 +20,9 @@ from lens_relevance.errors import CoverageError
 from lens_relevance.rules import AttentionGeometry, Linear, Mix
 from lens_relevance.sites import Anatomy, Site, anatomy
 from lens_relevance.sites.blocks import Block
+
+if TYPE_CHECKING:
+    from analyses.edges.dictionaries import Standing
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +132,7 @@ class Wiring:
         positions: HookPoint of learned position embeddings, if any.
         embed_norm: what the embeddings pass, if anything.
         final: HookPoint of the stream that the output head reads.
+        dictionaries: those that stand in it.
     """
 
     body: Anatomy
@@ -135,6 +140,7 @@ class Wiring:
     positions: str | None
     embed_norm: Site | None
     final: str
+    dictionaries: tuple[Standing, ...] = ()
 
     @property
     def sources(self) -> list[str]:
@@ -144,22 +150,40 @@ class Wiring:
     @property
     def writers(self) -> list[str]:
         """In the order in which they write, so that what a reader can read is a prefix."""
-        return self.sources + [name for layer in self.layers for name in (*layer.heads, *layer.mlp_writer)]
+        return self.sources + [name for _, names in self._steps() for name in names]
 
     @property
     def readers(self) -> list[str]:
         """In the order in which they read; `logits` last."""
-        return [name for layer in self.layers for name in (*layer.attn_readers, *layer.mlp_reader)] + ["logits"]
+        return [name for names, _ in self._steps() for name in names] + ["logits"]
 
     def available(self) -> dict[str, int]:
-        """How many of `writers` each reader can read."""
-        count, counts = len(self.sources), {}
+        """How many of `writers` each reader can read, in a model without dictionaries."""
+        count = len(self.sources)
+        counts: dict[str, int] = {}
+        for readers, writers in self._steps():
+            counts |= dict.fromkeys(readers, count)
+            count += len(writers)
         for layer in self.layers:
-            counts.update(dict.fromkeys(layer.attn_readers, count))
-            after = count + len(layer.heads)
-            counts.update(dict.fromkeys(layer.mlp_reader, count if layer.parallel else after))
-            count = after + len(layer.mlp_writer)
+            if layer.parallel:  # its MLP reads what its attention reads
+                counts |= dict.fromkeys(layer.mlp_reader, counts[layer.attn_readers[0]])
         return counts | {"logits": count}
+
+    def replaces_mlp(self, layer: Layer) -> bool:
+        """Whether transcoders write what the MLP of a layer would."""
+        return any(index == layer.index for one in self.dictionaries if one.stage == "mlp" for _, index, _ in one.points_out)
+
+    def _steps(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Who reads and then writes, in the order of computation."""
+        at = {(one.layer, one.stage): (one.readers, one.writers) for one in self.dictionaries}
+        nothing: tuple[list[str], list[str]] = ([], [])
+        for layer in self.layers:
+            yield at.get((layer.index, "in"), nothing)
+            yield layer.attn_readers, layer.heads
+            yield at.get((layer.index, "attn"), nothing)
+            yield at.get((layer.index, "mlp"), nothing) if self.replaces_mlp(layer) else (layer.mlp_reader, layer.mlp_writer)
+            yield at.get((layer.index, "after_mlp"), nothing)
+            yield at.get((layer.index, "out"), nothing)
 
 
 def linear(site: Site) -> Linear:
@@ -245,10 +269,13 @@ def points(wired: Wiring, flows: bool) -> list[str]:
         if flows or layer.geometry.group > 1:
             names += [layer.pattern.output_name, *_inputs(layer.scores), *_inputs(layer.pattern)]
             names += [*_inputs(layer.k_norm), *([] if layer.k_norm is None else [layer.k_norm.output_name])]
-        if layer.has_mlp:
+        if layer.has_mlp and wired.replaces_mlp(layer):
+            names.append(layer.mlp_input)
+        elif layer.has_mlp:
             names += [layer.mlp_input, f"{layer.path}.mlp.hook_in", layer.mlp_output, layer.mlp_write, *_inputs(layer.mlp_post)]
             if flows and layer.mlp is not None:
                 names += [*_inputs(layer.mlp), layer.mlp.output_name]
+    names += [name for one in wired.dictionaries for name in one.points]
     names += ["unembed.hook_out"] if flows else []
     return list(dict.fromkeys(names))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +48,11 @@ def sources(wiring: Wiring, values: RelevanceCache, cache: RelevanceCache, *, ta
     if wiring.positions is not None:
         positions = change(values, wiring.positions).expand_as(entering)
         names, parts = ["embed", "pos_embed"], torch.stack([entering - positions, positions])
-    return Written(names, *_past(norm, parts, point, values, cache, table), point)
+    return Written(names, *past_norm(norm, parts, point, values, cache, table), point)
 
 
-def writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, *, table: Table) -> Iterator[Written]:
-    """What attention, then the MLP of a layer writes.
+def attention_writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, *, table: Table) -> Written:
+    """What the heads of a layer write.
 
     Args:
         values: the pass that says what is written.
@@ -62,12 +61,15 @@ def writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, *, table
     z, output = change(values, layer.z.output_name), linear(layer.o)
     weight = output.weight.to(z.dtype).unflatten(1, (-1, z.shape[-1]))
     heads, point = torch.einsum("bphe,dhe->hbpd", z, weight), layer.attn_write
-    yield Written(layer.heads, *_with_rest(heads, layer.attn_post, output.bias, point, values, cache, table), point)
-    if layer.has_mlp:
-        written, bias, point = change(values, layer.mlp_output), layer.mlp_bias, layer.mlp_write
-        if bias is not None and not values.reference_activations:
-            written = written - bias.to(written.dtype)
-        yield Written(layer.mlp_writer, *_with_rest(written.unsqueeze(0), layer.mlp_post, bias, point, values, cache, table), point)
+    return Written(layer.heads, *_with_rest(heads, layer.attn_post, output.bias, point, values, cache, table), point)
+
+
+def mlp_writes(layer: Layer, values: RelevanceCache, cache: RelevanceCache, *, table: Table) -> Written:
+    """What the MLP of a layer writes; arguments as of `attention_writes`."""
+    written, bias, point = change(values, layer.mlp_output), layer.mlp_bias, layer.mlp_write
+    if bias is not None and not values.reference_activations:
+        written = written - bias.to(written.dtype)
+    return Written(layer.mlp_writer, *_with_rest(written.unsqueeze(0), layer.mlp_post, bias, point, values, cache, table), point)
 
 
 def _with_rest(
@@ -75,13 +77,13 @@ def _with_rest(
 ) -> tuple[Tensor, Tensor | None]:
     """The parts, past a post-norm where there is one, and what else was written."""
     if post is not None:
-        return _past(post, parts, point, values, cache, table)
+        return past_norm(post, parts, point, values, cache, table)
     if bias is None or values.reference_activations:  # the same in both runs
         return parts, None
     return parts, bias.to(parts.dtype).expand_as(parts[0])
 
 
-def _past(
+def past_norm(
     norm: Site | None, parts: Tensor, point: str, values: RelevanceCache, cache: RelevanceCache, table: Table
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of a norm's output, which is at `point`, under the norm's rule; and what the rule gives none of them."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from analyses.components import owner
-from analyses.graph.tables import EDGE_KEYS, INTERVALS, Tables
+from analyses.graph.tables import EDGE_KEYS, INTERVALS, Tables, no_features
 from lens_relevance.errors import RelevanceError
 
 _KEYS = {"edges": EDGE_KEYS, "nodes": ["node", "component", "layer", "head", "position", "token"], "sinks": ["node", "position", "sink"]}
@@ -86,6 +86,7 @@ def average(graphs: Sequence[Tables], by_position: bool = False) -> Tables:
         nodes=tables["nodes"],
         sinks=tables["sinks"],
         neurons=tables["neurons"],
+        features=no_features(),
         tokens=tokens,
         intervals=_no_intervals(),
         value=sum(g.value for g in graphs) / n,
@@ -112,7 +113,15 @@ def diff(first: Tables, second: Tables) -> Tables:
         tables[name] = both
     info = first.info | {"diff": f"{first.info.get('ruleset', '')} less {second.info.get('ruleset', '')}"}
     tables["edges"] = _strongest_first(tables["edges"])
-    return replace(first, **tables, tokens=tokens, intervals=_no_intervals(), value=first.value - second.value, info=info)
+    return replace(
+        first,
+        **tables,
+        features=no_features(),
+        tokens=tokens,
+        intervals=_no_intervals(),
+        value=first.value - second.value,
+        info=info,
+    )
 
 
 def _joined(graph: Tables, edges: pd.DataFrame, nodes: pd.DataFrame, sinks: pd.DataFrame, neurons: pd.DataFrame) -> Tables:
@@ -125,6 +134,7 @@ def _joined(graph: Tables, edges: pd.DataFrame, nodes: pd.DataFrame, sinks: pd.D
         nodes=summed["nodes"],
         sinks=summed["sinks"],
         neurons=summed["neurons"],
+        features=no_features(),
         intervals=_no_intervals(),
     )
 

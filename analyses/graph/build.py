@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,16 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.batches import strings_of
 from analyses.edges.attribution import edges_of, passes
+from analyses.edges.dictionaries import standing, strongest_features
 from analyses.edges.flows import Flows, flows_of
-from analyses.edges.wiring import wiring
+from analyses.edges.heads import Constants
+from analyses.edges.wiring import Wiring, wiring
 from analyses.graph.flow import FlowGraph
 from analyses.graph.intervals import node_intervals
-from analyses.graph.tables import nodes_frame
+from analyses.graph.tables import no_features, nodes_frame
 from analyses.tasks import PromptPairs
+from lens_relevance.cache import RelevanceCache
+from lens_relevance.dictionaries import Dictionary
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
@@ -29,6 +33,7 @@ from lens_relevance.ruleset_tables import Table, default_ruleset, ruleset
 from lens_relevance.sites import anatomy
 
 NEURONS_KEPT = 10
+Run = tuple[RelevanceCache, Constants]
 
 
 @left_as_found
@@ -41,6 +46,8 @@ def flow_graph(
     reference: Any = None,
     by_position: bool = True,
     threshold: float = 0.0,
+    dictionaries: Sequence[Dictionary] = (),
+    n_features: int = 100,
 ) -> FlowGraph:
     """The graph over which relevance flows from the embeddings of one prompt to the target, exact on every edge.
 
@@ -50,19 +57,34 @@ def flow_graph(
         by_position: one node per component and position; otherwise edges are summed over positions.
         threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never kept); `FlowGraph.prune`
             chooses with more care.
+        dictionaries: sparse autoencoders and transcoders, one for a layer at most. Their features are nodes (`L9F17`) beside the heads, and
+            so is what they miss (`L9.error`), where relevance ends. A transcoder stands in the place of an MLP.
+        n_features: features that are nodes of their own, those of the largest relevance at a position; the others of a layer are one node,
+            `L9.features`, so that nothing is left out.
 
-    Between two prompts `intervals` says for heads, MLPs and embeddings where the effect of patching them is expected, for 4 forward and 3
-    backward passes besides.
+    Between two prompts, without dictionaries, `intervals` says for heads, MLPs and embeddings where the effect of patching them is
+    expected, for 4 forward and 3 backward passes besides.
 
     Raises:
-        RelevanceError: several prompts, scores that are not finite, or a threshold that leaves no edge.
-        CoverageError: a model whose edges cannot be separated.
+        RelevanceError: several prompts, scores that are not finite, a threshold that leaves no edge, or two dictionaries in one layer.
+        CoverageError: a model or a dictionary whose edges cannot be separated.
     """
     tokens, mask = tokenize(model, inputs)
     if len(tokens) != 1:
         raise RelevanceError(f"a flow graph is that of one prompt, got {len(tokens)}; flow_graphs makes one for each, average joins them")
-    graph = _graph(model, tokens, mask, target, rules=rules, reference=reference, by_position=by_position, threshold=threshold)
-    if target is None or not is_inputs(reference):
+    graph = _graph(
+        model,
+        tokens,
+        mask,
+        target,
+        rules=rules,
+        reference=reference,
+        by_position=by_position,
+        threshold=threshold,
+        dictionaries=dictionaries,
+        n_features=n_features,
+    )
+    if target is None or dictionaries or not is_inputs(reference):
         return graph
     other = reference_run(model, reference, Prompt(tokens, mask)).prompt
     pair = PromptPairs(tokens, other.tokens, target, mask, other.mask)
@@ -79,14 +101,20 @@ def _graph(
     reference: Any,
     by_position: bool,
     threshold: float,
+    dictionaries: Sequence[Dictionary],
+    n_features: int,
 ) -> FlowGraph:
     """The graph of one prompt, without intervals."""
     rules = rules if rules is not None else default_ruleset(anatomy(model), reference)
     streams, table = wiring(model), ruleset(rules)
+    if dictionaries:
+        streams = replace(streams, dictionaries=standing(streams, dictionaries, table))
+    runs: Iterable[Run] = passes(model, streams, tokens, target=target, rules=rules, reference=reference, attention_mask=mask, flows=True)
+    if dictionaries:
+        runs = list(runs)
+        streams = _with_chosen_features(runs, streams, n_features)
     parts = []
-    for cache, constants in passes(
-        model, streams, tokens, target=target, rules=rules, reference=reference, attention_mask=mask, flows=True
-    ):
+    for cache, constants in runs:
         edges, heads = edges_of(streams, cache, constants, table=table, flows=True)
         parts.append(flows_of(streams, cache, edges, heads=heads))
     flows = parts[0] if len(parts) == 1 else _mean(parts)
@@ -107,6 +135,8 @@ def flow_graphs(
     reference: Any = None,
     by_position: bool = True,
     threshold: float = 0.0,
+    dictionaries: Sequence[Dictionary] = (),
+    n_features: int = 100,
 ) -> list[FlowGraph]:
     """One graph for each of several prompts, without intervals.
 
@@ -134,9 +164,18 @@ def flow_graphs(
                 reference=other,
                 by_position=by_position,
                 threshold=threshold,
+                dictionaries=dictionaries,
+                n_features=n_features,
             )
         )
     return graphs
+
+
+def _with_chosen_features(runs: Sequence[Run], streams: Wiring, n: int) -> Wiring:
+    """The stream with the features that carry most in these runs as units of their own."""
+    chosen = strongest_features(streams.dictionaries, [cache for cache, _ in runs], n)
+    found = tuple(replace(one, chosen=features) for one, features in zip(streams.dictionaries, chosen, strict=True))
+    return replace(streams, dictionaries=found)
 
 
 def _mean(parts: Sequence[Flows]) -> Flows:
@@ -152,6 +191,7 @@ def _mean(parts: Sequence[Flows]) -> Flows:
         nodes=mean("nodes"),
         sinks=mean("sinks"),
         neurons=mean("neurons"),
+        activations=mean("activations"),
         value=sum(part.value for part in parts) / len(parts),
     )
 
@@ -183,6 +223,7 @@ def _assemble(flows: Flows, tokens: list[str]) -> FlowGraph:
         nodes=nodes_frame(pd.concat(nodes, ignore_index=True), tokens),
         sinks=sink_frame[sink_frame["score"] != 0].reset_index(drop=True),
         neurons=_neurons(flows),
+        features=_features(flows),
         tokens=tuple(tokens),
         value=flows.value,
         info=flows.info,
@@ -193,6 +234,14 @@ def _table(names: tuple[str, ...], values: np.ndarray, column: str) -> pd.DataFr
     """[name, pos] as a long table."""
     name, position = np.indices(values.shape)
     return pd.DataFrame({column: np.array(names, dtype=object)[name.ravel()], "position": position.ravel(), "score": values.ravel()})
+
+
+def _features(flows: Flows) -> pd.DataFrame:
+    """The features that are nodes, at every position."""
+    frames = [_table(names, _finite(x, "features"), "node") for names, x in flows.activations.items() if names]
+    if not frames:
+        return no_features()
+    return pd.concat(frames, ignore_index=True).rename(columns={"score": "activation"})
 
 
 def _neurons(flows: Flows) -> pd.DataFrame:

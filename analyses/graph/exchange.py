@@ -11,8 +11,8 @@ import pandas as pd
 
 from analyses.graph.tables import EDGE_KEYS, INTERVALS, FlowTables, Tables
 from analyses.output_files import MARK
-from analyses.shown_text import visible
 from lens_relevance.errors import RelevanceError
+from lens_relevance.shown_text import visible
 from lens_relevance.whole_files import write_whole
 
 _TABLES = {
@@ -22,8 +22,9 @@ _TABLES = {
     "neurons": ("node", "position", "neuron", "score"),
     "attention": ("node", "position", "source_position", "attention"),
     "intervals": INTERVALS,
+    "features": ("node", "position", "activation"),
 }
-_LATER = ("attention", "intervals")  # files of earlier versions have none
+_LATER = ("attention", "intervals", "features")  # files of earlier versions have none
 _FORMAT = "lens_relevance flow graph 1"
 
 
@@ -35,6 +36,8 @@ def to_networkx(graph: FlowTables) -> nx.DiGraph:
     for row in graph.intervals.to_dict("records"):
         if (key := _key(row["node"], row["position"])) in result:
             result.nodes[key].update({name: row[name] for name in ("low", "high", "reliable")})
+    for row in graph.features.to_dict("records"):
+        result.nodes[_key(row["node"], row["position"])]["activation"] = row["activation"]
     for row in graph.edges.to_dict("records"):
         ends = _key(row["source"], row["source_position"]), _key(row["target"], row["position"])
         result.add_edge(*ends, **{str(k): v for k, v in row.items() if k not in ("source", "target")})

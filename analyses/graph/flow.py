@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.graph import aggregate, annotate, exchange, neuronpedia, neuronpedia_reading, paths, prune, tables
 from analyses.graph.tables import EVERYWHERE, FlowTables
+from lens_relevance.dictionaries import Dictionary
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.prompt import Inputs
 from lens_relevance.notebook_form import table_html
@@ -65,17 +66,18 @@ class FlowGraph(FlowTables):
         """The graph of some of its edges and the nodes at their ends. Scores of nodes stay those of the whole graph."""
         return tables.with_edges(self, edges)
 
-    def annotated(self, model: TransformerBridge, inputs: Inputs) -> FlowGraph:
+    def annotated(self, model: TransformerBridge, inputs: Inputs, *, dictionaries: Sequence[Dictionary] = ()) -> FlowGraph:
         """The graph with what its heads, MLPs and listed neurons write, and where its heads look, for the panel of a node and for files.
 
         Args:
             model, inputs: those that the graph is of. Prune first: each unit is described.
+            dictionaries: those that the graph is of, for what its features write, whatever the run.
 
         Raises:
             RelevanceError: another prompt, or a graph whose positions are summed over.
             CoverageError: a model whose output head is not linear (see `analyses.describe.written_tokens`).
         """
-        return annotate.annotated(self, model, inputs)
+        return annotate.annotated(self, model, inputs, dictionaries)
 
     # ---- asking
 
@@ -132,12 +134,14 @@ class FlowGraph(FlowTables):
         return aggregate.diff(self, other)
 
     def __eq__(self, other: object) -> bool:
-        """Same tokens, value, nodes, edges, sinks and neurons, exactly, in whatever order."""
+        """Same tokens, value, nodes, edges, sinks, neurons and features, exactly, in whatever order."""
         if not isinstance(other, FlowGraph):
             return NotImplemented
         if self.tokens != other.tokens or self.value != other.value:
             return False
-        return all(_ordered(getattr(self, n)).equals(_ordered(getattr(other, n))) for n in ("edges", "nodes", "sinks", "neurons"))
+        return all(
+            _ordered(getattr(self, n)).equals(_ordered(getattr(other, n))) for n in ("edges", "nodes", "sinks", "neurons", "features")
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -231,6 +235,8 @@ class FlowGraph(FlowTables):
         shown: dict[str, Any] = {}
         if label := self.labels.get(f"{row.node}@{row.position}"):
             shown["writes"] = label
+        if len(value := here(self.features)):
+            shown["activation"] = float(value["activation"].iloc[0])
         if row.component == "mlp" and len(inside := here(self.neurons)):
             layer = row.node.removesuffix(".mlp")
             writes = [self.labels.get(f"{layer}N{neuron}@{row.position}", "") for neuron in inside["neuron"]]
@@ -248,5 +254,7 @@ class FlowGraph(FlowTables):
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    if frame.empty:  # whose columns have whatever type
+        return pd.DataFrame(columns=[*frame.columns])
     keys = [c for c in frame.columns if c not in ("score", "token")]
     return frame.sort_values(keys).reset_index(drop=True)

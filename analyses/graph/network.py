@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from analyses.components import LOGITS, SOURCES, Node, find_node
+from analyses.components import ERROR, FEATURES, LOGITS, SKIP, SOURCES, Node, find_node
 from analyses.graph.tables import FlowTables
 from lens_relevance.errors import RelevanceError
 
@@ -46,7 +46,9 @@ class Network:
         self.keys: list[tuple[str, int]] = [(str(name), int(position)) for name, position in keys]
         self.source, self.target = np.split(code, 2)
         self.size = edges["score"].abs().to_numpy(dtype=float)
-        stages = {name: _stage(node) for name, node in nodes.items() if node is not None}
+        known = {name: node for name, node in nodes.items() if node is not None}
+        stages: dict[str, float | int] = {name: _stage(node) for name, node in known.items() if node.component not in _OF_DICTIONARIES}
+        _add_features(stages, known, edges)
         self.stage = np.array([stages[name] for name, _ in self.keys])
         self.inputs: Bool[np.ndarray, " node"] = self.stage == 0
         entering = np.bincount(self.target, self.size, len(self.keys))
@@ -92,11 +94,24 @@ class Network:
         return kept
 
 
+_OF_DICTIONARIES = (FEATURES, SKIP)
 _STAGES = {"q": 1, "k": 1, "v": 1, "heads": 2, "mlp.in": 3, "mlp": 4}
+
+
+def _add_features(stages: dict[str, float | int], nodes: dict[str, Node], edges: pd.DataFrame) -> None:
+    """Features of a layer come after what they read there: nothing (of the stream before attention), the heads, or the MLP."""
+    of_dictionaries = {name: node.layer for name, node in nodes.items() if node.component in _OF_DICTIONARIES}
+    after = {layer: 4.0 * layer + 0.5 for layer in of_dictionaries.values()}
+    read = edges.loc[edges["target"].isin(list(of_dictionaries)), ["source", "target"]].drop_duplicates()
+    for source, target in zip(read["source"], read["target"], strict=True):
+        layer = of_dictionaries[target]
+        if nodes[source].layer == layer and nodes[source].component != ERROR:
+            after[layer] = max(after[layer], stages[source] + 0.25)
+    stages |= {name: after[layer] for name, layer in of_dictionaries.items()}
 
 
 def _stage(node: Node) -> int:
     """Place in the order of computation: every edge of a graph leads to a higher stage."""
-    if node.component in SOURCES:
+    if node.component in (*SOURCES, ERROR):
         return 0
     return 10**9 if node.component == LOGITS else 4 * node.layer + _STAGES[node.component]

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -35,8 +35,22 @@ FEATURE_TYPES = {
     "mlp.in": "mlp input",
     "neurons": "neuron",
     "logits": "logit",
+    "features": "cross layer transcoder",
+    "error": "mlp reconstruction error",
+    "skip": "skip connection",
 }
+OTHER_FEATURES = "other features"
 _CODES = {component: code for code, component in enumerate(FEATURE_TYPES)}
+_STEP = _CODES["features"]  # of indices; the codes of features, errors and skips are above it, where no component of a layer is
+
+
+class Ids(NamedTuple):
+    """What the numbers of nodes depend on. offset: of all but features, whose numbers are their own, as circuit-tracer has them."""
+
+    n_layers: int
+    offset: int
+
+
 _CONTRIBUTORS = 10
 
 
@@ -54,15 +68,17 @@ def to_neuronpedia(
     named = {name: find_node(name) for name in graph.nodes["node"].unique()}
     if strange := [name for name, node in named.items() if node is None]:
         raise RelevanceError(f"{strange[0]!r} is a group of nodes, which has no layer; export the graph before it is grouped")
-    n_layers = 1 + max([node.layer for node in named.values() if node is not None], default=-1)
-    links, neurons = _links(graph, n_layers)
+    known = [node for node in named.values() if node is not None]
+    features = [node.feature for node in known if node.feature is not None]
+    ids = Ids(1 + max([node.layer for node in known], default=-1), 1 + max(features) if features else 0)
+    links, neurons = _links(graph, ids)
     influence = _influence(graph)
-    nodes = [_node(graph, row, n_layers, influence.get((row.node, row.position)), token_prob) for row in rows(graph.nodes)]
-    queries, keys = _contributors(graph, n_layers)
+    nodes = [_node(graph, row, ids, influence.get((row.node, row.position)), token_prob) for row in rows(graph.nodes)]
+    queries, keys = _contributors(graph, ids)
     for node in nodes:
         if node["feature_type"] == "attention head":
             at = (node["name"], node["ctx_idx"])
-            node["qk_tracing_results"] = _tracing(graph, *at, n_layers, queries=queries[at], keys=keys[at])
+            node["qk_tracing_results"] = _tracing(graph, *at, ids, queries=queries[at], keys=keys[at])
     content = {
         "metadata": {
             "slug": slug,
@@ -85,34 +101,42 @@ def to_neuronpedia(
     return content
 
 
-def node_id(name: str, position: int, n_layers: int) -> str:
+def node_id(name: str, position: int, ids: Ids) -> str:
     """`layer_feature_position`, as circuit-tracer writes it; feature tells the components of a layer apart."""
     node = find_node(name)
     assert node is not None
-    return f"{_layer(node, n_layers)}_{_feature(node)}_{position}"
+    return f"{_layer(node, ids)}_{_number(node, ids)}_{position}"
 
 
-def _layer(node: Node, n_layers: int) -> str:
-    return str(n_layers + 1) if node.component == "logits" else EMBEDDINGS if node.layer < 0 else str(node.layer)
+def _layer(node: Node, ids: Ids) -> str:
+    return str(ids.n_layers + 1) if node.component == "logits" else EMBEDDINGS if node.layer < 0 else str(node.layer)
 
 
-def _feature(node: Node) -> int:
+def _number(node: Node, ids: Ids) -> int:
     """A number of its own for each component of a layer."""
+    if node.feature is not None:
+        return node.feature
     index = node.neuron if node.neuron is not None else node.head if node.head is not None else 0
-    return index * len(_CODES) + _CODES[node.component]
+    return ids.offset + index * _STEP + _CODES[node.component]
 
 
-def _shown(name: str, position: int, n_layers: int, *, score: float, label: str) -> dict[str, Any]:
+def _paired(layer: int, feature: int) -> int:
+    """Layer and feature in one number (Cantor's pairing), which is how circuit-tracer numbers features over all layers."""
+    return (layer + feature) * (layer + feature + 1) // 2 + feature
+
+
+def _shown(name: str, position: int, ids: Ids, *, score: float, label: str) -> dict[str, Any]:
     """The fields that every node has."""
     node = find_node(name)
     assert node is not None
-    layer, feature = _layer(node, n_layers), _feature(node)
+    layer, feature = _layer(node, ids), _number(node, ids)
+    kind = OTHER_FEATURES if node.component == "features" and node.feature is None else FEATURE_TYPES[node.component]
     return {
         "node_id": f"{layer}_{feature}_{position}",
-        "feature": feature,
+        "feature": feature if node.feature is None else _paired(node.layer, node.feature),
         "layer": layer,
         "ctx_idx": position,
-        "feature_type": FEATURE_TYPES[node.component],
+        "feature_type": kind,
         "jsNodeId": f"{layer}_{feature}-{position}",
         "clerp": f"{name}: {label}" if label else name,
         "influence": None,
@@ -125,7 +149,7 @@ def _shown(name: str, position: int, n_layers: int, *, score: float, label: str)
     }
 
 
-def _node(graph: FlowTables, row: Any, n_layers: int, influence: float | None, token_prob: float | None) -> dict[str, Any]:
+def _node(graph: FlowTables, row: Any, ids: Ids, influence: float | None, token_prob: float | None) -> dict[str, Any]:
     label = graph.labels.get(f"{row.node}@{row.position}", "")
     label = f"writes {label}" if label else ""
     if row.component == "embed":
@@ -133,29 +157,31 @@ def _node(graph: FlowTables, row: Any, n_layers: int, influence: float | None, t
     if row.component == "logits":
         label = graph.info.get("target", "target")
     stays = graph.sinks[(graph.sinks["node"] == row.node) & (graph.sinks["position"] == row.position)]
-    shown = _shown(row.node, int(row.position), n_layers, score=float(row.score), label=label)
+    values = graph.features.loc[(graph.features["node"] == row.node) & (graph.features["position"] == row.position), "activation"]
+    shown = _shown(row.node, int(row.position), ids, score=float(row.score), label=label)
     return shown | {
         "influence": influence,
+        "activation": float(values.iloc[0]) if len(values) else None,
         "token_prob": 0.0 if token_prob is None or row.component != "logits" else token_prob,
         "sinks": dict(zip(stays["sink"], stays["score"].tolist(), strict=True)),
     }
 
 
-def _links(graph: FlowTables, n_layers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _links(graph: FlowTables, ids: Ids) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All edges as links, those into an MLP split over its listed neurons, and these neurons as nodes."""
     inside: defaultdict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
     for row in rows(graph.neurons):
         inside[row.node, row.position].append((int(row.neuron), float(row.score)))
     links, neurons = [], []
     for row in rows(graph.edges):
-        ends = node_id(row.source, row.source_position, n_layers), node_id(row.target, row.position, n_layers)
+        ends = node_id(row.source, row.source_position, ids), node_id(row.target, row.position, ids)
         listed = inside.pop((row.target, row.position), []) if str(row.source).endswith(".mlp.in") else []
         rest = float(row.score) - sum(score for _, score in listed)
         links.append({"source": ends[0], "target": ends[1], "weight": rest} | ({"whole": float(row.score)} if listed else {}))
         for neuron, score in listed:
             name = f"{row.target.removesuffix('.mlp')}N{neuron}"
             writes = graph.labels.get(f"{name}@{row.position}", "")
-            neurons.append(_shown(name, int(row.position), n_layers, score=score, label=f"writes {writes}" if writes else ""))
+            neurons.append(_shown(name, int(row.position), ids, score=score, label=f"writes {writes}" if writes else ""))
             between = neurons[-1]["node_id"]
             links += [{"source": ends[0], "target": between, "weight": score}, {"source": between, "target": ends[1], "weight": score}]
     return links, neurons
@@ -172,7 +198,7 @@ def _influence(graph: FlowTables) -> dict[tuple[str, int], float]:
 _Listed = list[tuple[str, float]]
 
 
-def _contributors(graph: FlowTables, n_layers: int) -> tuple[Mapping[tuple[str, int], _Listed], Mapping[tuple[str, int], _Listed]]:
+def _contributors(graph: FlowTables, ids: Ids) -> tuple[Mapping[tuple[str, int], _Listed], Mapping[tuple[str, int], _Listed]]:
     """For each head and position: what its query there was made of, and its keys, with the relevance that came by each.
 
     A key serves several queries: of what a writer gives it, each query gets the share that it gets of all that leaves the key.
@@ -192,21 +218,19 @@ def _contributors(graph: FlowTables, n_layers: int) -> tuple[Mapping[tuple[str, 
             continue
         found = queries if row.source.endswith(".q") else keys
         found[row.target, row.position] += [
-            (node_id(writer.source, writer.source_position, n_layers), float(writer.score * row.score / whole)) for writer in rows(entering)
+            (node_id(writer.source, writer.source_position, ids), float(writer.score * row.score / whole)) for writer in rows(entering)
         ]
     return queries, keys
 
 
-def _tracing(graph: FlowTables, head: str, position: int, n_layers: int, *, queries: _Listed, keys: _Listed) -> dict[str, Any]:
+def _tracing(graph: FlowTables, head: str, position: int, ids: Ids, *, queries: _Listed, keys: _Listed) -> dict[str, Any]:
     """What made a head look where it looks. Pairs are of its query and each key, with the relevance that enters by that key."""
     edges: pd.DataFrame = graph.edges
     pairs = edges[(edges["source"] == f"{head}.k") & (edges["target"] == head) & (edges["position"] == position)]
-    query = node_id(f"{head}.q", position, n_layers)
+    query = node_id(f"{head}.q", position, ids)
     known = {(row.node, row.position) for row in rows(graph.nodes)}
     by_pair = [
-        [query, node_id(f"{head}.k", row.source_position, n_layers), float(row.score)]
-        for row in rows(pairs)
-        if (f"{head}.q", position) in known
+        [query, node_id(f"{head}.k", row.source_position, ids), float(row.score)] for row in rows(pairs) if (f"{head}.q", position) in known
     ]
     strongest = lambda listed: [list(item) for item in sorted(listed, key=lambda item: -abs(item[-1]))[:_CONTRIBUTORS]]  # noqa: E731
     return {

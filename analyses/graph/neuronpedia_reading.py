@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from analyses.components import find_node
-from analyses.graph.tables import Tables, nodes_frame, rows
-from analyses.json_files import only, read_json
-from analyses.shown_text import visible
+from analyses.graph.tables import Tables, no_features, nodes_frame, rows
 from lens_relevance.errors import RelevanceError
+from lens_relevance.json_files import only, read_json
+from lens_relevance.shown_text import visible
 
 _NODE = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp")
 _NODE_MAY = (
@@ -48,6 +48,11 @@ def from_neuronpedia(kind: type[Tables], path: str | Path, scan: str | None) -> 
         for n in nodes.values()
         for sink, score in (n.get("sinks") or {}).items()
     ]
+    features = [
+        {"node": n["name"], "position": n["ctx_idx"], "activation": _number(n["activation"], f"{where}: the activation of a node")}
+        for n in nodes.values()
+        if n.get("activation") is not None and not _is_neuron(n)
+    ]
     named = nodes_frame(frame, tokens)
     foreign = {(n["name"], n["ctx_idx"]): n for n in nodes.values() if find_node(n["name"]) is None}
     for i, row in enumerate(rows(named)):
@@ -59,6 +64,7 @@ def from_neuronpedia(kind: type[Tables], path: str | Path, scan: str | None) -> 
         nodes=named,
         sinks=pd.DataFrame(sinks, columns=["node", "position", "sink", "score"]),
         neurons=pd.DataFrame(neurons, columns=["node", "position", "neuron", "score"]),
+        features=pd.DataFrame(features) if features else no_features(),
         tokens=tokens,
         value=_number(value, f"{where}: value"),
         info={str(key): str(text) for key, text in info.items()},

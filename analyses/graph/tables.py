@@ -31,6 +31,7 @@ class FlowTables:
         sinks: columns node, position, sink, score: what stays (`bias`, `norm`, `softmax`, `product`, `activation`). A head's, MLP's or the
             logits' score is the sum of the edges that enter it plus its sinks; what leaves a reader is its score plus its sinks.
         neurons: columns node, position, neuron, score: the strongest neurons of each MLP.
+        features: columns node, position, activation: the values of the features of a dictionary that are nodes.
         tokens: one string per position.
         value: the target, less that of the reference run where there is one.
         info: model, ruleset, target, reference and versions.
@@ -52,6 +53,7 @@ class FlowTables:
     labels: dict[str, str] = field(default_factory=dict)
     attention: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["node", "position", "source_position", "attention"]))
     intervals: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(INTERVALS)))
+    features: pd.DataFrame = field(default_factory=lambda: no_features())
 
     def __post_init__(self) -> None:
         for name in ("edges", "nodes"):
@@ -77,7 +79,21 @@ def with_edges(graph: Tables, edges: pd.DataFrame) -> Tables:
 
     nodes, sinks, neurons = (at_ends(frame) for frame in (graph.nodes, graph.sinks, graph.neurons))
     intervals = at_ends(graph.intervals) if len(graph.intervals) else graph.intervals
-    return replace(graph, edges=edges.reset_index(drop=True), nodes=nodes, sinks=sinks, neurons=neurons, intervals=intervals)
+    features = at_ends(graph.features) if len(graph.features) else graph.features
+    return replace(
+        graph,
+        edges=edges.reset_index(drop=True),
+        nodes=nodes,
+        sinks=sinks,
+        neurons=neurons,
+        intervals=intervals,
+        features=features,
+    )
+
+
+def no_features() -> pd.DataFrame:
+    """The table of features of a graph without any."""
+    return pd.DataFrame(columns=["node", "position", "activation"])
 
 
 def nodes_frame(nodes: pd.DataFrame, tokens: Sequence[str]) -> pd.DataFrame:

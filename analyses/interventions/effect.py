@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.datasets.batches import text_of
 from analyses.interventions.units import From, set_units
+from lens_relevance.dictionaries import Dictionary
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
@@ -57,6 +58,7 @@ def intervene(
     *,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     prompts: Inputs | None = None,
+    dictionaries: Sequence[Dictionary] = (),
     new_tokens: int = 0,
 ) -> Intervention:
     """The change of a target, and of the text generated, when units are set to other values (see `set_units`).
@@ -65,6 +67,7 @@ def intervene(
         inputs: prompts, as for `propagate`.
         target: as for `propagate`; None for each prompt's most likely next token against its runner-up, both of the model as it is.
         prompts: those that means are taken over.
+        dictionaries: those that features belong to.
         new_tokens: how many tokens to generate, greedily, each by a forward of the whole text, so that positions stay what they are.
 
     Raises:
@@ -78,7 +81,7 @@ def intervene(
         chosen = top_prediction(logits, tokens, mask) if target is None else as_target(target)
         metric = chosen.metric(model, tokens, mask)
         before, text_before = metric(logits), _texts(model, tokens, mask, new_tokens)
-        with set_units(model, settings, prompts=prompts):
+        with set_units(model, settings, prompts=prompts, dictionaries=dictionaries):
             after, text_after = metric(model(tokens, attention_mask=mask)), _texts(model, tokens, mask, new_tokens)
     shape = (len(tokens),)
     return Intervention(describe(chosen, model), before.expand(shape), after.expand(shape), text_before, text_after)

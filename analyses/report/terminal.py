@@ -14,8 +14,8 @@ from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.findings import Findings
 from analyses.report.page import account_sinks, head_table
 from analyses.report.summary import number, predictions_in_words, unexplained
-from analyses.shown_text import visible
 from analyses.views.palette import NEGATIVE, POSITIVE
+from lens_relevance.shown_text import visible
 
 
 def terminal_report(findings: Findings) -> Group:

@@ -12,11 +12,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.batches import strings_of
 from analyses.report.terminal import frame_table
 from analyses.report.token_notes import token_notes
-from analyses.shown_text import visible
 from lens_relevance import RelevanceError, Target, logit, logit_diff, token_relevance
 from lens_relevance.attention_methods import TokenRelevance, TokenSetsRelevance
 from lens_relevance.attention_methods.run import token_sets
 from lens_relevance.inputs.prompt import read_inputs
+from lens_relevance.shown_text import visible
 from lens_relevance.sites import anatomy
 
 TOP_HEADS = 8

@@ -105,6 +105,7 @@ def _rows(marks: Sequence[Mark], height: float | int) -> tuple[list[str], dict[t
         label = f"L{group[0]}" if len(group) == 1 else f"L{group[0]}–{group[-1]}"
         add(f"{label} heads", [("head", layer) for layer in group])
         add(f"{label} mlp", [("mlp", layer) for layer in group])
+        add(f"{label} features", [(kind, layer) for layer in group for kind in ("feature", "error")])
     add("logits", [("logits", None)])
     return names, row_of
 

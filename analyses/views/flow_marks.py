@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyses.components import LOGITS, MLP_INPUT, SOURCES, find_node
+from analyses.components import ERROR, FEATURES, LOGITS, MLP_INPUT, SKIP, SOURCES, find_node
 from analyses.views.flow_strength import path_strengths
 from lens_relevance.errors import RelevanceError
 
@@ -19,7 +19,7 @@ class Component:
     """What a name in a flow graph stands for. A reader (`L4H1.q`, `L4.mlp.in`) belongs to the component whose input it is."""
 
     name: str
-    kind: str  # head, mlp, embed or logits
+    kind: str  # head, mlp, feature, error, embed or logits
     layer: int | None
     order: int  # among the components of one row
     reader: str = ""
@@ -98,7 +98,11 @@ def parse_component(name: str) -> Component:
             return Component(str(node.owner), "mlp", node.layer, 0, "in" if node.component == MLP_INPUT else "")
         if node.component in ("heads", "q", "k", "v"):
             return Component(str(node.owner), "head", node.layer, node.head or 0, "" if node.component == "heads" else node.component)
-    forms = "embed, pos_embed, bias, L3H5, L3H5.q (k, v), L3.mlp, L3.mlp.in, logits"
+        if node.component in (FEATURES, SKIP):
+            return Component(name, "feature", node.layer, 10**9 if node.feature is None else node.feature)
+        if node.component == ERROR:
+            return Component(name, "error", node.layer, 2 * 10**9)
+    forms = "embed, pos_embed, bias, L3H5, L3H5.q (k, v), L3.mlp, L3.mlp.in, L3F17, L3.features, L3.skip, L3.error, logits"
     raise RelevanceError(f"{name!r} is no component of a flow graph; names are {forms}")
 
 
@@ -140,9 +144,9 @@ def _component(row: dict[Hashable, Any]) -> Component:
         return parse_component(name)
     except RelevanceError:
         kind = row.get("kind")
-        if kind not in ("head", "mlp", "embed", "logits"):
+        if kind not in ("head", "mlp", "feature", "error", "embed", "logits"):
             raise
-        layer = int(row["layer"]) if kind in ("head", "mlp") else None
+        layer = int(row["layer"]) if kind in ("head", "mlp", "feature", "error") else None
         return Component(name, kind, layer, 1_000)
 
 
@@ -185,7 +189,8 @@ def _strengths(ends: Sequence[Ends], scores: Sequence[float], components: Mappin
     places = dict.fromkeys(place for pair in ends for place in pair)
     leaving = {source for source, _ in ends}
     free = [((name, at), (components[name].name, at)) for name, at in places if components[name].reader and (name, at) not in leaving]
-    inputs, targets = ([place for place in places if components[place[0]].kind == kind] for kind in ("embed", "logits"))
+    kinds = ("embed", "error"), ("logits",)
+    inputs, targets = ([place for place in places if components[place[0]].kind in kind] for kind in kinds)
     return path_strengths(ends, scores, inputs=inputs, targets=targets, free=free)
 
 

@@ -18,8 +18,9 @@ from analyses.views.flow_marks import Flow
 from analyses.views.markup import short, show_token
 from analyses.views.palette import INK, LINE, MUTED, NEGATIVE, POSITIVE, new_figure
 
-_MARKERS = {"head": "o", "mlp": "s", "embed": "D", "logits": "^"}
-_KINDS = {"head": "head", "mlp": "MLP", "embed": "embedding", "logits": "logits"}
+_MARKERS = {"head": "o", "mlp": "s", "feature": "H", "error": "v", "embed": "D", "logits": "^"}
+_KINDS = {"head": "head", "mlp": "MLP", "feature": "feature", "error": "missed by a dictionary", "embed": "embedding", "logits": "logits"}
+_ALWAYS = ("head", "mlp", "embed", "logits")
 _WIDTH, _ROW = 900.0, 26.0
 _BELOW = 44.0  # for the legend and the line that says what this is
 _POINTS_PER_PIXEL = 0.75
@@ -52,10 +53,11 @@ def flow_figure(flow: Flow, shown: int, info: Mapping[str, str]) -> Figure:
     signs = {"for the target": POSITIVE, "against it": NEGATIVE}
     colours = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in signs.items()]
     plain: dict[str, Any] = {"color": MUTED, "linestyle": "", "markersize": 4.5}
-    shapes = [Line2D([], [], marker=marker, label=_KINDS[kind], **plain) for kind, marker in _MARKERS.items()]
+    named = {*_ALWAYS, *(flow.marks[i].kind for i in drawn)}
+    shapes = [Line2D([], [], marker=marker, label=_KINDS[kind], **plain) for kind, marker in _MARKERS.items() if kind in named]
     if any(flow.marks[i].score is None and flow.marks[i].kind == "head" for i in drawn):
         shapes.append(Line2D([], [], marker="o", markerfacecolor="white", label="head, where it reads", **plain))
-    legend: dict[str, Any] = {"ncols": 7, "frameon": False, "fontsize": 7, "handletextpad": 0.4, "columnspacing": 1.2}
+    legend: dict[str, Any] = {"ncols": 8, "frameon": False, "fontsize": 7, "handletextpad": 0.4, "columnspacing": 1.2}
     axis.legend(handles=[*colours, *shapes], loc="lower center", bbox_to_anchor=(0.5, 18 / (height + _BELOW)), **legend)
     if info:
         axis.text(6, height + _BELOW - 8, short(provenance(info), 170), fontsize=5.5, color=MUTED, va="center", parse_math=False)

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from analyses.shown_text import visible
 from lens_relevance.cache import RelevanceCache
 from lens_relevance.errors import RelevanceError
+from lens_relevance.shown_text import visible
 
 # In a script these could end it, open a comment, or break a line inside a string literal (JSON allows U+2028, older JavaScript does not).
 _SCRIPT_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}

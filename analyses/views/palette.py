@@ -21,8 +21,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from analyses.output_files import MARK
-from analyses.shown_text import visible
 from analyses.views.markup import format_number
+from lens_relevance.shown_text import visible
 
 POSITIVE = "#2166ac"
 NEGATIVE = "#b2182b"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -58,14 +56,3 @@ class Weights:
 def _npz(path: Path) -> dict[str, Tensor]:
     with np.load(path, allow_pickle=False) as file:
         return {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RelevanceError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(read, dict):
-        raise RelevanceError(f"{path} is no JSON object")
-    return read

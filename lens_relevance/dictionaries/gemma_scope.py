@@ -12,8 +12,9 @@ from typing import Any
 
 from lens_relevance.dictionaries.activation import JumpReLU
 from lens_relevance.dictionaries.dictionary import Dictionary
-from lens_relevance.dictionaries.files import Weights, read_json
+from lens_relevance.dictionaries.files import Weights
 from lens_relevance.errors import RelevanceError
+from lens_relevance.json_files import read_json
 
 _MODULE = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 # What Gemma's modules are in TransformerLens's names, in a block. A norm's output is read with its weight.
@@ -29,7 +30,7 @@ _IN_BLOCK = {
 def read_gemma_scope(path: Path, point_in: str | None, point_out: str | None) -> Dictionary:
     """A dictionary from params.npz or params.safetensors; points that are given go before those that the files name."""
     config_file = path.parent / "config.json"
-    config = read_json(config_file) if config_file.exists() else {}
+    config = read_json(config_file, "the configuration of a dictionary") if config_file.exists() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise RelevanceError(f"{config_file}: architecture {config['architecture']!r} is not known, only jump_relu")
     reads = point_in or _named(config, "hf_hook_point_in", config_file)

@@ -14,8 +14,9 @@ import torch
 
 from lens_relevance.dictionaries.activation import FeatureActivation, Gated, JumpReLU, ReLU, TopK
 from lens_relevance.dictionaries.dictionary import Dictionary, Normalization
-from lens_relevance.dictionaries.files import Weights, read_json
+from lens_relevance.dictionaries.files import Weights
 from lens_relevance.errors import RelevanceError
+from lens_relevance.json_files import read_json
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 _KINDS = {
@@ -41,7 +42,7 @@ _NORMALIZATIONS: dict[Any, Normalization] = {
 def read_saelens(folder: Path, point_in: str | None, point_out: str | None) -> Dictionary:
     """A dictionary from a folder that SAELens wrote; points that are given go before those of its configuration."""
     file = folder / CONFIG
-    config = read_json(file)
+    config = read_json(file, "the configuration of a dictionary")
     config |= config.get("metadata") or {}  # since version 6 where it reads and writes stands there
     architecture = config.get("architecture", "standard")
     if architecture not in _KINDS:

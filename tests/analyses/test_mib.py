@@ -238,7 +238,7 @@ def test_other_kinds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     whole.write_bytes(whole.read_bytes()[:-8])
     with pytest.raises(RelevanceError, match="cannot be read as a MIB circuit"):
         read_mib(whole)
-    monkeypatch.setattr("analyses.json_files.LARGEST", 10)
+    monkeypatch.setattr("lens_relevance.json_files.LARGEST", 10)
     (tmp_path / "large.json").write_text("{}" * 20)
     with pytest.raises(RelevanceError, match="more than the 10 that are read"):
         read_mib(tmp_path / "large.json")

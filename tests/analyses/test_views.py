@@ -23,10 +23,10 @@ from matplotlib.image import imread
 from scipy import stats
 
 from analyses import views
-from analyses.shown_text import visible
 from analyses.views import scripts
 from analyses.views.markup import escape, format_number, script_json, show_token, table_html
 from analyses.views.page import Page, View
+from lens_relevance.shown_text import visible
 
 EVIL = ["</script><img src=x onerror=alert(1)>", "\"'><b>", "a&lt;b", "\u2028$x$\n", "<!--"]
 TOKENS = ["<s>", "Once", " upon", " a", " time"]

@@ -281,7 +281,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_dictionary(tmp_path, point_in="blocks.0.hook_resid_post")
     (tmp_path / "cfg.json").write_text("[1]")
     (tmp_path / "sae_weights.safetensors").write_bytes(b"")
-    with pytest.raises(RelevanceError, match="no JSON object"):
+    with pytest.raises(RelevanceError, match="not an object"):
         read_dictionary(tmp_path)
 
 

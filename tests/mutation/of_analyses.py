@@ -119,8 +119,8 @@ MUTATIONS = [
         _EDGES,
         (
             "a writer's score is that of the bias",
-            "parts.copy_(self._real(written.parts).flatten(1, 2).transpose(0, 1))",
-            "parts.copy_(self._real(written.parts).flip(0).flatten(1, 2).transpose(0, 1))",
+            "return self._real(written.parts).flatten(1, 2).transpose(0, 1)",
+            "return self._real(written.parts).flip(0).flatten(1, 2).transpose(0, 1)",
         ),
         (
             "what enters is not that of the stream",

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from analyses.cli import app
 from analyses.output_files import table_csv
-from analyses.shown_text import let_any_text_be_printed, visible
 from analyses.views import Page, View, layer_view, scatter_view, token_view
 from lens_relevance import RelevanceError, logit, propagate
+from lens_relevance.shown_text import let_any_text_be_printed, visible
 from tests.analyses.test_streaming import ENVIRONMENT, ROOT
 from tests.models import build_with_words
 

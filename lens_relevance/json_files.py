@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from analyses.shown_text import visible
 from lens_relevance.errors import RelevanceError
+from lens_relevance.shown_text import visible
 
 LARGEST = 2**30
 """Bytes. A circuit of a model with 1,000 heads takes a tenth of it."""
