@@ -76,12 +76,13 @@ def propagate(
         target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, vocab]
             (of a classifier: [batch, 1, class], and classes go by name or number; of an encoder without a head: its output) to a scalar
             or [batch]. None explains each row's top prediction against its runner-up.
-        rules: A ruleset's name or table. None means `deeplift` where a reference is given; where none is, `attnlrp_plain_qk` on models with
-            norms on queries and keys, and `attnlrp` on others.
+        rules: A ruleset's name or table. None means `deeplift`; `attnlrp` for inputs that are not tokens alone (an image, speech) and have
+            no reference. docs/measurements/single_prompts.md gives the reason.
         names_filter: HookPoint name, names (aliases too) or predicate on canonical names, as in `run_with_cache`. By default embeddings,
             every block's resid_pre, the final residual, z, and the MLP neurons after the activation. Logits are computed at the positions
             that the target reads; at all positions where `unembed.hook_in` or `unembed.hook_out` is asked for.
-        reference: Inputs of the same shape, `mean_embedding()`, `random_tokens(n)`, or embeddings. Relevance is then
+        reference: Inputs of the same shape, `mean_embedding()`, `random_tokens(n)`, or embeddings; `mean_embedding()` where a ruleset
+            that compares two runs has none, and the inputs are tokens alone. Relevance is then
             (a(inputs) - a(reference)) * g, with g taken on `inputs`: the denoising estimate of activation patching is
             `-propagate(corrupt, reference=clean)`.
         attention_mask: 1 where a token is real, for padded ids [batch, pos].
@@ -139,7 +140,7 @@ def propagate(
             prompt.tokens,
             names=request.names,
             table=table,
-            reference=reference,
+            reference=request.against,
             reads_all=reading is None,
             device=device,
             audit=audit,
@@ -236,7 +237,7 @@ def propagate(
         masks=prompt.masks,
         arguments=prompt.arguments,
         aliases=anatomy.aliases,
-        info=provenance(model, request.rules, explained, reference=reference, logits=run.logits),
+        info=provenance(model, request.rules, explained, reference=request.against, logits=run.logits),
         reference_value=None if reference_value is None else average(reference_value, n),
         absent={name: reason for name, reason in absent.items() if name in request.names},
         account=account,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from lens_relevance.errors import CoverageError
 from lens_relevance.hooks.attention_by_rows import place_by_rows
 from lens_relevance.hooks.session import Session
-from lens_relevance.rules import Rule
+from lens_relevance.rules import Linear, Rule
+from lens_relevance.rules.linear import FewOutputsRule
 from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import Table, rule_for
 from lens_relevance.sites import Anatomy, Site
@@ -35,7 +36,9 @@ def place_rules(session: Session, anatomy: Anatomy, ruled: list[tuple[Site, Rule
     for site, rule in ruled:
         if isinstance(site, SiteByRows):
             place_by_rows(session, site, rule)
-        elif rule.is_plain:
+        elif rule.is_plain and not (site.name == "unembed" and isinstance(site.operation, Linear)):
             session.listen(site)
+        elif rule.is_plain:
+            session.place(site, FewOutputsRule())
         else:
             session.place(site, rule)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lens_relevance.defaults import with_defaults
 from lens_relevance.dictionaries import Dictionary
 from lens_relevance.dictionaries.placement import Dictionaries, place_on
 from lens_relevance.errors import RelevanceError
@@ -21,7 +22,7 @@ from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
 from lens_relevance.inputs.targets import Latent, Target, as_target, top_prediction
-from lens_relevance.ruleset_tables import Table, default_ruleset, needs_reference, ruleset, ruleset_name
+from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy
 
 
@@ -38,6 +39,7 @@ class Request:
         names: Of the HookPoints to keep.
         explicit: Those that were asked for by name.
         conditions: Units that relevance has to pass.
+        against: The reference as it was named, or the one by default.
         reference: The runs to compare with.
         dictionaries: Sparse autoencoders and transcoders on the model's HookPoints.
         metric: The target as a function of the logits, where that is known before the forward.
@@ -52,6 +54,7 @@ class Request:
     names: list[str]
     explicit: Collection[str]
     conditions: list[AnyCondition]
+    against: Any
     reference: ReferenceRun | None
     dictionaries: Dictionaries
     metric: Metric | None
@@ -89,9 +92,9 @@ def read_request(
     dictionary_path: DictionaryPath = "features",
 ) -> Request:
     """The arguments of `propagate` as a Request; raises RelevanceError where they do not fit the model or each other."""
-    rules = rules if rules is not None else default_ruleset(anatomy, reference)
-    table = table_for(rules, reference)
     given = prompt = read_inputs(model, inputs, attention_mask)
+    rules, reference = with_defaults(model, prompt, rules, reference)
+    table = table_for(rules, reference)
     target = None if target is None else as_target(target)
     if target is not None:
         prompt = _extended(model, target, given)
@@ -102,7 +105,7 @@ def read_request(
     if isinstance(target, Latent) and target.feature is not None and point is not None:
         point = placed.at(point).explain(target.feature)
     runs = None if reference is None else _reference(model, reference, target, given, prompt)
-    request = Request(rules, table, prompt, target, point, names, explicit, conditions, runs, placed, None, None)
+    request = Request(rules, table, prompt, target, point, names, explicit, conditions, reference, runs, placed, None, None)
     if set(request.asked) & set(UNEMBEDDING):
         return request
     metric, reading = metric_before(model, prompt, target, n=request.n_references)

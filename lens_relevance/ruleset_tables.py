@@ -35,7 +35,6 @@ convolution to which they give a gamma of its own, lies below the embedding, whe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules import (
@@ -59,7 +58,7 @@ from lens_relevance.rules import (
     SoftmaxTemperature,
 )
 from lens_relevance.ruleset_keys import entry, read_key
-from lens_relevance.sites import Anatomy, Site
+from lens_relevance.sites import Site
 
 # What a ruleset has entries for, and the kind of rule that is made for each.
 PARTS: dict[str, type[Rule]] = {
@@ -160,15 +159,6 @@ def ruleset_name(rules: str | Table) -> str:
 def needs_reference(table: Table) -> bool:
     """Whether any rule compares with a reference run."""
     return any(rule.needs_reference for rule in table.values())
-
-
-def default_ruleset(anatomy: Anatomy, reference: Any) -> str:
-    """The ruleset where none is named: `deeplift` against a reference; for one run `attnlrp`, with plain norms of queries and keys
-    (`attnlrp_plain_qk`) where a model has them, which docs/measurements/single_prompts.md gives the reason for."""
-    if reference is not None:
-        return "deeplift"
-    own = [read_key(text) for text in _RULESETS["attnlrp_plain_qk"] if "@" in text]
-    return "attnlrp_plain_qk" if all(any(key.matches(site) for site in anatomy.sites) for key in own) else "attnlrp"
 
 
 def rule_for(table: Table, site: Site) -> Rule:

@@ -1,10 +1,10 @@
-"""The page of `single_prompts`: every method on every model, with intervals and paired differences from the best one-pass method.
+"""The page of `single_prompts`: every method on every model, with intervals and paired differences from the default of `propagate`.
 
     python -m analyses.benchmarks.single_prompts_table RESULTS.csv ... --page docs/measurements/single_prompts.md
 
 A prompt's number is the mean of its eight areas (two targets, four ways of removing). Intervals are bootstrapped over prompts (4,000
 draws). Over models, areas count in parts of their model's mean over all methods but random order, gradient and occlusion, so that one
-model's logits do not outweigh another's. `attnlrp, plain q/k norms where there are any` is the default of `propagate`.
+model's logits do not outweigh another's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import typer
 from analyses.benchmarks.single_prompts import BASELINES, OCCLUSION
 
 DRAWS, SEED = 4000, 0
-DEFAULT = "attnlrp, plain q/k norms where there are any"
+DEFAULT = "deeplift, mean embedding"
+PLAIN_QK = "attnlrp, plain q/k norms where there are any"
 NO_METHODS = ("random", "gradient", "occlusion")
 
 
@@ -27,7 +28,7 @@ def by_prompt(rows: pd.DataFrame) -> pd.DataFrame:
     """[model, source, prompt] x method: the mean area of each prompt."""
     table = rows[rows["baseline"] != OCCLUSION].pivot_table(index=["model", "source", "prompt"], columns="method", values="area")
     plain = table.get("attnlrp_plain_qk", pd.Series(np.nan, table.index))
-    return table.assign(**{DEFAULT: plain.fillna(table["attnlrp"])})
+    return table.assign(**{PLAIN_QK: plain.fillna(table["attnlrp"])})
 
 
 def interval(values: pd.Series | np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -42,7 +43,7 @@ def over_models(table: pd.DataFrame, method: str, other: str | None = None, conf
     """Mean over models of a method, less that of another, in parts of each model's mean over methods; prompts are drawn within models."""
     rng, draws, means = np.random.default_rng(SEED), [], []
     for _, part in table.groupby(level="model"):
-        scale = part.drop(columns=[*NO_METHODS, DEFAULT], errors="ignore").mean().mean()
+        scale = part.drop(columns=[*NO_METHODS, PLAIN_QK], errors="ignore").mean().mean()
         values = (part[method] - (part[other] if other else 0)).to_numpy() / scale
         means.append(values.mean())
         draws.append(values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1))
@@ -117,13 +118,12 @@ methods together (95 %, Bonferroni); over models each counts in parts of its own
 
 {default}
 
-`deeplift` against the mean embedding or random rows is ahead of every method that looks at one run alone on Gemma, and level with the best
-of them on the small model; over both models the intervals exclude 0. But it compares with a second run, and what it explains is the
-difference from that, which has to be asked for: `propagate(model, prompt, target, reference=mean_embedding())`, two forwards and one
-backward. Without a reference the default of `propagate`, `lens-relevance explain` and `lens-relevance report` is `attnlrp`, and
-`attnlrp_plain_qk` on models with norms on queries and keys: first or tied among the rulesets that need one run alone, on both models.
-Explain and report show `deeplift` against random words beside it, and say where the tokens carry less than half of the target or the first
-token has most of the relevance.
+`deeplift` against the mean embedding is first on Gemma and level with the best on the small model; over both no other is ahead. It is
+what `propagate`, `lens-relevance explain` and `lens-relevance report` do where neither a ruleset nor a reference is named: two forwards
+and one backward, for relevance that adds up to the difference from the run on the mean embedding. `random_tokens(4)` or `(8)` are level
+with it for four and eight times the work. Of the rulesets that need one run alone `attnlrp` is first or tied on both models, on Gemma with
+plain norms of queries and keys (`attnlrp_plain_qk`); explain and report say where its tokens carry less than half of the target, or the
+first token has most of the relevance.
 """
 
 

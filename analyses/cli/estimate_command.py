@@ -19,7 +19,7 @@ def estimate(
     model: Model = "embedded",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in one pass.")] = 1,
-    rules: Annotated[str, typer.Option(help="Ruleset: attnlrp, deeplift, cp_lrp, relp, gim, gradient, ...")] = "attnlrp",
+    rules: Annotated[str, typer.Option(help="Ruleset: attnlrp, deeplift, cp_lrp, relp, gim, gradient, ...")] = "deeplift",
     names: Annotated[
         list[str] | None, typer.Option("--name", help="A HookPoint to keep; may be repeated. The usual ones if left out.")
     ] = None,

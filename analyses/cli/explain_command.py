@@ -59,7 +59,7 @@ def explain(
         question = asked_question(
             loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed
         )
-        show(find(loaded, question, rules), Console())
+        show(find(loaded, question, rules or "deeplift"), Console())
         return
     from analyses.models.structure import check_answers_text
     from analyses.report.token_explanation import explain_tokens, reads_two_sets, target_of

@@ -56,7 +56,7 @@ def graph(
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
-    from lens_relevance import CoverageError, RelevanceError, random_tokens
+    from lens_relevance import CoverageError, RelevanceError
     from lens_relevance.ruleset_tables import needs_reference, ruleset
 
     if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
@@ -66,8 +66,7 @@ def graph(
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, n=1, seed=seed)
     pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
-    counterpart = random_tokens(8) if question.baseline else pair.corrupt
-    reference = counterpart if needs_reference(ruleset(chosen)) else None
+    reference = pair.corrupt if needs_reference(ruleset(chosen)) and not question.baseline else None
     flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
     try:
         flow = flow.annotated(loaded, pair.clean)

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from lens_relevance.shown_text import let_any_text_be_printed, visible
-
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -33,7 +31,10 @@ Rules = Annotated[str | None, typer.Option(help="Ruleset: deeplift (default), at
 Prompt = Annotated[str | None, typer.Option(help="A prompt of your own, in place of a task.")]
 Answer = Annotated[str | None, typer.Option(help="The token whose logit is explained; by default the model's own prediction.")]
 Wrong = Annotated[str | None, typer.Option(help="The token it is weighed against.")]
-Against = Annotated[str | None, typer.Option(help="A counterpart of equally many tokens; random words if left out.")]
+Against = Annotated[
+    str | None,
+    typer.Option(help="A counterpart of equally many tokens; the mean embedding if left out."),
+]
 Task = Annotated[
     str | None,
     typer.Option(
@@ -53,6 +54,8 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        from lens_relevance.shown_text import let_any_text_be_printed, visible
+
         let_any_text_be_printed()
         console = Console(stderr=True, soft_wrap=True)
 
@@ -74,6 +77,8 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def say(text: object) -> None:
     """Print a line as it is: no markup, no line breaks of its own."""
+    from lens_relevance.shown_text import visible
+
     Console(soft_wrap=True).print(visible(text), markup=False, highlight=False, emoji=False)
 
 

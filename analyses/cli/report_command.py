@@ -59,7 +59,7 @@ def report(
     file = OutputFile(out, force=force)
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, pairs=pairs, n=n, seed=seed)
-    findings = find(loaded, question, rules, with_graph=True)
+    findings = find(loaded, question, rules or "deeplift", with_graph=True)
     pearson = correlation_in_words(findings.pearson)
     say(f"{out}: {findings.target}, {findings.n_pairs} pair(s), heads agree with activation patching to Pearson {pearson}")
     file.write(report_page(findings, typed_command()).save)

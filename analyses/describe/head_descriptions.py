@@ -96,7 +96,7 @@ def describe_head(
             model,
             batch.tokens,
             batch.target,
-            rules=rules,
+            rules=rules or ("attnlrp" if batch.reference is None else "deeplift"),
             path="value",
             layers=[layer],
             reference=batch.reference,

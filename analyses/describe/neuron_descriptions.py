@@ -90,7 +90,7 @@ def describe_neuron(
             model,
             batch.tokens,
             batch.target,
-            rules=rules,
+            rules=rules or ("attnlrp" if batch.reference is None else "deeplift"),
             names_filter=[name, *direct.norms],
             reference=batch.reference,
             attention_mask=batch.mask,

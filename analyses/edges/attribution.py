@@ -21,15 +21,15 @@ from analyses.edges.residual_stream import ResidualStream
 from analyses.edges.wiring import Wiring, points, wiring
 from analyses.edges.writers import attention_writes, mlp_writes, sources
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.defaults import with_defaults
 from lens_relevance.engine import propagate
 from lens_relevance.errors import CoverageError
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
+from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs, tokenize
 from lens_relevance.inputs.references import reference_run
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import working
-from lens_relevance.ruleset_tables import Table, default_ruleset, rule_for, ruleset
-from lens_relevance.sites import anatomy
+from lens_relevance.ruleset_tables import Table, rule_for, ruleset
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def attribute_edges(
         RelevanceError: bad input.
         CoverageError: a model whose residual stream is not the sum of what is known to be written.
     """
-    rules = rules if rules is not None else default_ruleset(anatomy(model), reference)
+    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference)
     table, streams = ruleset(rules), wiring(model)
     results = [
         edges_of(streams, cache, constants, table=table)[0]

@@ -23,14 +23,14 @@ from analyses.graph.intervals import node_intervals
 from analyses.graph.tables import no_features, nodes_frame
 from analyses.tasks import PromptPairs
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.defaults import with_defaults
 from lens_relevance.dictionaries import Dictionary
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import is_inputs, reference_run
 from lens_relevance.inputs.targets import Target, as_target
-from lens_relevance.ruleset_tables import Table, default_ruleset, ruleset
-from lens_relevance.sites import anatomy
+from lens_relevance.ruleset_tables import Table, ruleset
 
 NEURONS_KEPT = 10
 Run = tuple[RelevanceCache, Constants]
@@ -105,7 +105,7 @@ def _graph(
     n_features: int,
 ) -> FlowGraph:
     """The graph of one prompt, without intervals."""
-    rules = rules if rules is not None else default_ruleset(anatomy(model), reference)
+    rules, reference = with_defaults(model, Prompt(tokens, mask), rules, reference)
     streams, table = wiring(model), ruleset(rules)
     if dictionaries:
         streams = replace(streams, dictionaries=standing(streams, dictionaries, table))

@@ -21,15 +21,15 @@ from analyses.graph import FlowGraph, flow_graph
 from analyses.models.structure import n_heads, n_layers
 from analyses.patching import activation_patching
 from analyses.report.circuit import CircuitCheck, check_circuits
-from analyses.report.question import N_REFERENCES, Question, answer_text, token_text
+from analyses.report.question import Question, answer_text, token_text
 from analyses.report.token_notes import token_notes
+from analyses.tasks import PromptPairs
 from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
-from lens_relevance import RelevanceCache, RelevanceError, propagate, random_tokens
+from lens_relevance import RelevanceCache, RelevanceError, propagate
 from lens_relevance.attention_methods import head_flow
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.ruleset_tables import default_ruleset, needs_reference, ruleset
-from lens_relevance.sites import anatomy
+from lens_relevance.ruleset_tables import needs_reference, ruleset
 
 _EDGES_SHOWN = 150
 _Part = TypeVar("_Part")
@@ -40,7 +40,7 @@ class Findings:
     """What was found about a question.
 
     Attributes:
-        alone: the ruleset of words, layers and account. rules: that of heads, flow, graph and circuits.
+        rules: the ruleset.
         target: what is explained, in words. asked: the example's answer, and what it is weighed against, where the target is such a
             question. info: model, ruleset, dtype and versions.
         prompt, counterpart: the example as text, and what it is compared with. tokens: the example's tokens.
@@ -59,7 +59,6 @@ class Findings:
     """
 
     question: Question
-    alone: str
     rules: str
     target: str
     asked: list[str]
@@ -106,8 +105,9 @@ class Findings:
 
     def notes(self, name: str) -> list[str]:
         """What a reader must know of `words[name]`."""
-        first = name == next(iter(self.words))  # later ones are compared with something else, and add up to another number
-        return token_notes(self.tokens, self.words[name].double().tolist(), self.explained if first else None, rules=self.alone)
+        if self.reference_value is not None:
+            return []  # nothing stays inside the model, and a token that begins a text is in both runs
+        return token_notes(self.tokens, self.words[name].double().tolist(), self.explained, rules=self.rules)
 
     @property
     def explained(self) -> float:
@@ -116,25 +116,21 @@ class Findings:
 
 
 @left_as_found
-def find(model: TransformerBridge, question: Question, rules: str | None = None, *, with_graph: bool = False) -> Findings:
+def find(model: TransformerBridge, question: Question, rules: str = "deeplift", *, with_graph: bool = False) -> Findings:
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 
     Args:
-        rules: a ruleset by name. By default `deeplift`; a prompt that has no counterpart is explained on its own too, as `propagate` does
-            by default, and its heads, flow and circuits are those of the comparison with random words.
+        rules: a ruleset by name. A prompt that has no counterpart is explained as by `propagate`, against the mean embedding, but for the
+            heads' ranking and the circuits: patching needs tokens, so these are means over pairs with random words.
         with_graph: also the flow graph and the circuits of its strongest edges, which take longest.
     """
-    alone = rules or default_ruleset(anatomy(model), None if question.baseline else question.pairs.corrupt)
-    rules = rules or "deeplift"
     pair_rules = needs_reference(ruleset(rules))
-    example = question.pairs[question.example]
+    example = question.pairs[slice(0, 1)]
     seconds: dict[str, float] = {}
     missing: dict[str, str] = {}
     with _timed(seconds, "words, layers and account"):
-        cache = _propagate(model, question, alone, needs_reference(ruleset(alone)))
-        words = _words(model, question, alone, needs_reference(ruleset(alone)), cache)
-        if alone != rules:
-            words |= _words(model, question, rules, pair_rules, _propagate(model, question, rules, pair_rules))
+        cache = _propagate(model, question, rules, pair_rules)
+        words = _words(model, question, rules, pair_rules, cache)
     flow = _or_reason(missing, "flow", lambda: _flow(model, question, rules, pair_rules))
     graph, circuit = None, None
     if with_graph:
@@ -151,7 +147,6 @@ def find(model: TransformerBridge, question: Question, rules: str | None = None,
     pearson, spearman = correlations(heads["relevance"], heads["patching"])
     return Findings(
         question=question,
-        alone=alone,
         rules=rules,
         target=question.target_in_words(model),
         asked=question.asked(model),
@@ -161,8 +156,8 @@ def find(model: TransformerBridge, question: Question, rules: str | None = None,
         tokens=_texts(model, example.clean[0]),
         predictions=_predictions(model, cache.logits[0]),
         words=words,
-        residual=cache.residual().mean(0),
-        flow=None if flow is None else flow.mean(0),
+        residual=cache.residual()[0],
+        flow=None if flow is None else flow[0],
         graph=graph,
         circuit=circuit,
         heads=heads,
@@ -170,9 +165,9 @@ def find(model: TransformerBridge, question: Question, rules: str | None = None,
         pearson=pearson,
         spearman=spearman,
         stability=ranking.attrs["stability"],
-        account=_averaged(cache.conservation()),
-        value=float(cache.value.mean()),
-        reference_value=None if cache.reference_value is None else float(cache.reference_value.mean()),
+        account=cache.conservation().drop(columns="example"),
+        value=float(cache.value),
+        reference_value=None if cache.reference_value is None else float(cache.reference_value),
         clean=patched.clean,
         corrupt=patched.corrupt if patched.corrupt is not None else torch.zeros(0),
         seconds=seconds,
@@ -197,43 +192,37 @@ def _or_reason(missing: dict[str, str], part: str, compute: Callable[[], _Part])
 
 
 def _propagate(model: TransformerBridge, question: Question, rules: str, pair_rules: bool) -> RelevanceCache:
-    """The example under the rules, against its counterpart where the rules compare two runs."""
-    rows = question.pairs[question.example if pair_rules else slice(0, 1)]
-    reference = rows.corrupt if pair_rules else None
-    return propagate(model, rows.clean, rows.target, rules=rules, reference=reference, attention_mask=rows.clean_mask, audit=True)
+    """The example under the rules, against its counterpart where the rules compare two runs and there is one."""
+    row, reference = _example(question, pair_rules)
+    return propagate(model, row.clean, row.target, rules=rules, reference=reference, attention_mask=row.clean_mask, audit=True)
+
+
+def _example(question: Question, pair_rules: bool) -> tuple[PromptPairs, Tensor | None]:
+    row = question.pairs[slice(0, 1)]
+    return row, row.corrupt if pair_rules and not question.baseline else None
 
 
 def _flow(model: TransformerBridge, question: Question, rules: str, pair_rules: bool) -> Tensor:
     """The heads' flow in the example."""
-    rows = question.pairs[question.example if pair_rules else slice(0, 1)]
-    reference = rows.corrupt if pair_rules else None
-    return head_flow(model, rows.clean, rows.target, rules=rules, reference=reference, attention_mask=rows.clean_mask)
+    row, reference = _example(question, pair_rules)
+    return head_flow(model, row.clean, row.target, rules=rules, reference=reference, attention_mask=row.clean_mask)
 
 
 def _graph(model: TransformerBridge, question: Question, rules: str, pair_rules: bool) -> FlowGraph:
     """The example's flow graph, cut down to what an eye can take in."""
-    row = question.pairs[slice(0, 1)]
-    reference = None if not pair_rules else random_tokens(N_REFERENCES) if question.baseline else row.corrupt
+    row, reference = _example(question, pair_rules)
     return flow_graph(model, row.clean, row.target, rules=rules, reference=reference).prune(top=_EDGES_SHOWN)
 
 
 def _words(model: TransformerBridge, question: Question, rules: str, pair_rules: bool, cache: RelevanceCache) -> dict[str, Tensor]:
-    """The example's tokens as one sees them on their own, and against the counterpart if there is one."""
+    """The example's tokens against the counterpart if there is one, and against the mean embedding or nothing."""
     if not pair_rules:
         return {f"{rules}: the prompt on its own": cache.tokens()[0]}
     if question.baseline:
-        return {f"{rules}: against random words": cache.tokens().mean(0)}
+        return {f"{rules}: against the mean embedding": cache.tokens()[0]}
     row = question.pairs[slice(0, 1)]
-    own = propagate(
-        model,
-        row.clean,
-        row.target,
-        rules=rules,
-        names_filter="embed.hook_out",
-        reference=random_tokens(N_REFERENCES),
-        attention_mask=row.clean_mask,
-    )
-    return {f"{rules}: against the counterpart": cache.tokens()[0], f"{rules}: against random words": own.tokens()[0]}
+    own = propagate(model, row.clean, row.target, rules=rules, names_filter="embed.hook_out", attention_mask=row.clean_mask)
+    return {f"{rules}: against the counterpart": cache.tokens()[0], f"{rules}: against the mean embedding": own.tokens()[0]}
 
 
 def _beside(ranking: pd.DataFrame, patched: pd.DataFrame) -> pd.DataFrame:
@@ -243,11 +232,6 @@ def _beside(ranking: pd.DataFrame, patched: pd.DataFrame) -> pd.DataFrame:
     both = both.rename(columns={"effect": "patching", "effect_denoising": "denoising", "effect_noising": "noising", "head": "index"})
     both.insert(0, "head", [str(Node("heads", layer, head=index)) for layer, index in zip(both["layer"], both["index"], strict=True)])
     return both
-
-
-def _averaged(account: pd.DataFrame) -> pd.DataFrame:
-    """The account of several rows of one example as one."""
-    return account.drop(columns="example").groupby("layer", sort=False).mean().reset_index()
 
 
 def _predictions(model: TransformerBridge, logits: Float[Tensor, "*pos vocab"], k: int = 5) -> list[tuple[str, float]]:

@@ -64,7 +64,7 @@ def _question(page: Page, findings: Findings) -> None:
     facts = {"The number explained": f"the logit of {' less that of '.join(words)}" if unit(findings) == "logits" else findings.target}
     facts["On this prompt"] = number(findings.value) + (f": {odds(findings)}" if odds(findings) else "")
     if findings.reference_value is not None:
-        facts["On random words" if findings.question.baseline else "On its counterpart"] = number(findings.reference_value)
+        facts["On the mean embedding" if findings.question.baseline else "On its counterpart"] = number(findings.reference_value)
     facts["What the model says next"] = predictions_in_words(findings)
     if findings.has_many_pairs:
         means = number(float(findings.clean.mean())), number(float(findings.corrupt.mean()))
@@ -81,8 +81,8 @@ def _words(page: Page, findings: Findings) -> None:
     for name, relevance in findings.words.items():
         how, total = name.split(": ", 1)[1], number(float(relevance.sum()))
         captions = {
-            "against random words": f"Each word is compared with random words in its place. The shares add up to {total}: by so much is "
-            "the number larger here than among random words.",
+            "against the mean embedding": "Each word is compared with the mean of all words' embeddings in its place. The shares add up to "
+            f"{total}: by so much is the number larger here than there.",
             "against the counterpart": "Only words that differ from the counterpart can count. The shares add up to "
             f"{total}: by so much is the number larger here than there.",
             "the prompt on its own": f"Compared with nothing. The shares add up to {total} of {number(findings.value)}; the "
@@ -244,9 +244,7 @@ def _how(page: Page, findings: Findings, command: str) -> None:
     page.facts(
         {
             "Model": f"{model_name(findings)} ({findings.info['architecture']}, {findings.info['dtype']}, {findings.info['device']})",
-            "Ruleset": findings.rules
-            if findings.alone == findings.rules
-            else f"{findings.alone} for words, layers and account, {findings.rules} for words against random ones, heads and edges",
+            "Ruleset": findings.rules,
             "Pairs of prompts": findings.n_pairs,
             "Seconds": ", ".join(f"{part} {taken:.1f}" for part, taken in findings.seconds.items()),
             "Versions": versions,

@@ -39,20 +39,19 @@ class Question:
 
     Attributes:
         title, words: what it is, in a few words and in a sentence.
-        pairs: the prompts that are explained (`clean`) and what each is compared with (`corrupt`).
-        example: the rows that make up the one example that is shown token by token.
-        baseline: whether the prompts are compared with random words for want of a counterpart.
+        pairs: the prompts that are explained (`clean`) and what each is compared with (`corrupt`); the first is the example that is shown
+            token by token.
+        baseline: whether there is no counterpart, and pairs hold random words instead.
     """
 
     title: str
     words: str
     pairs: PromptPairs
-    example: slice
     baseline: bool
 
     def target_in_words(self, model: TransformerBridge) -> str:
         """The target of the example."""
-        pairs = self.pairs[self.example]
+        pairs = self.pairs[slice(0, 1)]
         return describe(pairs.target, model)
 
     def asked(self, model: TransformerBridge) -> list[str]:
@@ -94,18 +93,18 @@ def from_task(model: TransformerBridge, task: str | None = None, n: int = 32, *,
 
 
 def _task_question(name: str, pairs: PromptPairs) -> Question:
-    return Question(f"the {name} task", f"{len(pairs)} pairs of {_TASK_WORDS.get(name, name)}", pairs, slice(0, 1), False)
+    return Question(f"the {name} task", f"{len(pairs)} pairs of {_TASK_WORDS.get(name, name)}", pairs, False)
 
 
 def from_pairs(pairs: PromptPairs, source: str) -> Question:
     """The user's own pairs; the first row is the example."""
-    return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, slice(0, 1), False)
+    return Question("your own pairs", f"{len(pairs)} pairs from {source}", pairs, False)
 
 
 def from_prompt(
     model: TransformerBridge, prompt: str, answer: str | None = None, *, wrong: str | None = None, against: str | None = None
 ) -> Question:
-    """One prompt. Without `against` it is compared with the same number of random words, the mean of several such references.
+    """One prompt. Without `against` it is compared with the mean embedding; what is patched, with rows of random words.
 
     Without an answer the model's top prediction is explained against its runner-up, or against `wrong`.
 
@@ -123,13 +122,13 @@ def from_prompt(
                 f"the prompt has {tokens.shape[1]} tokens and the one it is held against {other.shape[1]}; a position must mean the same "
                 f"in both: {pieces[0]} and {pieces[1]}"
             )
-        return Question("one prompt", "one prompt, held against another", PromptPairs(tokens, other, target), slice(0, 1), False)
+        return Question("one prompt", "one prompt, held against another", PromptPairs(tokens, other, target), False)
     if tokens.shape[1] < 2:
         raise RelevanceError("the prompt holds nothing but one token, so there is nothing that it could be held against")
     references = random_tokens(N_REFERENCES).run(model, Prompt(tokens, mask)).prompt.tokens
     pairs = PromptPairs(tokens.repeat(N_REFERENCES, 1), references, target)
-    words = f"one prompt, held against {N_REFERENCES} rows of random words (the mean over them)"
-    return Question("one prompt", words, pairs, slice(0, N_REFERENCES), True)
+    words = f"one prompt, held against the mean embedding, and heads and circuits against {N_REFERENCES} rows of random words"
+    return Question("one prompt", words, pairs, True)
 
 
 def _target(

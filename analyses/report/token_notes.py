@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _SMALL, _MOST = 0.5, 0.5  # of the target; of the sizes of all tokens' relevance
-_REMEDY = "Or compare with random words (--rules deeplift without --method; reference=random_tokens(8) in Python)"
+_REMEDY = "Or compare with the mean embedding, which is the default (leave out --rules and --method)"
 
 
 def token_notes(tokens: Sequence[str], relevance: Sequence[float], target: float | None, *, rules: str) -> list[str]:

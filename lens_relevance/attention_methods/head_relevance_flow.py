@@ -15,14 +15,15 @@ from torch import Tensor
 from lens_relevance.attention_methods.key_flow import key_flow, key_points, rotary_constants
 from lens_relevance.attention_methods.run import check_patterns, token_sets
 from lens_relevance.cache import RelevanceCache
+from lens_relevance.defaults import with_defaults
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.inputs.prompt import Inputs, read_inputs
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import share, working
-from lens_relevance.ruleset_tables import Table, default_ruleset
+from lens_relevance.ruleset_tables import Table
 from lens_relevance.sites import anatomy
 
 
@@ -61,7 +62,7 @@ def head_flow(
     if getattr(reference, "n", 1) > 1:
         raise RelevanceError(f"a flow is that of one pair of runs, but {reference} holds {reference.n}; use mean_embedding() or a prompt")
 
-    rules = rules if rules is not None else default_ruleset(body, reference)
+    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference)
     if path == "key":
         with rotary_constants(model, body, chosen) as constants:
             cache = propagate(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, root
 from lens_relevance.inputs.prompt import Prompt, read_inputs
+from lens_relevance.rules.base import working
 from lens_relevance.sites.embeddings import image_token, token_embedding
 from lens_relevance.sites.token_sets import DECODER, TOKENS
 
@@ -166,25 +167,30 @@ def reference_run(model: HookedModel, reference: Any, prompt: Prompt, *, tail: i
     return ReferenceRun(prompt, {TOKENS: (torch.ones_like(prompt.mask, dtype=torch.bool), reference)})
 
 
-@torch.no_grad()
-def embedding_table(model: HookedModel, stack: str) -> Float[Tensor, "vocab d_model"]:
-    """What a stack's token embedding gives for every id, scaled where the model scales it."""
-    original = _embedding(model, stack)
-    return original(torch.arange(original.num_embeddings, device=original.weight.device))
-
-
+_ROWS = 4096
 _MEANS: WeakKeyDictionary[nn.Embedding, tuple[object, Tensor]] = WeakKeyDictionary()
 
 
 def mean_token_embedding(model: HookedModel, stack: str) -> Float[Tensor, " d_model"]:
-    """The mean of `embedding_table`, computed once for as long as the embedding stays as it is: a large vocabulary takes seconds."""
+    """The mean of what a stack's token embedding gives for every id, scaled where the model scales it.
+
+    It is computed once for as long as the embedding stays as it is: a large vocabulary takes seconds.
+    """
     original = _embedding(model, stack)
     state = _state(original)
     if state is None:
-        return embedding_table(model, stack).mean(0)
+        return _mean_row(original)
     if original not in _MEANS or _MEANS[original][0] != state:
-        _MEANS[original] = (state, embedding_table(model, stack).mean(0))
+        _MEANS[original] = (state, _mean_row(original))
     return _MEANS[original][1].clone()
+
+
+@torch.no_grad()
+def _mean_row(embedding: nn.Embedding) -> Float[Tensor, " d_model"]:
+    """The mean over the vocabulary, some rows at a time: a copy of a large table might not fit beside the model."""
+    ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    sums = [working(embedding(some)).sum(0) for some in ids.split(_ROWS)]
+    return (torch.stack(sums).sum(0) / len(ids)).to(embedding.weight.dtype)
 
 
 def _state(module: nn.Embedding) -> object | None:

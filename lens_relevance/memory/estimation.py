@@ -29,7 +29,7 @@ def estimate(
     tokens: int,
     batch: int = 1,
     *,
-    rules: str | Table = "attnlrp",
+    rules: str | Table = "deeplift",
     names_filter: NamesFilter = None,
     reference: Any = None,
     target: Target | Callable[[Tensor], Tensor] | None = None,
@@ -90,7 +90,7 @@ def work_of(
 
     def run(ids: Tensor) -> Any:
         target = _first_logits if reads_all else logit(0)
-        against = reference if reference is None or isinstance(reference, Baseline) else ids  # of the same size, which is all that counts
+        against = reference if reference is None or isinstance(reference, Baseline) else ids.flip(1)  # any others of the same size
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) if isinstance(device, Path) else device
             return propagate(

@@ -157,11 +157,14 @@ def rescale_factor(function: Function, x1: Tensor, y1: Tensor, *, x2: Tensor, y2
     the midpoint's slope times d misses y1 - y2 by more than rounding: between the two values lies a kink away from 0 (a clamp).
     """
     d, change, eps = x1 - x2, y1 - y2, torch.finfo(x1.dtype).eps
-    scale = torch.maximum(torch.maximum(x1.abs(), x2.abs()), torch.maximum(y1.abs(), y2.abs()))
+    scale = x1.abs().clamp_(min=x2.abs()).clamp_(min=y1.abs()).clamp_(min=y2.abs())
     tiny = d.abs() <= eps**0.4 * scale
-    quotient = change / torch.where(d == 0, torch.ones_like(d), d)
+    at = tiny.flatten().nonzero().squeeze(1)
+    noise, exact, step = 16 * eps * scale.take(at), change.take(at), d.take(at)
+    del scale
+    quotient = change.div_(d)  # where d is 0, it is not kept
+    del d
     function = function.of_part(tiny) if isinstance(function, KnownFunction) else function
-    slope = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)
-    smooth = (slope * d[tiny] - change[tiny]).abs() <= 16 * eps * scale[tiny]
-    quotient[tiny] = torch.where(smooth | (d[tiny] == 0), slope, quotient[tiny])
-    return quotient
+    slope = derivative(function, (x1.take(at) + x2.take(at)) / 2).to(quotient.dtype)
+    smooth = (slope * step - exact).abs() <= noise
+    return quotient.put_(at, torch.where(smooth | (step == 0), slope, quotient.take(at)))

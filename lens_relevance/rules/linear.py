@@ -143,6 +143,26 @@ class ZeroRule(LinearRule):
         return per_example(share(bias.expand_as(upstream), upstream))
 
 
+class FewOutputsRule(ZeroRule):
+    """`ZeroRule`, computed for those outputs alone that have a coefficient: a target reads few of the logits of a large vocabulary."""
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        x = inputs[0]
+        return (x.new_zeros(()).expand_as(x),)  # only its shape
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        assert isinstance(op, Linear)
+        read = upstream.flatten(0, -2).any(0).nonzero().squeeze(1)
+        weight = op.weight.to(upstream.dtype)
+        if len(read) > len(weight) // 2:
+            return (op.transpose(upstream, weight, kept[0]),)
+        return (op.transpose(upstream[..., read], weight[read], kept[0]),)
+
+
 class EpsilonRule(LinearRule):
     """Relevance of an output shrinks by y / (y + eps sign y) before it is passed on; eps has the units of y."""
 

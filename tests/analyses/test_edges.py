@@ -233,7 +233,7 @@ def test_model_is_left_as_it_was() -> None:
     attribute_edges(model, tokens, TARGET, rules="attnlrp")
     assert all(not p._forward_hooks for p in model.hook_dict.values()) and torch.equal(model(tokens), before)
     with pytest.raises(RelevanceError):
-        attribute_edges(model, tokens, TARGET, rules="deeplift")
+        attribute_edges(model, tokens, TARGET, rules="deeplift", reference=tokens[:, 1:])
     assert all(p.requires_grad for p in model.original_model.parameters())
     assert all(not p._forward_hooks for p in model.hook_dict.values())
 

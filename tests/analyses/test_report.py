@@ -25,7 +25,7 @@ from analyses.report.comparison_page import comparison_page
 from analyses.report.question import choose_reading
 from analyses.report.summary import moves_in_words, odds, path_in_words, word_shares
 from analyses.tasks import PromptPairs, ioi
-from lens_relevance import RelevanceError, logit, logit_diff, propagate, random_tokens
+from lens_relevance import RelevanceError, logit, logit_diff, propagate
 from tests.analyses.browser import Browser, headless_chromium
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -181,10 +181,12 @@ def test_a_prompt_against_another(model: TransformerBridge) -> None:
     assert float(shares.abs().sum()) == pytest.approx(abs(float(shares[changed])), rel=1e-4)
 
 
-def test_a_prompt_on_its_own_is_held_against_random_words(model: TransformerBridge) -> None:
+def test_a_prompt_without_a_counterpart_is_explained_as_by_default(model: TransformerBridge) -> None:
     found = find(model, from_prompt(model, PROMPT, "Mary", wrong="John"))
-    expected = propagate(model, PROMPT, logit_diff("Mary", "John"), rules="deeplift", reference=random_tokens(8))
-    torch.testing.assert_close(found.words["deeplift: against random words"], expected.tokens()[0], rtol=1e-4, atol=1e-4)
+    expected = propagate(model, PROMPT, logit_diff("Mary", "John"))
+    assert expected.info["ruleset"] == "deeplift" and "mean_embedding" in expected.info["reference"]
+    torch.testing.assert_close(found.words["deeplift: against the mean embedding"], expected.tokens()[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.residual, expected.residual()[0], rtol=1e-4, atol=1e-4)
     assert found.heads.iloc[0]["patching"] != 0 and found.n_pairs == 8
 
 

@@ -24,7 +24,7 @@ from analyses.report.terminal import terminal_report
 from analyses.tasks import PromptPairs
 from analyses.views import Page
 from analyses.views.heatmap import HeatMap, heat_map_view
-from lens_relevance import logit_diff, propagate
+from lens_relevance import logit_diff, mean_embedding, propagate
 from tests.analyses.test_views import props_of
 
 TOKENS = ["<s>", " Mary", " and"]
@@ -129,8 +129,7 @@ def findings() -> Findings:
         {"layer": ["embed", "0"], "value": 3.0, "relevance": [2.0, 2.5], "biases": [0.2, 0.5], "unexplained": [0.003, -0.3]}
     )
     return Findings(
-        question=Question("a question", "in words", pairs, slice(0, 1), False),
-        alone="deeplift",
+        question=Question("a question", "in words", pairs, False),
         rules="deeplift",
         target="logit(' Mary') - logit(' John')",
         asked=[" Mary", " John"],
@@ -217,11 +216,10 @@ def test_findings_are_those_of_the_analyses(embedded: TransformerBridge) -> None
     np.testing.assert_allclose([share for _, share in found.predictions], likely, rtol=1e-4)
 
 
-def test_the_account_of_a_prompt_against_random_words_is_the_mean_over_them(embedded: TransformerBridge) -> None:
+def test_the_account_of_a_prompt_without_a_counterpart_is_that_of_propagate(embedded: TransformerBridge) -> None:
     question = from_prompt(embedded, "When Mary and John went to the store, John gave a drink to", "Mary", wrong="John")
     found = find(embedded, question, "deeplift")
-    pairs = question.pairs
-    assert len(pairs) > 1
-    account = propagate(embedded, pairs.clean, pairs.target, rules="deeplift", reference=pairs.corrupt, audit=True).conservation()
-    expected = account.groupby("layer", sort=False)["relevance"].mean()
-    np.testing.assert_allclose(found.account["relevance"], expected, rtol=1e-4)
+    row = question.pairs[:1]
+    account = propagate(embedded, row.clean, row.target, rules="deeplift", reference=mean_embedding(), audit=True).conservation()
+    assert account["relevance"].abs().min() > 1
+    np.testing.assert_allclose(found.account["relevance"], account["relevance"], rtol=1e-4)

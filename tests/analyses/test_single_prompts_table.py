@@ -8,7 +8,7 @@ import pytest
 
 from analyses.benchmarks import single_prompts
 from analyses.benchmarks.single_prompts import BASELINES, OCCLUSION, measured
-from analyses.benchmarks.single_prompts_table import DEFAULT, by_prompt, default_table, interval, over_models, page
+from analyses.benchmarks.single_prompts_table import DEFAULT, PLAIN_QK, by_prompt, default_table, interval, over_models, page
 from analyses.benchmarks.single_prompts_texts import WRITTEN, sampled, written
 
 METHODS = ("random", "gradient", "occlusion", "attnlrp", "deeplift, mean embedding")
@@ -29,11 +29,11 @@ def rows(model: str, n: int, *, plain: bool, scale: float = 1.0) -> pd.DataFrame
     )
 
 
-def test_the_default_is_that_of_each_model() -> None:
+def test_plain_norms_of_queries_and_keys_where_there_are_any() -> None:
     table = by_prompt(pd.concat([rows("with norms", 5, plain=True), rows("without", 5, plain=False)]))
     with_norms, without = table.loc[["with norms"]], table.loc[["without"]]
-    assert (with_norms[DEFAULT] == with_norms["attnlrp_plain_qk"]).all() and (with_norms[DEFAULT] != with_norms["attnlrp"]).all()
-    assert (without[DEFAULT] == without["attnlrp"]).all()
+    assert (with_norms[PLAIN_QK] == with_norms["attnlrp_plain_qk"]).all() and (with_norms[PLAIN_QK] != with_norms["attnlrp"]).all()
+    assert (without[PLAIN_QK] == without["attnlrp"]).all()
 
 
 def test_intervals_are_of_95_percent_and_paired_differences_have_no_noise_of_prompts() -> None:
@@ -43,22 +43,22 @@ def test_intervals_are_of_95_percent_and_paired_differences_have_no_noise_of_pro
     assert mean == pytest.approx(values.mean()) and (mean - low) / error == pytest.approx(1.96, abs=0.15)
     assert (high - mean) / error == pytest.approx(1.96, abs=0.15)
     table = by_prompt(rows("without", 9, plain=False))
-    assert interval(table["deeplift, mean embedding"] - table[DEFAULT]) == pytest.approx((1, 1, 1))
+    assert interval(table["attnlrp"] - table[DEFAULT]) == pytest.approx((-1, -1, -1))
 
 
 def test_models_count_alike_whatever_their_logits() -> None:
     small, large = rows("small", 6, plain=False), rows("large", 30, plain=False, scale=50.0)
     both, alone = by_prompt(pd.concat([small, large])), by_prompt(small)
-    wanted = [over_models(by_prompt(one), "deeplift, mean embedding", DEFAULT)[0] for one in (small, large)]
-    assert over_models(both, "deeplift, mean embedding", DEFAULT)[0] == pytest.approx(np.mean(wanted))
+    wanted = [over_models(by_prompt(one), "attnlrp", DEFAULT)[0] for one in (small, large)]
+    assert over_models(both, "attnlrp", DEFAULT)[0] == pytest.approx(np.mean(wanted))
     assert over_models(alone, "gradient", DEFAULT)[0] < 0
 
 
 def test_the_page_has_every_method_and_model() -> None:
     data = pd.concat([rows("with norms", 5, plain=True), rows("without", 5, plain=False)])
     text, differences = page(data), default_table(by_prompt(data))
-    assert text.count("| deeplift, mean embedding |") == 3 and "## with norms\n\nPrompts: 5 written." in text
-    assert "attnlrp_plain_qk" not in differences and differences.count("\n") == 3  # the head, and what is no baseline and not the default
+    assert text.count("| deeplift, mean embedding |") == 2 and "## with norms\n\nPrompts: 5 written." in text
+    assert "attnlrp_plain_qk" not in differences and differences.count("\n") == 3  # the head, and attnlrp in its two forms
 
 
 def test_prompts_are_of_five_kinds_by_turns_and_texts_follow_the_seed(stories) -> None:

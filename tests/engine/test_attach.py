@@ -181,7 +181,10 @@ def test_several_forwards_and_backwards_inside() -> None:
     """Each backward is of its own forward, also when they are interleaved."""
     model = build("gpt2")
     other = CORRUPT.flip(0)
-    expected = [propagate(model, t, TARGET, names_filter="blocks.0.hook_in").coefficients["blocks.0.hook_in"] for t in (CORRUPT, other)]
+    expected = [
+        propagate(model, t, TARGET, rules="attnlrp", names_filter="blocks.0.hook_in").coefficients["blocks.0.hook_in"]
+        for t in (CORRUPT, other)
+    ]
     got: list[Tensor] = []
     with attach(model, "attnlrp"):
         model.hook_dict["blocks.0.hook_in"].add_hook(lambda g, hook: got.append(g.clone()), dir="bwd")

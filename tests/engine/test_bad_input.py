@@ -69,11 +69,6 @@ CASES: dict[str, tuple[Call, list[str]]] = {
         lambda m: propagate(m, TOKENS, TARGET, attention_mask=torch.tensor([[1] * 6, [0] * 6])),
         ["hides every token"],
     ),
-    "deeplift without a reference": (
-        lambda m: propagate(m, TOKENS, TARGET, rules="deeplift"),
-        ["'deeplift'", "reference=", "mean_embedding"],
-    ),
-    "deeplift_ln without a reference": (lambda m: propagate(m, TOKENS, TARGET, rules="deeplift_ln"), ["'deeplift_ln'", "reference="]),
     "attach deeplift without a reference": (lambda m: attach(m, "deeplift").__enter__(), ["'deeplift'", "reference="]),
     "reference of another length": (lambda m: propagate(m, TOKENS, TARGET, reference=OTHER[:, :5]), ["(2, 5)", "(2, 6)", "same number"]),
     "reference of other rows": (lambda m: propagate(m, TOKENS, TARGET, reference=OTHER[:1]), ["(1, 6)", "(2, 6)"]),

@@ -19,7 +19,7 @@ TOKENS, OTHER = inputs_and_reference()
 
 @pytest.fixture(scope="module")
 def cache() -> RelevanceCache:
-    return propagate(build_gpt2(dtype=torch.float64), TOKENS, TARGET, audit=True)
+    return propagate(build_gpt2(dtype=torch.float64), TOKENS, TARGET, rules="attnlrp", audit=True)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +113,11 @@ def test_names_filter() -> None:
 
 def test_a_choice_of_names_changes_no_number() -> None:
     model = build_gpt2(dtype=torch.float64)
-    everything = propagate(model, TOKENS, TARGET, names_filter=lambda name: True)
-    default = propagate(model, TOKENS, TARGET)
+    everything = propagate(model, TOKENS, TARGET, rules="attnlrp", names_filter=lambda name: True)
+    default = propagate(model, TOKENS, TARGET, rules="attnlrp")
     for name in default:
         close(default[name], everything[name], 1e-12)
-        alone = propagate(model, TOKENS, TARGET, names_filter=name)
+        alone = propagate(model, TOKENS, TARGET, rules="attnlrp", names_filter=name)
         close(alone[name], default[name], 1e-12)
 
 
@@ -140,7 +140,8 @@ def test_to_activation_cache(cache: RelevanceCache) -> None:
 def test_save_and_load(kind: str, tmp_path: Path) -> None:
     model = build_gpt2(dtype=torch.bfloat16 if kind == "bf16" else torch.float64)
     reference = {"pair": OTHER, "several": random_tokens(2)}.get(kind)
-    cache = propagate(model, TOKENS, TARGET, reference=reference, audit=True, names_filter=lambda name: True)
+    rules = "attnlrp" if reference is None else "deeplift"
+    cache = propagate(model, TOKENS, TARGET, rules=rules, reference=reference, audit=True, names_filter=lambda name: True)
     path = tmp_path / "relevance.safetensors"
     cache.save(path)
     back = RelevanceCache.load(path)

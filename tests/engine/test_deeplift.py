@@ -9,6 +9,7 @@ from analyses.benchmarks.tiny_models import build as build_tiny
 from lens_relevance import RelevanceCache, log_prob, logit, logit_diff, mean_embedding, propagate, random_tokens
 from lens_relevance.inputs import references
 from lens_relevance.inputs.prompt import Prompt, read_inputs
+from tests.encoder_decoders import build_encoder_decoder
 from tests.engine.families import FAMILIES, TARGET, UPCASTING, build, close, exact, inputs_and_reference, unexplained, whole
 from tests.models import build_gpt2, build_llama, build_native
 from tests.precision import no_upcasts
@@ -123,10 +124,23 @@ def test_variant_with_the_ln_rule_leaves_the_rest_in_the_norms() -> None:
     assert others.abs().max().max() < 1e-9
 
 
-def test_rules_none_means_deeplift_where_there_is_a_reference() -> None:
-    model = build_gpt2()
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "t5"])
+def test_by_default_tokens_are_explained_against_the_mean_embedding(family: str) -> None:
+    model = build_encoder_decoder("t5", torch.float32) if family == "t5" else build_tiny(family)
+    expected = propagate(model, TOKENS, TARGET, rules="deeplift", reference=mean_embedding())
+
+    def differs(found: RelevanceCache) -> bool:
+        return all(not torch.equal(found[name], expected[name]) for name in expected if "neuron" not in name and expected[name].any())
+
+    for given in ({}, {"rules": "deeplift"}, {"reference": mean_embedding()}):
+        found = propagate(model, TOKENS, TARGET, **given)
+        assert found.info == expected.info and found.info["ruleset"] == "deeplift" and found.info["reference"] == "mean_embedding()"
+        assert all(torch.equal(found[name], expected[name]) for name in expected) and sum(bool(found[name].any()) for name in expected) > 5
+    alone = propagate(model, TOKENS, TARGET, rules="attnlrp")
+    assert alone.reference_value is None and differs(alone)
+    partly = propagate(model, TOKENS, TARGET, rules="deeplift_ln")
+    assert partly.info["reference"] == "mean_embedding()" and differs(partly)
     assert propagate(model, TOKENS, TARGET, reference=OTHER).info["ruleset"] == "deeplift"
-    assert propagate(model, TOKENS, TARGET).info["ruleset"] == "attnlrp"
 
 
 def test_several_references_are_averaged() -> None:
@@ -176,20 +190,16 @@ def test_a_saturated_model_where_the_gradient_sees_nothing() -> None:
     close(pair["blocks.0.hook_in"].sum((1, 2)), whole(pair), 1e-9)
 
 
-def test_without_a_reference_the_error_says_what_to_pass() -> None:
-    with pytest.raises(ValueError, match="reference="):
-        propagate(build_gpt2(), TOKENS, TARGET, rules="deeplift")
-
-
 def test_the_mean_embedding_is_computed_once_for_an_embedding_that_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_tiny("gemma3")  # which scales its embeddings by a buffer
     calls: list[str] = []
-    table = references.embedding_table
-    monkeypatch.setattr(references, "embedding_table", lambda model, stack: calls.append(stack) or table(model, stack))
+    mean_row = references._mean_row
+    monkeypatch.setattr(references, "_mean_row", lambda embedding: calls.append("tokens") or mean_row(embedding))
 
     def mean() -> torch.Tensor:
         found = mean_embedding().run(model, read_inputs(model, TOKENS)).embeddings["tokens"][1]
-        torch.testing.assert_close(found, table(model, "tokens").mean(0), rtol=0, atol=0)
+        ids = torch.arange(model.cfg.d_vocab)
+        torch.testing.assert_close(found, references._embedding(model, "tokens")(ids).mean(0), rtol=1e-5, atol=1e-7)
         return found
 
     first = mean()

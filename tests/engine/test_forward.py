@@ -120,9 +120,9 @@ def test_positions_count_real_tokens() -> None:
 
 def test_batches_equal_single_prompts() -> None:
     model, tokens = build_gpt2(dtype=torch.float64), random_tokens(3, 6)
-    together = propagate(model, tokens, logit_diff([5, 6, 7], [8, 9, 10]))
+    together = propagate(model, tokens, logit_diff([5, 6, 7], [8, 9, 10]), rules="attnlrp")
     for i in range(3):
-        alone = propagate(model, tokens[i : i + 1], logit_diff(5 + i, 8 + i))
+        alone = propagate(model, tokens[i : i + 1], logit_diff(5 + i, 8 + i), rules="attnlrp")
         for name in alone:
             close(together[name][i], alone[name][0], 1e-10)
 

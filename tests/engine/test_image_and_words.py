@@ -67,3 +67,12 @@ def test_an_image_that_does_not_reach_the_tokens_is_an_error() -> None:
     model = FAMILIES["llava"].build(torch.float32)
     with pytest.raises((RelevanceError, ValueError), match="[Ii]mage"):
         propagate(model, {"input_ids": ONE["input_ids"][:, :3], "pixel_values": ONE["pixel_values"].float()}, TARGET, rules="attnlrp")
+
+
+def test_an_image_among_words_has_no_mean_to_be_compared_with() -> None:
+    model = FAMILIES["llava"].build()
+    found, expected = propagate(model, ONE, TARGET), propagate(model, ONE, TARGET, rules="attnlrp")
+    assert found.info["ruleset"] == "attnlrp" and torch.equal(found.tokens(), expected.tokens()) and bool(found.tokens().any())
+    with pytest.raises(RelevanceError, match="'deeplift' compares two runs: pass reference="):
+        propagate(model, ONE, TARGET, rules="deeplift")
+    assert propagate(model, {"input_ids": ONE["input_ids"][:, :1]}, TARGET).info["ruleset"] == "deeplift"

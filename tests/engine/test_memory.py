@@ -58,8 +58,9 @@ def test_within_15_percent_of_the_measured_peak(family: str, rules: str, recompu
 )
 def test_whatever_is_asked_for(settings: dict[str, Any]) -> None:
     model, target = build("llama", torch.float32, n_layers=3), settings.pop("target", logit(3))
+    settings = {"rules": "attnlrp", **settings}
     found = estimate(model, POSITIONS, 8, target=target, **settings).plain_bytes
-    run = lambda: propagate(model, tokens(8), target, **{"rules": "attnlrp", **settings}, recompute=False)  # noqa: E731
+    run = lambda: propagate(model, tokens(8), target, **settings, recompute=False)  # noqa: E731
     run()
     assert found == pytest.approx(allocated(run), rel=0.15)
 
@@ -69,12 +70,12 @@ def test_attention_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ROWS", 4)
     model = build("llama", torch.float32, n_layers=3, max_position_embeddings=128)
     ids = models.random_tokens(4, 128, seed=0)
-    found = peak(estimate(model, 128, 4, names_filter="embed.hook_out"), True)
+    found = peak(estimate(model, 128, 4, rules="attnlrp", names_filter="embed.hook_out"), True)
     run = lambda: propagate(model, ids, logit(3), rules="attnlrp", names_filter="embed.hook_out", recompute=True)  # noqa: E731
     run()
     assert found == pytest.approx(allocated(run), rel=0.15)
     monkeypatch.setattr(by_rows, "AT_ONCE", 2**40)
-    assert peak(estimate(model, 128, 4, names_filter="embed.hook_out"), True) > 1.5 * found
+    assert peak(estimate(model, 128, 4, rules="attnlrp", names_filter="embed.hook_out"), True) > 1.5 * found
 
 
 def test_what_is_kept_in_a_folder_takes_no_memory(tmp_path: Path) -> None:
@@ -115,16 +116,16 @@ def blocks_run(model: Any, call: Callable[[], Any]) -> int:
 
 def test_block_by_block_where_a_run_does_not_fit_otherwise(little: Callable[[float], None]) -> None:
     model = build("llama", torch.float32, n_layers=6)
-    found = estimate(model, POSITIONS, 16)
+    found = estimate(model, POSITIONS, 16, rules="attnlrp")
     assert found.recompute_bytes is not None and found.recompute_bytes < 0.8 * found.plain_bytes
     run = lambda: propagate(model, tokens(16), logit(3), rules="attnlrp")  # noqa: E731
     plain = run()
     little(2 * found.plain_bytes)
-    assert estimate(model, POSITIONS, 16).recompute is False
+    assert estimate(model, POSITIONS, 16, rules="attnlrp").recompute is False
     run()
     assert blocks_run(model, run) == 1
     little(found.plain_bytes)
-    assert estimate(model, POSITIONS, 16).recompute is True
+    assert estimate(model, POSITIONS, 16, rules="attnlrp").recompute is True
     assert blocks_run(model, run) == 2
     again = run()
     assert all(torch.equal(again[name], plain[name]) for name in plain)
@@ -132,7 +133,7 @@ def test_block_by_block_where_a_run_does_not_fit_otherwise(little: Callable[[flo
 
 def test_what_cannot_fit_is_refused_before_it_starts(little: Callable[[float], None]) -> None:
     model = build("llama", torch.float32, n_layers=6)
-    found = estimate(model, POSITIONS, 16)
+    found = estimate(model, POSITIONS, 16, rules="attnlrp")
     little(found.recompute_bytes / 2)  # type: ignore[operator]
     with pytest.raises(RelevanceError, match="16 x 32 tokens.*fewer prompts at once.*names_filter"):
         propagate(model, tokens(16), logit(3), rules="attnlrp")

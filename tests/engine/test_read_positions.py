@@ -200,7 +200,7 @@ def test_a_function_that_reads_elsewhere_than_it_did_is_refused() -> None:
 
 def test_hooks_on_the_unembedding_see_all_positions() -> None:
     model = build("gpt2")
-    plain = propagate(model, TOKENS, TARGET)
+    plain = propagate(model, TOKENS, TARGET, rules="attnlrp")
     shapes: list[torch.Size] = []
 
     def second_last(x: Tensor, hook: Any) -> Tensor:
@@ -211,12 +211,12 @@ def test_hooks_on_the_unembedding_see_all_positions() -> None:
 
     for name in ("unembed.hook_out", "unembed.hook_in"):
         with model.hooks(fwd_hooks=[(name, second_last)]):
-            moved = propagate(model, TOKENS, TARGET)
-        close(moved.value, propagate(model, TOKENS, logit_diff(7, 11, position=4)).value, 1e-12)
+            moved = propagate(model, TOKENS, TARGET, rules="attnlrp")
+        close(moved.value, propagate(model, TOKENS, logit_diff(7, 11, position=4), rules="attnlrp").value, 1e-12)
         assert not torch.allclose(moved.value, plain.value)
     assert [shape[1] for shape in shapes] == [6, 6]
     handle = model.unembed.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
-    assert propagate(model, TOKENS, TARGET).logits.shape[1] == 6
+    assert propagate(model, TOKENS, TARGET, rules="attnlrp").logits.shape[1] == 6
     handle.remove()
     assert shapes[-1] == (2, 6, 50)
 
@@ -224,10 +224,10 @@ def test_hooks_on_the_unembedding_see_all_positions() -> None:
 @pytest.mark.parametrize("name", ["unembed.hook_in", "unembed.hook_out"])
 def test_what_is_asked_for_at_the_unembedding_has_all_positions(name: str) -> None:
     model = build("gpt2")
-    cache = propagate(model, TOKENS, TARGET, names_filter=name)
+    cache = propagate(model, TOKENS, TARGET, rules="attnlrp", names_filter=name)
     assert cache.coefficients[name].shape[:2] == (2, 6) and cache.logits.shape == (2, 6, 50)
     assert cache.logit_positions is not None and cache.logit_positions.tolist() == [list(range(6))] * 2
     assert torch.equal(cache.logits, model(TOKENS).detach())
     close(cache[name].sum((1, 2)), cache.value, 0.1 if name == "unembed.hook_in" else 1e-12)  # less the bias
-    through = propagate(model, TOKENS, TARGET, through={"unembed.hook_out": {"position": [5]}})
-    close(through.tokens(), propagate(model, TOKENS, TARGET).tokens(), 1e-12)
+    through = propagate(model, TOKENS, TARGET, rules="attnlrp", through={"unembed.hook_out": {"position": [5]}})
+    close(through.tokens(), propagate(model, TOKENS, TARGET, rules="attnlrp").tokens(), 1e-12)

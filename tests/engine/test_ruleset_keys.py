@@ -245,11 +245,3 @@ def test_a_place_goes_before_a_bare_key_as_ever() -> None:
     table = {"norm": LNRule(), "norm@ln_final": Rule()}
     sites = {site.name: rule_for(table, site) for site in anatomy(deep()).sites if site.kind == "norm" and ":" not in site.name}
     assert sites.pop("ln_final") is table["norm@ln_final"] and set(sites.values()) == {table["norm"]}
-
-
-def test_the_default_has_plain_norms_of_queries_and_keys_where_there_are_any() -> None:
-    for family, name in (("qwen3", "attnlrp_plain_qk"), ("gemma3", "attnlrp_plain_qk"), ("llama", "attnlrp"), ("gpt2", "attnlrp")):
-        model = build(family)
-        found, wanted = propagate(model, TOKENS, TARGET), propagate(model, TOKENS, TARGET, rules=name)
-        assert found.info["ruleset"] == name and torch.equal(found.tokens(), wanted.tokens()) and bool(found.tokens().any())
-        assert propagate(model, TOKENS, TARGET, reference=TOKENS.flip(1)).info["ruleset"] == "deeplift"

@@ -37,7 +37,7 @@ MUTATIONS = [
         (
             "the mean embedding is the first",
             'mean if self.kind == "mean_embedding"',
-            'embedding_table(model, stack)[0] if self.kind == "mean_embedding"',
+            '_embedding(model, stack).weight[0] if self.kind == "mean_embedding"',
         ),
         ("zero is the mean", "else torch.zeros_like(mean))", "else mean)"),
         (
