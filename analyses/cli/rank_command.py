@@ -24,6 +24,7 @@ from analyses.cli.options import (
     asked_question,
     clean_errors,
     say,
+    typed_command,
 )
 
 _KINDS = {"heads": "heads", "neurons": "neurons", "attention": "attn"}
@@ -44,7 +45,7 @@ def rank(
     certify: Annotated[int | None, typer.Option(min=1, help="Patch until so many first places are settled, given the intervals.")] = None,
     direction: Annotated[str, typer.Option(help="What --certify patches: denoising, noising, or the mean of both.")] = "mean",
     layer: Annotated[int | None, typer.Option(min=0, help="Rank the neurons of this layer alone.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A .csv to write all of them to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .csv to write all of them to, or an .html page with their intervals.")] = None,
     force: Force = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="Check the ranking: ablate its top, and as many at random.")] = False,
     checkpoint: Checkpoint = None,
@@ -88,5 +89,10 @@ def rank(
         Console().print(Text(note))
     if ablate:
         say(ranking.attrs["ablation"])
-    if file is not None:
+    if file is not None and file.path.suffix == ".html":
+        from analyses.report.intervals import ranking_page
+
+        title = f"{what[0].upper()}{what[1:]} by {method}"
+        file.write(ranking_page(ranking, kind, title=title, words=f"{question.words}.", command=typed_command()).save)
+    elif file is not None:
         file.write_table(ranking)

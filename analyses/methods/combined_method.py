@@ -16,7 +16,7 @@ from analyses.methods.second_order_method import RECOMPUTED, expansion
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceCache, propagate
 
-SECANT_SHARE = {"resid": 1.0, "mlp": 1.0, "attn": 0.5, "heads": 0.5, "v": 0.5, "neurons": 0.25}
+SECANT_SHARE = {"resid": 1.0, "mlp": 1.0, "attn": 0.5, "heads": 0.625, "v": 0.75, "neurons": 0.25}
 """How far from tangent (0) to secant (1) the estimate of a kind lies; chosen as docs/measurements/reliability.md says."""
 
 SECANT, DENOISING, NOISING = "secant", "tangent, corrupt run", "tangent, clean run"
@@ -28,9 +28,10 @@ def combined() -> Estimator:
 
     The secant is `deeplift`: it sees saturation, and shares interactions among all that change together. The tangents are attribution
     patching in either run: right for a component that acts through products with others, blind to saturation. Whole positions of the
-    residual stream and MLP outputs follow the secant; single heads, values and attention outputs lie half-way; a single neuron of many lies
-    near the tangent. Queries and keys get the median of the secant, of the tangent behind their recomputed softmax (`atp_star`) and of its
-    second order (`second_order`), the latter two in the mean of both runs; for these each layer takes two further backward passes.
+    residual stream and MLP outputs follow the secant; attention outputs lie half-way, single heads and values nearer to the secant; a
+    single neuron of many lies near the tangent. Queries and keys get the median of the secant, of the tangent behind their recomputed
+    softmax (as in AtP*) and of its second order (`second_order`), the latter two in the mean of both runs; for these each layer takes two
+    further backward passes.
 
     `bracket` gives the estimates it is made of, from which `analyses.evaluation.reliability` makes an interval.
     """

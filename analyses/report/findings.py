@@ -52,6 +52,8 @@ class Findings:
         flow: relevance that heads carry, [layer, head, query, key]; None where the model has no live pattern.
         heads: one row per head: head, layer, index, relevance, standard_error, top_share (share of pairs in which it is among the
             `top_k` strongest), patching (mean of denoising and noising), denoising, noising; largest relevance first.
+        expected: where the effect of patching each head is to be expected: name, score (of `combined`), low, high, reliable and patching;
+            None where `missing` says why.
         pearson, spearman: relevance against patching. stability: of the ranking over the pairs, in words.
         account: the conservation account of the example. value, reference_value: the target there, and on its counterpart.
         clean, corrupt: the target on both sides, one value per pair.
@@ -73,6 +75,7 @@ class Findings:
     graph: FlowGraph | None
     circuit: CircuitCheck | None
     heads: pd.DataFrame
+    expected: pd.DataFrame | None
     top_k: int
     pearson: float
     spearman: float
@@ -144,6 +147,8 @@ def find(model: TransformerBridge, question: Question, rules: str = "deeplift", 
     with _timed(seconds, "activation patching"):
         patched = activation_patching(model, question.pairs, "heads", direction="mean", progress=watched())
     heads = _beside(ranking, patched.to_dataframe())
+    with _timed(seconds, "intervals"):
+        expected = _or_reason(missing, "intervals", lambda: _expected(rank_heads(model, question.pairs, top_k=top_k), heads))
     pearson, spearman = correlations(heads["relevance"], heads["patching"])
     return Findings(
         question=question,
@@ -161,6 +166,7 @@ def find(model: TransformerBridge, question: Question, rules: str = "deeplift", 
         graph=graph,
         circuit=circuit,
         heads=heads,
+        expected=expected,
         top_k=top_k,
         pearson=pearson,
         spearman=spearman,
@@ -232,6 +238,14 @@ def _beside(ranking: pd.DataFrame, patched: pd.DataFrame) -> pd.DataFrame:
     both = both.rename(columns={"effect": "patching", "effect_denoising": "denoising", "effect_noising": "noising", "head": "index"})
     both.insert(0, "head", [str(Node("heads", layer, head=index)) for layer, index in zip(both["layer"], both["index"], strict=True)])
     return both
+
+
+def _expected(ranking: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
+    """Intervals of the heads, and what patching found."""
+    both = ranking.merge(
+        heads[["layer", "index", "head", "patching"]].rename(columns={"head": "name", "index": "head"}), on=["layer", "head"]
+    )
+    return both[["name", "score", "low", "high", "reliable", "patching"]]
 
 
 def _predictions(model: TransformerBridge, logits: Float[Tensor, "*pos vocab"], k: int = 5) -> list[tuple[str, float]]:

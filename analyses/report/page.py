@@ -10,6 +10,7 @@ import pandas as pd
 from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.circuit_section import circuit_section
 from analyses.report.findings import Findings
+from analyses.report.intervals import interval_section
 from analyses.report.summary import (
     headline,
     in_short,
@@ -39,6 +40,7 @@ def report_page(findings: Findings, command: str) -> Page:
     _words(page, findings)
     _layers(page, findings)
     _heads(page, findings)
+    interval_section(page, findings)
     _flows(page, findings)
     _graph(page, findings)
     circuit_section(page, findings)

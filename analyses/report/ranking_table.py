@@ -43,7 +43,7 @@ def ranking_notes(ranking: pd.DataFrame) -> list[str]:
         str(ranking.attrs["stability"]),
     ]
     if "low" in ranking:
-        notes.insert(0, "interval: where the patched value is to be expected; reliable: within 20 % of the largest score on both sides")
+        notes.insert(0, "interval: where the patched value is to be expected; reliable: within 10 % of the largest score on both sides")
     if "certificate" in ranking.attrs:
         notes.append(str(ranking.attrs["certificate"]))
     return notes

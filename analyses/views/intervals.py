@@ -41,7 +41,7 @@ def _figure(frame: pd.DataFrame) -> Figure:
     rows = np.arange(len(frame))[::-1]
     reliable = frame["reliable"].to_numpy(bool)
     axis.axvline(0, color=LINE, linewidth=0.8, zorder=0)
-    for sure, colour, label in ((True, POSITIVE, "reliable"), (False, NEGATIVE, "flagged: can be off by more than 20 % of the largest")):
+    for sure, colour, label in ((True, POSITIVE, "reliable"), (False, NEGATIVE, "flagged: the interval is wide")):
         chosen = reliable == sure
         if not chosen.any():
             continue

@@ -21,12 +21,12 @@ from tests.analyses.test_ranking import random_pairs
 
 
 def test_an_interval_reaches_as_far_as_the_furthest_estimate() -> None:
-    score, estimates = np.array([10.0, 1.0, -2.0, 0.0]), np.array([[14.0, 1.0, -2.5, 0.0], [9.0, 1.0, -2.0, 0.0]])
+    score, estimates = np.array([10.0, 1.0, -2.0, 0.0]), np.array([[14.0, 2.0, -4.0, 0.0], [9.0, 1.0, -2.0, 0.0]])
     found = reliability("q", score, estimates)
-    half = [0.75 * 4 + 0.1, 0.1, 0.75 * 0.5 + 0.1, 0.0]  # the floor is 1 % of 10; the last one is the same in both runs
+    half = [0.75 * 4 + 0.1, 0.75 * 1 + 0.1, 0.75 * 2 + 0.1, 0.0]  # the floor is 1 % of 10; the last one is the same in both runs
     np.testing.assert_allclose(found.low, score - half)
     np.testing.assert_allclose(found.high, score + half)
-    assert found.reliable.tolist() == [False, True, True, True]
+    assert found.reliable.tolist() == [False, True, False, True]  # 1.6 is more than a tenth of 10
     assert WIDTH["q"] == 0.75 and FLOOR == 0.01
 
 
@@ -89,7 +89,7 @@ def test_columns_are_those_of_the_bracket(gpt2: TransformerBridge) -> None:
     secant, here, there = (
         estimator(name)(gpt2, pairs, ["heads"], run=run)["heads"].double().mean(0).flatten().numpy() for name, run in methods
     )
-    score = (secant + (here + there) / 2) / 2
+    score = 0.625 * secant + 0.375 * (here + there) / 2
     expected = reliability("heads", score, np.stack([secant, here, there]))
     by_head = ranking.sort_values(["layer", "head"])
     np.testing.assert_allclose(by_head["score"], score, rtol=1e-4, atol=1e-7)

@@ -144,6 +144,7 @@ def findings() -> Findings:
         graph=None,
         circuit=None,
         heads=heads,
+        expected=None,
         top_k=1,
         pearson=0.91,
         spearman=0.82,
@@ -154,7 +155,7 @@ def findings() -> Findings:
         clean=torch.tensor([2.0]),
         corrupt=torch.tensor([-1.0]),
         seconds={},
-        missing={},
+        missing={"intervals": "not in this test"},
     )
 
 
