@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import (
@@ -19,6 +21,7 @@ from lens_relevance import CoverageError, RelevanceError, logit, logit_diff, pro
 from lens_relevance.attention_methods import METHODS, token_relevance
 from tests import models
 from tests.attention_methods.oracle import chefer_2021b, patterns_and_gradients
+from tests.classifiers import build_classifier
 from tests.precision import no_upcasts
 
 TARGET = logit(7)
@@ -131,6 +134,26 @@ def test_globenc_equals_the_definition(tokens, parallel):
         expected = [globenc_by_hand(model, tokens, layer, parallel) for layer in range(2)]
     torch.testing.assert_close(found.layers, torch.stack(expected, 1), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.matrix, expected[1] @ expected[0], rtol=1e-9, atol=1e-9)
+
+
+def test_globenc_passes_both_norms_of_bert(tokens):
+    """The authors' definition with the full [token, source, d_model] tensor, one source's vector after the other."""
+    model = build_classifier("bert", torch.float64)
+    found = token_relevance(model, tokens, logit(1), method="globenc").layers
+    _, cache = model.run_with_cache(tokens)
+    for layer in range(2):
+        at, original = f"blocks.{layer}.", model.original_model.bert.encoder.layer[layer]
+        weight = original.attention.output.dense.weight  # [d_model, head * d_head]
+        x, pattern, v = cache[f"{at}hook_in"], cache[f"{at}attn.hook_pattern"], cache[f"{at}attn.v.hook_out"]
+        v = v if v.ndim == 4 else v.unflatten(-1, (pattern.shape[1], -1))
+        norms = [(original.attention.output.LayerNorm, cache[f"{at}ln1.hook_in"]), (original.output.LayerNorm, cache[f"{at}ln2.hook_in"])]
+        expected = torch.zeros(2, 6, 6, dtype=torch.float64)
+        for row, i, j in itertools.product(range(2), range(6), range(6)):
+            z = weight @ (pattern[row, :, i, j, None] * v[row, j]).flatten() + (x[row, i] if i == j else 0)
+            for norm, read in norms:
+                z = (z - z.mean()) / (read[row, i].var(unbiased=False) + norm.eps).sqrt() * norm.weight
+            expected[row, i, j] = z.norm()
+        torch.testing.assert_close(found[:, layer], expected.detach(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
