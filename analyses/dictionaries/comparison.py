@@ -13,7 +13,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.dictionaries.ablation import FeatureOfDictionary, ablate_features, feature_values
-from analyses.dictionaries.ranking import rank_features
 from analyses.evaluation.agreement import agreement, intervals
 from analyses.methods.integrated_path import embeddings_moved, embeddings_of, midpoints
 from analyses.tasks import PromptPairs
@@ -38,59 +37,68 @@ def compare_features(
 ) -> pd.DataFrame:
     """How well estimates of features agree with ablating each feature (the mean of both directions).
 
-    The features are the n that are most often on in the pairs and differ between their two runs, whatever any method says of them; of each
-    dictionary equally many.
+    The features are the n whose values change most between the two runs of the pairs, as they write it (|change| x norm of the decoder
+    row), whatever any method says of them; of each dictionary equally many.
 
     Args:
         methods: Rulesets, and "integrated_gradients" (10 steps along the line between the embeddings of the two runs). Coefficients of
             rulesets that do not compare two runs are taken on both and averaged, as the yardstick is.
-        resamples: Bootstrap resamples of the pairs for the 95 % interval of Pearson's correlation.
+        resamples: Bootstrap resamples of the pairs for the 95 % intervals.
 
     Returns:
-        A row per method: pearson, spearman, sign_agreement, top_k_overlap (k = 20), magnitude_error over features, of scores averaged over
-        pairs; pearson_low, pearson_high; features, pairs, and seconds of the method.
+        A row per method and HookPoint, and one of all of them: method, point ("all"), pearson, spearman, sign_agreement, top_k_overlap
+        (k = 20), magnitude_error over features, of scores averaged over pairs; pearson_low to spearman_high; features, pairs, seconds.
     """
     pairs = require_pairs(pairs)
-    chosen = most_active(model, pairs, dictionaries, n_features)
+    chosen = most_changed(model, pairs, dictionaries, n_features)
     effects = ablate_features(model, pairs, dictionaries, features=chosen).numpy()
+    at = np.array([index for index, _ in chosen])
     rows = []
     for method in methods:
         start = time.perf_counter()
         scores = estimates(model, pairs, dictionaries, method)
         seconds = time.perf_counter() - start
         estimate = np.stack([scores[index][:, feature].double().cpu().numpy() for index, feature in chosen])
-        found = agreement(estimate.mean(1), effects.mean(1), 20)
-        low, high = intervals(estimate, effects, resamples)["pearson"]
-        rows.append({"method": method, **vars(found), "pearson_low": low, "pearson_high": high, "seconds": seconds})
-    frame = pd.DataFrame(rows).assign(features=len(chosen), pairs=len(pairs))
-    return frame.sort_values("pearson", ascending=False, kind="stable").reset_index(drop=True)
+        for index, point in ((None, "all"), *enumerate(one.point_out[0] for one in dictionaries)):
+            here = slice(None) if index is None else at == index
+            found = vars(agreement(estimate[here].mean(1), effects[here].mean(1), 20))
+            for name, (low, high) in intervals(estimate[here], effects[here], resamples).items():
+                found |= {f"{name}_low": low, f"{name}_high": high}
+            rows.append({"method": method, "point": point, **found, "features": len(estimate[here]), "seconds": seconds})
+    return pd.DataFrame(rows).assign(pairs=len(pairs))
 
 
-def most_active(model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], n: int) -> list[FeatureOfDictionary]:
-    """The features whose values differ between the two runs of most pairs, equally many of each dictionary.
+def most_changed(model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], n: int) -> list[FeatureOfDictionary]:
+    """The features that write most of what differs between the two runs, equally many of each dictionary.
 
     Raises:
-        RelevanceError: there are fewer.
+        RelevanceError: there are fewer that differ.
     """
-    ranked = rank_features(model, pairs, dictionaries, rules="gradient")
-    names = anatomy(model)
+    points = _points(model, dictionaries)
+    with torch.no_grad():
+        clean, corrupt = (feature_values(model, pairs, run, dictionaries, points) for run in ("clean", "corrupt"))
     chosen: list[FeatureOfDictionary] = []
     for index, dictionary in enumerate(dictionaries):
-        of_point = ranked[ranked["point"] == names.canonical(dictionary.point_out[0])]
-        differing = of_point[of_point["score"] != 0].sort_values(["active_share", "feature"], ascending=[False, True], kind="stable")
+        size = (clean[index] - corrupt[index]).abs().sum((0, 1)) * dictionary.decoder[0].norm(dim=1).to(clean[index])
         share = n // len(dictionaries) + (index < n % len(dictionaries))
-        if len(differing) < share:
-            raise RelevanceError(f"{dictionary!r} has {len(differing)} features that differ between the runs, and {share} are asked for")
-        chosen += [(index, feature) for feature in differing["feature"].head(share).tolist()]
+        if int((size > 0).sum()) < share:
+            raise RelevanceError(
+                f"{dictionary!r} has {int((size > 0).sum())} features that differ between the runs, and {share} are asked for"
+            )
+        chosen += [(index, feature) for feature in size.argsort(descending=True, stable=True)[:share].tolist()]
     return chosen
+
+
+def _points(model: TransformerBridge, dictionaries: Sequence[Dictionary]) -> list[tuple[str, str]]:
+    names = anatomy(model)
+    return [(names.canonical(one.point_in), names.canonical(one.point_out[0])) for one in dictionaries]
 
 
 def estimates(
     model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], method: str
 ) -> list[Float[Tensor, "pair feature"]]:
     """Scores of all features of each dictionary, clean against corrupt, summed over positions."""
-    names = anatomy(model)
-    points = [(names.canonical(one.point_in), names.canonical(one.point_out[0])) for one in dictionaries]
+    points = _points(model, dictionaries)
     outs = [out for _, out in points]
     with torch.no_grad():
         clean, corrupt = (feature_values(model, pairs, run, dictionaries, points) for run in ("clean", "corrupt"))

@@ -19,7 +19,7 @@ class Component:
     """What a name in a flow graph stands for. A reader (`L4H1.q`, `L4.mlp.in`) belongs to the component whose input it is."""
 
     name: str
-    kind: str  # head, mlp, feature, error, embed or logits
+    kind: str  # head, mlp, feature, error, embed or logits; "early feature" and "early error" come before the heads of their layer
     layer: int | None
     order: int  # among the components of one row
     reader: str = ""
@@ -111,12 +111,27 @@ def flow_of(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: Sequence[str], *, 
     marks: dict[tuple[str, int], Mark] = {}
     _add_nodes(marks, nodes, len(tokens))
     links, between = _links(marks, edges, len(tokens))
+    _put_below_heads(list(marks.values()), links)
     order = sorted(range(len(links)), key=lambda i: (-links[i].strength, -abs(links[i].score)))
     kept, rank = [links[i] for i in order[:max_edges]], {i: n for n, i in enumerate(order[:max_edges])}
     index = {key: i for i, key in enumerate(marks)}
     drawn = {pair: rank[i] for pair, i in between.items() if i in rank}
     listed = [] if paths is None else [_path(row, index, drawn) for row in paths.itertuples()]
     return Flow(list(tokens), list(marks.values()), kept, [p for p in listed if p is not None], len(links) - len(kept))
+
+
+def _put_below_heads(marks: Sequence[Mark], links: Sequence[Link]) -> None:
+    """Features that the heads of their own layer read come before these: they have a kind of their own, for a row below."""
+    before = {
+        marks[link.source].layer
+        for link in links
+        if marks[link.source].kind in ("feature", "error")
+        and marks[link.target].kind == "head"
+        and marks[link.source].layer == marks[link.target].layer
+    }
+    for mark in marks:
+        if mark.kind in ("feature", "error") and mark.layer in before:
+            mark.kind = f"early {mark.kind}"
 
 
 def _add_nodes(marks: dict[tuple[str, int], Mark], nodes: pd.DataFrame, n_tokens: int) -> None:

@@ -53,7 +53,7 @@ def flow_figure(flow: Flow, shown: int, info: Mapping[str, str]) -> Figure:
     signs = {"for the target": POSITIVE, "against it": NEGATIVE}
     colours = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in signs.items()]
     plain: dict[str, Any] = {"color": MUTED, "linestyle": "", "markersize": 4.5}
-    named = {*_ALWAYS, *(flow.marks[i].kind for i in drawn)}
+    named = {*_ALWAYS, *(flow.marks[i].kind.removeprefix("early ") for i in drawn)}
     shapes = [Line2D([], [], marker=marker, label=_KINDS[kind], **plain) for kind, marker in _MARKERS.items() if kind in named]
     if any(flow.marks[i].score is None and flow.marks[i].kind == "head" for i in drawn):
         shapes.append(Line2D([], [], marker="o", markerfacecolor="white", label="head, where it reads", **plain))
@@ -102,7 +102,7 @@ def _draw_edges(axis: Axes, flow: Flow, placement: Placement, shown: int) -> Non
 
 def _draw_marks(axis: Axes, flow: Flow, placement: Placement) -> None:
     for kind, marker in _MARKERS.items():
-        here = [(flow.marks[i], at) for i, at in placement.marks.items() if flow.marks[i].kind == kind]
+        here = [(flow.marks[i], at) for i, at in placement.marks.items() if flow.marks[i].kind.removeprefix("early ") == kind]
         fills = ["white" if mark.score is None else POSITIVE if mark.score >= 0 else NEGATIVE for mark, _ in here]
         borders = [MUTED if mark.score is None else "white" for mark, _ in here]
         sizes = [(2 * r * _POINTS_PER_PIXEL * (0.8 if kind in ("mlp", "embed") else 1)) ** 2 for _, (_, _, r) in here]

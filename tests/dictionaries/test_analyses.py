@@ -140,10 +140,12 @@ def test_ablation_of_a_feature_is_the_forward_with_it_moved(model: TransformerBr
 
 
 def test_relevance_agrees_with_ablation(model: TransformerBridge, trained: list[Trained], pairs: PromptPairs) -> None:
-    table = compare_features(model, pairs, [one.dictionary for one in trained], n_features=45, resamples=50).set_index("method")
-    assert float(table.loc["deeplift", "pearson"]) > 0.9  # type: ignore[arg-type]
-    assert set(table.index) == {"deeplift", "gradient", "relp", "integrated_gradients"}
-    assert (table["pearson_low"] <= table["pearson"]).all() and (table["features"] == 45).all()
+    table = compare_features(model, pairs, [one.dictionary for one in trained], n_features=45, resamples=50)
+    whole = table[table["point"] == "all"].set_index("method")
+    assert float(whole.loc["deeplift", "pearson"]) > 0.9  # type: ignore[arg-type]
+    assert set(whole.index) == {"deeplift", "gradient", "relp", "integrated_gradients"}
+    assert (whole["pearson_low"] <= whole["pearson"]).all() and (whole["features"] == 45).all()
+    assert len(table) == 4 * (1 + len(trained)) and table[table["point"] != "all"].groupby("method")["features"].sum().eq(45).all()
     with pytest.raises(RelevanceError, match="are asked for"):
         compare_features(model, pairs, [one.dictionary for one in trained], n_features=4500)
 

@@ -1,0 +1,174 @@
+"""Features of a real model: agreement with ablating single ones, completeness, cost and memory.
+
+    python -m analyses.benchmarks.features --model FOLDER --dictionaries FOLDER [--layers 8,11,14] [--pairs 8] [--features 210]
+
+The dictionaries are TopK autoencoders of the residual stream (1,024 features, 32 on at a token), trained on the descriptions of the
+installed packages and on prompts of the task ioi where the folder does not hold them yet. Cost and memory are those of transcoders with
+random weights, one of 4,096 features in each layer.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.benchmarks.contexts import descriptions
+from analyses.dictionaries import compare_features, save_dictionary, train_dictionary
+from analyses.dictionaries.activations import token_rows
+from analyses.models.loading import load_model
+from analyses.models.structure import n_layers
+from analyses.tasks import PromptPairs, ioi
+from lens_relevance import Dictionary, propagate, read_dictionary
+from lens_relevance.dictionaries import TopK
+
+_N, _K, _CONTEXT, _ROWS = 1024, 32, 57, 800
+_COST_N = 4096
+_REPEATS = 3
+
+
+def dictionaries_in(model: TransformerBridge, folder: Path, layers: list[int]) -> list[Dictionary]:
+    """Autoencoders of the streams that leave these layers, trained where they are not there yet."""
+    for layer in layers:
+        if not (folder / f"layer_{layer}").exists():
+            trained = train_dictionary(model, _text(model), f"blocks.{layer}.hook_resid_post", n_features=_N, k=_K, epochs=8)
+            Console().print(f"layer {layer}: {trained.quality}")
+            save_dictionary(trained.dictionary, folder / f"layer_{layer}")
+    return [read_dictionary(folder / f"layer_{layer}") for layer in layers]
+
+
+def _text(model: TransformerBridge) -> Tensor:
+    """Rows of prose and of prompts, in equal numbers."""
+    prose = token_rows(model, "\n".join(descriptions()), _CONTEXT)[: _ROWS // 2]
+    pairs = ioi(model, _ROWS * 2, seed=5)
+    prompts = torch.cat([pairs.clean, pairs.corrupt]).cpu()
+    start = prose[:, :1]
+    words = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))][:, 1:].flatten()
+    n = min(len(prose), len(words) // (_CONTEXT - 1))
+    joined = words[: n * (_CONTEXT - 1)].reshape(n, -1)
+    return torch.cat([prose, torch.cat([start[:1].expand(n, 1), joined], 1)])
+
+
+def completeness(model: TransformerBridge, pairs: PromptPairs, dictionaries: list[Dictionary]) -> tuple[float, float]:
+    """Largest unexplained share of any layer's account; how far tokens and errors are from the target's difference, as a share of it."""
+    cache = propagate(model, pairs.clean, pairs.target, reference=pairs.corrupt, dictionaries=dictionaries, audit=True)
+    account = cache.conservation()
+    assert cache.reference_value is not None
+    whole = cache.value - cache.reference_value
+    total = cache.tokens().sum(1) + torch.stack([cache.error(one.point_out[0]).sum(1) for one in dictionaries]).sum(0)
+    return float((account["unexplained"] / account["value"]).abs().max()), float(((total - whole) / whole).abs().max())
+
+
+def random_transcoders(model: TransformerBridge) -> list[Dictionary]:
+    """One for each layer."""
+    generator, d = torch.Generator().manual_seed(0), model.cfg.d_model
+
+    def weight() -> Tensor:
+        return torch.randn(_COST_N, d, generator=generator) * d**-0.5
+
+    zeros, bias = torch.zeros(_COST_N), torch.zeros(d)
+    return [
+        Dictionary(weight(), zeros, (weight(),), bias, TopK(_K), f"blocks.{i}.ln2.hook_out", (f"blocks.{i}.hook_mlp_out",))
+        for i in range(n_layers(model))
+    ]
+
+
+def costs(model: TransformerBridge, pairs: PromptPairs, dictionaries: list[Dictionary]) -> pd.DataFrame:
+    """Processor time as a multiple of that of a plain forward and gradient at the embeddings (the least of several runs)."""
+    plain = _seconds(lambda: _plain_gradient(model, pairs))
+    rows = []
+    for rules, reference in (("gradient", None), ("attnlrp", None), ("deeplift", pairs.corrupt)):
+        row: dict[str, Any] = {"ruleset": rules}
+        for path in ("without", "features", "model"):
+            given: Any = {} if path == "without" else {"dictionaries": dictionaries, "dictionary_path": path}
+            given |= {"rules": rules, "reference": reference}
+            row[path] = _seconds(partial(propagate, model, pairs.clean, pairs.target, **given)) / plain
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _plain_gradient(model: TransformerBridge, pairs: PromptPairs) -> None:
+    def leaf(x: Tensor, hook: object) -> Tensor:
+        return x.detach().requires_grad_()
+
+    with model.hooks(fwd_hooks=[("embed.hook_out", leaf)]):
+        pairs.target.metric(model, pairs.clean, torch.ones_like(pairs.clean))(model(pairs.clean)).sum().backward()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(_REPEATS):
+        start = time.process_time()
+        run()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+class DenseFeatures(TorchDispatchMode):
+    """Counts tensors of the size [token, feature] that are there at one time.
+
+    most: The largest number, and `bytes` their size together.
+    """
+
+    def __init__(self, n_tokens: int, n_features: int) -> None:
+        super().__init__()
+        self.numel, self.n_features, self.alive, self.most, self.bytes = n_tokens * n_features, n_features, 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.numel() == self.numel and tensor.shape[-1] == self.n_features:
+                self.alive += 1
+                if self.alive > self.most:
+                    self.most, self.bytes = self.alive, self.alive * tensor.numel() * tensor.element_size()
+                weakref.finalize(tensor, self._gone)
+        return out
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+
+def dense_features(model: TransformerBridge, pairs: PromptPairs, dictionaries: list[Dictionary]) -> tuple[int, int]:
+    """How many dense tensors over all features are there at one time in a pass, and how many are left after it."""
+    with DenseFeatures(pairs.clean.numel(), _COST_N) as dense:
+        cache = propagate(model, pairs.clean, pairs.target, reference=pairs.corrupt, dictionaries=dictionaries)
+    gc.collect()
+    assert cache.dictionaries
+    return dense.most, dense.alive
+
+
+def main(
+    *,
+    model: Annotated[str, typer.Option(help="A hub name or a folder.")],
+    dictionaries: Annotated[Path, typer.Option(help="Where the dictionaries are, or are written to.")],
+    layers: Annotated[str, typer.Option(help="Their layers.")] = "8,11,14",
+    n_pairs: Annotated[int, typer.Option("--pairs", help="Pairs of the task ioi.")] = 8,
+    features: Annotated[int, typer.Option(help="Features that are ablated, of all layers together.")] = 210,
+) -> None:
+    """Print the figures of docs/measurements/features.md."""
+    loaded, say = load_model(model), Console(width=200).print
+    given = dictionaries_in(loaded, dictionaries, [int(layer) for layer in layers.split(",")])
+    pairs = ioi(loaded, n_pairs, seed=11)
+    say("completeness (unexplained share of the account, tokens and errors against the target):", completeness(loaded, pairs, given))
+    table = compare_features(loaded, pairs, given, n_features=features)
+    say(table.drop(columns=["sign_agreement", "top_k_overlap"]).round(3).to_string(index=False))
+    few, transcoders = pairs[torch.arange(min(4, len(pairs)))], random_transcoders(loaded)
+    most, left = dense_features(loaded, few, transcoders)
+    say(f"dense tensors over all features of a dictionary: at most {most} at one time in a pass with one in each layer, {left} after it")
+    say(costs(loaded, few, transcoders).round(2).to_string(index=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)
