@@ -33,6 +33,7 @@ from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import Dictionary, propagate, read_dictionary
 from lens_relevance.dictionaries import TopK
+from lens_relevance.hooks.model_state import frozen
 
 _N, _K, _CONTEXT, _ROWS = 1024, 32, 57, 800
 _COST_N = 4096
@@ -100,11 +101,14 @@ def costs(model: TransformerBridge, pairs: PromptPairs, dictionaries: list[Dicti
 
 
 def _plain_gradient(model: TransformerBridge, pairs: PromptPairs) -> None:
+    """What every gradient needs at least: frozen parameters, and the logits of the last position alone."""
+
     def leaf(x: Tensor, hook: object) -> Tensor:
         return x.detach().requires_grad_()
 
-    with model.hooks(fwd_hooks=[("embed.hook_out", leaf)]):
-        pairs.target.metric(model, pairs.clean, torch.ones_like(pairs.clean))(model(pairs.clean)).sum().backward()
+    with frozen(model), torch.enable_grad(), model.hooks(fwd_hooks=[("embed.hook_out", leaf)]):
+        logits = model(pairs.clean, logits_to_keep=1)
+        (logits[:, -1, 0] - logits[:, -1, 1]).sum().backward()
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.components import FEATURES
 from analyses.dictionaries.ablation import FeatureOfDictionary, ablate_features, feature_values
 from analyses.evaluation.agreement import agreement, intervals
 from analyses.methods.integrated_path import embeddings_moved, embeddings_of, midpoints
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
-from lens_relevance import Dictionary, RelevanceError, propagate
+from lens_relevance import Dictionary, RelevanceError, propagate, rulesets
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.sites import anatomy
 
@@ -66,6 +67,29 @@ def compare_features(
                 found |= {f"{name}_low": low, f"{name}_high": high}
             rows.append({"method": method, "point": point, **found, "features": len(estimate[here]), "seconds": seconds})
     return pd.DataFrame(rows).assign(pairs=len(pairs))
+
+
+def compare_on_features(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    methods: Sequence[object],
+    *,
+    dictionaries: Sequence[Dictionary],
+    n_features: int,
+    resamples: int,
+) -> pd.DataFrame:
+    """The rows of `compare_features` for all HookPoints together, by those of the methods that are rulesets, best first.
+
+    Raises:
+        RelevanceError: no dictionaries, or none of the methods is a ruleset.
+    """
+    known = [name for name in methods if isinstance(name, str) and name in rulesets()]
+    if not known or not dictionaries:
+        raise RelevanceError("a comparison on features needs dictionaries=[...] and a ruleset among the methods")
+    table = compare_features(model, pairs, dictionaries, n_features=n_features, methods=known, resamples=resamples)
+    whole = table[table["point"] == "all"].drop(columns="point").sort_values("pearson", ascending=False, kind="stable", ignore_index=True)
+    whole.insert(1, "component", FEATURES)
+    return whole
 
 
 def most_changed(model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], n: int) -> list[FeatureOfDictionary]:

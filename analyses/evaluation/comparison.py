@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
+from analyses.components import FEATURES, Direction, Run, resolve_component, resolve_direction, resolve_run
 from analyses.datasets.pass_size import pairs_per_pass
 from analyses.datasets.streaming import PairStream
 from analyses.evaluation.agreement import agreement, intervals, mean_over_pairs
@@ -24,7 +24,7 @@ from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
-from lens_relevance import RelevanceError
+from lens_relevance import Dictionary, RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 
 METHODS = (
@@ -93,12 +93,15 @@ def compare_with_patching(
     resamples: int = 200,
     batch_size: int | None = None,
     checkpoint: str | Path | None = None,
+    dictionaries: Sequence[Dictionary] = (),
+    n_features: int = 200,
 ) -> pd.DataFrame:
     """How well each method agrees with activation patching: one row per method and component, best mean correlation first.
 
     Args:
         methods: names (`analyses.methods`) or Estimators.
-        components: resid, attn and mlp by layer and position; heads, q, k and v by layer and head, all positions together.
+        components: resid, attn and mlp by layer and position; heads, q, k and v by layer and head, all positions together. Or
+            `["features"]`: features of dictionaries, all positions together, by the methods that are rulesets (see `compare_features`).
         direction: the yardstick: denoising, noising, or the mean of both.
         run: where the estimates take their coefficients.
         top_k: size of the sets that top_k_overlap compares; a tenth of the components, 3 at least, by default.
@@ -106,6 +109,7 @@ def compare_with_patching(
         resamples: bootstrap resamples of the pairs for the 95 % intervals; 0 for none.
         batch_size: pairs per pass of the estimates; None for as many as fit.
         checkpoint: a folder; an interrupted run that is started again with the same arguments goes on from there (see `PairStream`).
+        dictionaries, n_features: for features: whose they are, and how many are patched.
 
     Columns: method, component; pearson, spearman, sign_agreement, top_k_overlap, magnitude_error (see `evaluation.agreement`); completeness
     (the largest error at any layer of "the residual stream's scores add up to m(clean) - m(corrupt)", as a share of that); forwards and
@@ -117,6 +121,12 @@ def compare_with_patching(
     Raises:
         RelevanceError: unknown methods or components, two methods of one name, or no pairs.
     """
+    if set(components) & {FEATURES, "feature"}:
+        if len(components) > 1 or direction != "mean" or pooled or top_k is not None or checkpoint is not None:
+            raise RelevanceError("features are compared by themselves (components=['features']), in the mean of both directions, at once")
+        from analyses.dictionaries.comparison import compare_on_features  # which imports from this package
+
+        return compare_on_features(model, pairs, methods, dictionaries=dictionaries, n_features=n_features, resamples=resamples)
     return compare(
         model,
         pairs,

@@ -92,7 +92,7 @@
         steps[steps.length - 1] = `${nodes[i].name} (${INPUT[entering[3]]} of “${tokens[before.position]}”)`;
       } else {
         const by = entering && "qkv".includes(entering[3] || "-") ? ` (${INPUT[entering[3]]})` : "";
-        steps.push(nodes[i].name + (nodes[i].kind === "embed" ? ` “${tokens[nodes[i].position]}”` : by));
+        steps.push(nodes[i].name + ((nodes[i].kind === "embed" || nodes[i].kind.endsWith("error")) ? ` “${tokens[nodes[i].position]}”` : by));
       }
     });
     return steps;

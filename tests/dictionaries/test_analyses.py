@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -22,6 +23,7 @@ from analyses.dictionaries.activations import activations, token_rows
 from analyses.dictionaries.train import Trained
 from analyses.embedded import load_embedded
 from analyses.embedded.corpus import ioi_sequences
+from analyses.evaluation.comparison import compare_with_patching
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import Dictionary, RelevanceError, propagate, read_dictionaries, read_dictionary
 from lens_relevance.dictionaries import ReLU, TopK
@@ -146,6 +148,15 @@ def test_relevance_agrees_with_ablation(model: TransformerBridge, trained: list[
     assert set(whole.index) == {"deeplift", "gradient", "relp", "integrated_gradients"}
     assert (whole["pearson_low"] <= whole["pearson"]).all() and (whole["features"] == 45).all()
     assert len(table) == 4 * (1 + len(trained)) and table[table["point"] != "all"].groupby("method")["features"].sum().eq(45).all()
+    given = [one.dictionary for one in trained]
+    compared = compare_with_patching(model, pairs, components=["features"], dictionaries=given, n_features=45, resamples=50)
+    assert set(compared["component"]) == {"features"} and compared["pearson"].is_monotonic_decreasing
+    same = compared.set_index("method").loc[["deeplift", "gradient", "relp"], "pearson"]
+    pd.testing.assert_series_equal(same, whole.loc[["deeplift", "gradient", "relp"], "pearson"], check_exact=True)
+    with pytest.raises(RelevanceError, match="by themselves"):
+        compare_with_patching(model, pairs, components=["features", "heads"], dictionaries=given)
+    with pytest.raises(RelevanceError, match="needs dictionaries"):
+        compare_with_patching(model, pairs, components=["features"])
     with pytest.raises(RelevanceError, match="are asked for"):
         compare_features(model, pairs, [one.dictionary for one in trained], n_features=4500)
 
