@@ -127,19 +127,8 @@ def compare_with_patching(
         from analyses.dictionaries.comparison import compare_on_features  # which imports from this package
 
         return compare_on_features(model, pairs, methods, dictionaries=dictionaries, n_features=n_features, resamples=resamples)
-    return compare(
-        model,
-        pairs,
-        methods,
-        components=components,
-        direction=direction,
-        run=run,
-        top_k=top_k,
-        pooled=pooled,
-        resamples=resamples,
-        batch_size=batch_size,
-        checkpoint=checkpoint,
-    ).table
+    scored: dict[str, Any] = {"components": components, "direction": direction, "run": run, "top_k": top_k, "pooled": pooled}
+    return compare(model, pairs, methods, **scored, resamples=resamples, batch_size=batch_size, checkpoint=checkpoint).table
 
 
 @left_as_found
