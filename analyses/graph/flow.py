@@ -248,8 +248,9 @@ class FlowGraph(FlowTables):
         if len(looks := here(self.attention)):
             tokens = [f"{self.token(source)} ({source})" for source in looks["source_position"]]
             shown["looks at"] = pd.DataFrame({"token": tokens, "attention": looks["attention"].to_numpy()})
-        if row.component in ("heads", "mlp") and row.position != EVERYWHERE:
-            shown["without it, in Python"] = f'with set_units(model, {{"{row.node}@{row.position}": 0.0}}): model(prompt)'
+        if (row.component in ("heads", "mlp") or len(value)) and row.position != EVERYWHERE:
+            further = ", dictionaries=dictionaries" if len(value) else ""
+            shown["without it, in Python"] = f'with set_units(model, {{"{row.node}@{row.position}": 0.0}}{further}): model(prompt)'
         return shown or None
 
 

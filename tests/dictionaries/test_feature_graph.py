@@ -148,6 +148,7 @@ def test_a_graph_over_features_in_files(tmp_path) -> None:  # type: ignore[no-un
     networkx = kept.to_networkx()
     assert any(values.get("activation") for _, values in networkx.nodes(data=True))
     page = kept.show().to_html()
+    assert "dictionaries=dictionaries" in page
     assert f'"{features["node"].iloc[0]}"' in page
     assert kept.paths(3)["share"].gt(0).all() and len(kept.bottlenecks(3))
 

@@ -283,6 +283,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "sae_weights.safetensors").write_bytes(b"")
     with pytest.raises(RelevanceError, match="not an object"):
         read_dictionary(tmp_path)
+    (tmp_path / "cfg.json").write_text('{"d_in": 1, "d_in": 2}')
+    with pytest.raises(RelevanceError, match="occurs twice"):
+        read_dictionary(tmp_path)
 
 
 def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
