@@ -18,7 +18,7 @@ report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -10,11 +10,15 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
-from transformer_lens.model_bridge import TransformerBridge
+from tests import shape_checks
 
-from tests import models
+shape_checks.install()  # before anything imports the packages
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
+
+from tests import models  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and the machine is shared
 
