@@ -47,3 +47,21 @@ def is_bridge(model: HookedModel) -> TypeGuard[TransformerBridge]:
 def root(model: HookedModel) -> nn.Module:
     """The module whose call is one forward: what a bridge wraps, or the model itself."""
     return model.original_model if is_bridge(model) else cast(nn.Module, model)
+
+
+def modules_of(*starts: HookedModel | nn.Module) -> list[nn.Module]:
+    """All modules below these, each once. `Module.modules` hands each through every module above it, which takes several times as long."""
+    found: dict[int, nn.Module] = {}
+    left = [cast(nn.Module, start) for start in reversed(starts)]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())
+
+
+def parameters_of(*starts: HookedModel | nn.Module) -> list[nn.Parameter]:
+    """All parameters of the modules below these, each once."""
+    held = (parameter for module in modules_of(*starts) for parameter in module._parameters.values())
+    return list({id(parameter): parameter for parameter in held if parameter is not None}.values())

@@ -39,19 +39,18 @@ def fingerprint(model: Any, anatomy: Anatomy) -> int:
     parts: list[Any] = [(site.name, site.output_name, site.enabled(PLAIN), type(site.operation)) for site in anatomy.sites]
     parts += [id(hook) for point in anatomy.inside_experts for hook in point.fwd_hooks]
     parts += [_settings(vars(config)) for config in (getattr(root(model), "config", None), getattr(model, "cfg", None)) if config]
-    modules, classes, seen = [model, root(model)], set(), set()
+    modules, classes, seen = [model, root(model)], dict[type, None](), set()
     while modules:
         module = modules.pop()
         if id(module) in seen or isinstance(module, HookPoint):
             continue
         seen.add(id(module))
-        classes.add(type(module))
+        classes[type(module)] = None
         parts.append((id(module), *module._forward_hooks, *module._forward_pre_hooks, _settings(module.__dict__)))  # each hook has a number
         modules += [child for child in module._modules.values() if child is not None]
-    for kind in classes:
-        parts.append(tuple(id(value) for parent in kind.__mro__ for value in vars(parent).values() if callable(value)))
-    for name in {kind.__module__ for kind in classes}:
-        parts.append(tuple(id(value) for value in vars(sys.modules[name]).values() if callable(value)))
+    parents = dict.fromkeys(parent for kind in classes for parent in kind.__mro__)
+    parts += [tuple(map(id, vars(parent).values())) for parent in parents]
+    parts += [tuple(map(id, vars(sys.modules[name]).values())) for name in dict.fromkeys(kind.__module__ for kind in classes)]
     return hash(tuple(parts))
 
 

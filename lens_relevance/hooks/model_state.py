@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooked_model import HookedModel, modules_of, parameters_of, root
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.versions import warn_if_untested
 
@@ -24,11 +24,6 @@ _HOOKS = (
 )
 
 
-def _parameters(model: HookedModel) -> list[torch.nn.Parameter]:
-    everything = (*torch.nn.Module.parameters(cast(torch.nn.Module, model)), *root(model).parameters())
-    return list({id(parameter): parameter for parameter in everything}.values())
-
-
 @protected_contextmanager
 def no_gradients() -> Iterator[None]:
     """`torch.no_grad`, of which an interrupt leaves nothing behind."""
@@ -39,7 +34,7 @@ def no_gradients() -> Iterator[None]:
 @protected_contextmanager
 def frozen(model: HookedModel) -> Iterator[None]:
     """No parameter asks for a gradient inside; each flag is put back as it was found."""
-    asked = [parameter for parameter in _parameters(model) if parameter.requires_grad]
+    asked = [parameter for parameter in parameters_of(model, root(model)) if parameter.requires_grad]
     try:
         for parameter in asked:
             parameter.requires_grad_(False)
@@ -56,10 +51,10 @@ def as_found(model: HookedModel) -> Iterator[None]:
     That is: hooks, flags of modules (train or eval, and what TransformerLens notes during a forward), requires_grad, and whether gradients
     are recorded. Nothing is done where no interrupt came, so what a block changes for good stays.
     """
-    modules = {id(module): module for start in (model, root(model)) for module in start.modules()}.values()
+    modules = modules_of(model, root(model))
     hooks = [(held, held.copy()) for module in modules for name in _HOOKS if (held := vars(module).get(name)) is not None]
     flags = [(vars(module), _flags(module)) for module in modules]
-    asked = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
+    asked = [(parameter, parameter.requires_grad) for parameter in parameters_of(model, root(model))]
     recorded, level = torch.is_grad_enabled(), vars(model).get("context_level")  # of TransformerLens's hooks
     try:
         yield
@@ -115,8 +110,8 @@ def check_model(model: HookedModel) -> None:
         raise RelevanceError(
             "relevance needs autograd, which torch.inference_mode() forbids; use torch.no_grad() instead, or leave the block"
         )
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
+    if any(module.training for module in modules_of(model)):
+        training = next((name for name, module in model.named_modules() if module.training), "")
         raise RelevanceError(
             f"the model is in train mode ({training or 'the model itself'}), where dropout makes relevance random; call model.eval()"
         )

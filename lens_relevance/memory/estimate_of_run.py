@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_relevance.blockwise import chain_of_blocks
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, root
+from lens_relevance.hooked_model import HookedModel, parameters_of, root
 from lens_relevance.hooks.attention_by_rows import is_large
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.memory.footprint import Footprint, footprint, query_heads
@@ -167,7 +167,7 @@ def block_by_block(work: Work, prompt: Prompt, recompute: bool | None) -> bool:
 
 def surely_fits(work: Work) -> bool:
     """Whether a run is so small, by a generous bound, that nothing need be tried."""
-    parameters = [p for p in root(work.model).parameters() if p.ndim > 1]
+    parameters = [p for p in parameters_of(root(work.model)) if p.ndim > 1]
     vocabulary = int(getattr(getattr(work.model, "cfg", None), "d_vocab", 0) or 0)
     width = sum(size for p in parameters for size in p.shape if size != vocabulary)
     layers = 1 + max((site.layer or 0 for site in work.anatomy.sites), default=0)
