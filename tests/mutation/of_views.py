@@ -183,7 +183,6 @@ MUTATIONS = [
             "word, share = max(shares, key=lambda one: abs(one[1]))",
             "word, share = min(shares, key=lambda one: abs(one[1]))",
         ),
-        ("pieces of a word are not added", "(words[-1][0] + token, words[-1][1] + share)", "(words[-1][0] + token, share)"),
         (
             "unexplained at the best layer",
             'float(findings.account["unexplained"].abs().max())',
@@ -214,5 +213,10 @@ MUTATIONS = [
             'low = curve.index[curve["faithfulness"] < _ENOUGH]',
             'low = curve.index[: (curve["faithfulness"] >= _ENOUGH).argmax()]',
         ),
+    ),
+    *of(
+        "analyses/report/summary.py",
+        "tests/analyses/test_report.py -k words_are_put_together",
+        ("pieces of a word are not added", "(words[-1][0] + token, words[-1][1] + share)", "(words[-1][0] + token, share)"),
     ),
 ]
