@@ -37,7 +37,7 @@ from lens_relevance.inputs.references import ReferenceRun
 from lens_relevance.memory.free_memory import hand_back
 from lens_relevance.sites import Anatomy
 
-_LARGE = 2**20  # bytes that blocks hand on, from which on freed memory is handed back: it takes a few milliseconds
+_LARGE = 2**22  # bytes that blocks hand on, from which on freed memory is handed back: it takes a few milliseconds
 _INPUT = ""  # a block's own input among the tensors of its HookPoints
 
 
