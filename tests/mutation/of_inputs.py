@@ -15,8 +15,8 @@ MUTATIONS = [
         _REFERENCES,
         (
             "Gemma's embeddings without their scale",
-            "return original(torch.arange(original.num_embeddings, device=original.weight.device))",
-            "return original.weight.detach()",
+            "sums = [working(embedding(some)).sum(0) for some in ids.split(_ROWS)]",
+            "sums = [working(embedding.weight[some]).sum(0) for some in ids.split(_ROWS)]",
         ),
         (
             "random tokens at padding",

@@ -39,6 +39,12 @@ MUTATIONS = [
     *of(
         "lens_relevance/rules/linear.py",
         _LINEAR,
+        ("outputs that the first token reads, for all tokens", "upstream.flatten(0, -2).any(0)", "upstream.flatten(0, -2)[0].bool()"),
+        (
+            "weights of the first outputs",
+            "(upstream[..., read], weight[read], kept[0])",
+            "(upstream[..., read], weight[: len(read)], kept[0])",
+        ),
         ("epsilon doubles", "return size / (size + self.epsilon)", "return size / (size + 2 * self.epsilon)"),
         (
             "epsilon without the absolute value",
@@ -136,14 +142,14 @@ MUTATIONS = [
         ),
         (
             "rescale near equality at one end",
-            "slope = derivative(function, ((x1 + x2) / 2)[tiny]).to(quotient.dtype)",
-            "slope = derivative(function, x1[tiny]).to(quotient.dtype)",
+            "slope = derivative(function, (x1.take(at) + x2.take(at)) / 2).to(quotient.dtype)",
+            "slope = derivative(function, x1.take(at)).to(quotient.dtype)",
         ),
         ("rescale without a threshold", "tiny = d.abs() <= eps**0.4 * scale", "tiny = d.abs() <= eps**4 * scale"),
         (
             "a clamp between the runs is smooth",
-            "smooth = (slope * d[tiny] - change[tiny]).abs() <= 16 * eps * scale[tiny]",
-            "smooth = d[tiny] == d[tiny]",
+            "smooth = (slope * step - exact).abs() <= noise",
+            "smooth = step == step",
         ),
         (
             "identity between two runs is said to be exact",

@@ -157,9 +157,9 @@ MUTATIONS = [
         ("the move with the sign", "divmod(int(carried.abs().argmax())", "divmod(int(carried.argmax())"),
         ("explained without the counterpart", "return self.value - (self.reference_value or 0.0)", "return self.value"),
         (
-            "rows of one example are summed",
-            'groupby("layer", sort=False).mean().reset_index()',
-            'groupby("layer", sort=False).sum().reset_index()',
+            "a prompt without a counterpart is held against random words",
+            "row.corrupt if pair_rules and not question.baseline else None",
+            "row.corrupt if pair_rules else None",
         ),
         (
             "denoising and noising exchanged",

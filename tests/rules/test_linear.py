@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lens_relevance.rules import EpsilonRule, GammaRule, Linear, Rule, ZeroRule
+from lens_relevance.rules.linear import FewOutputsRule
 from tests.rules.dense import near, normal, sink
 
 X1, X2, G, W, B = normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2), normal(2, 3, 5, seed=3), normal(5, 4, seed=4), normal(5, seed=5)
@@ -19,6 +20,19 @@ def test_the_bias_keeps_its_share() -> None:
     near(sink(ZeroRule(), operation, (X1,), G), left)
     near(left, (B * G).sum((1, 2)))
     assert ZeroRule().is_plain and Rule().is_plain
+
+
+@pytest.mark.parametrize("outputs", [[1], [0, 4], [0, 1, 2, 3, 4]])
+def test_outputs_without_a_coefficient_cost_nothing_and_change_nothing(outputs: list[int]) -> None:
+    """W^T g over the outputs that any token reads; each token reads others."""
+    operation, g, rule = Linear(W, B), torch.zeros_like(G), FewOutputsRule()
+    for i, output in enumerate(outputs):
+        g[i % 2, i % 3, output] = G[i % 2, i % 3, output]
+    (coefficient,) = rule.backward(operation, rule.keep(operation, (X1,), operation(X1), None), g)
+    assert coefficient is not None and coefficient.shape == X1.shape and bool(coefficient.any())
+    near(coefficient, torch.einsum("oi,bpo->bpi", W, g))
+    near(sink(rule, operation, (X1,), g), (B * g).sum((1, 2)))
+    assert not rule.is_plain and rule.is_exact
 
 
 def test_between_two_runs_nothing_is_kept() -> None:
