@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ class Comparison:
     yardstick: pd.DataFrame
     doubts: tuple[str, ...]
     bracketed: tuple[str, dict[str, Coverage]] | None
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.table['component'].unique())}: {self.direction} of patching, {self.n_pairs} pairs)"
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html(index=False, float_format="{:.3f}".format) + "".join(f"<p>{escape(doubt)}</p>" for doubt in self.doubts)
 
     def heads(self, column: str) -> np.ndarray:
         """A column of `scores` for the heads, [layer, head]."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Direction, Run, resolve_component, resolve_direction, resolve_run
@@ -18,16 +20,17 @@ from analyses.methods import Estimator, estimator
 from analyses.models.structure import n_heads, n_layers
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
-from lens_relevance import RelevanceError
+from lens_relevance import RelevanceError, Target
 from lens_relevance.errors import OutOfRangeError
 from lens_relevance.hooks.model_state import left_as_found
 
 
 def rank_heads(
     model: TransformerBridge,
-    pairs: PromptPairs,
-    method: str | Estimator = "combined",
+    pairs: PromptPairs | str | Int[Tensor, "n pos"],
+    method: str | Estimator | Target = "combined",
     *,
+    against: str | Int[Tensor, "n pos"] | None = None,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
@@ -40,7 +43,11 @@ def rank_heads(
     """Attention heads by their part in what the target says of clean against corrupt, largest magnitude first.
 
     Args:
-        method: a ruleset or another method of `analyses.methods`; the score of a head is its estimate of the effect of patching z.
+        pairs: clean and corrupt prompts with their target. One pair can be given in parts, as for `propagate`:
+            `rank_heads(model, prompt, logit_diff(" Mary", " John"), against=other)`.
+        method: a ruleset or another method of `analyses.methods`; the score of a head is its estimate of the effect of patching z. In its
+            place stands the target of a pair that is given in parts.
+        against: the counterpart of a prompt.
         run: where coefficients are taken: "corrupt", "clean" or their "mean" (one and the same for `combined` and `deeplift`).
         top_k: what counts as "in the top", by magnitude; a tenth of the heads, 3 at least, by default.
         batch_size: pairs per pass; None for as many as fit (see `analyses.datasets.pass_size`).
@@ -66,14 +73,15 @@ def rank_heads(
         raise RelevanceError(f"rank_heads ranks heads, q, k or v, not {component!r}")
     top_k = top_k if top_k is not None else max(3, n_layers(model) * n_heads(model) // 10)
     asked = _Asked(component, run, top_k, batch_size, ablate, certify, direction, checkpoint)
-    return _rank(model, require_pairs(pairs), estimator(method), asked)
+    return _rank(model, *_read(model, pairs, method, against), asked)
 
 
 def rank_neurons(
     model: TransformerBridge,
-    pairs: PromptPairs,
-    method: str | Estimator = "combined",
+    pairs: PromptPairs | str | Int[Tensor, "n pos"],
+    method: str | Estimator | Target = "combined",
     *,
+    against: str | Int[Tensor, "n pos"] | None = None,
     run: Run = "corrupt",
     top_k: int | None = None,
     batch_size: int | None = None,
@@ -91,7 +99,7 @@ def rank_neurons(
     """
     top_k = 10 if top_k is None else top_k
     asked = _Asked("neurons", run, top_k, batch_size, ablate, certify, direction, checkpoint, layer)
-    return _rank(model, require_pairs(pairs), estimator(method), asked)
+    return _rank(model, *_read(model, pairs, method, against), asked)
 
 
 def rank_positions(
@@ -160,6 +168,20 @@ def _rank(model: TransformerBridge, pairs: PromptPairs, method: Estimator, asked
         replacement: Replacement = "corrupt" if asked.ablate is True else asked.ablate
         ranking.attrs["ablation"] = ablate_top(model, stream, kind, ranked=ranked, k=top_k, replacement=replacement)
     return ranking
+
+
+def _read(
+    model: TransformerBridge, pairs: PromptPairs | str | Tensor, method: str | Estimator | Target, against: str | Tensor | None
+) -> tuple[PromptPairs, Estimator]:
+    """Pairs and a method, or the one pair that a prompt, its target and its counterpart make."""
+    if isinstance(method, Target) and against is not None and not isinstance(pairs, PromptPairs):
+        return PromptPairs.of(model, pairs, against, target=method), estimator("combined")
+    if isinstance(method, Target) or against is not None:
+        raise RelevanceError(
+            "one pair is given as rank_heads(model, prompt, target, against=other), for instance with the target "
+            'logit_diff(" Mary", " John"); several as PromptPairs, which hold their own target and counterparts'
+        )
+    return require_pairs(pairs), estimator(method)
 
 
 def _check(model: TransformerBridge, method: Estimator, asked: _Asked) -> None:

@@ -129,6 +129,26 @@ class PromptPairs:
         return cls(**storage.load(Path(path)))
 
     @classmethod
+    def of(
+        cls,
+        model: TransformerBridge,
+        prompt: str | Int[Tensor, "n pos"],
+        against: str | Int[Tensor, "n pos"],
+        *,
+        target: Target | Callable[[Tensor], Tensor],
+    ) -> PromptPairs:
+        """One pair (or rows of ids) with any target.
+
+        Raises:
+            RelevanceError: a prompt and a counterpart of different length.
+        """
+        given = [prompts.tokenize(model, one) for one in (prompt, against)]
+        if given[0][0].shape != given[1][0].shape:
+            shown = " and ".join(str(one.shape[1]) for one, _ in given)
+            raise RelevanceError(f"the prompt and its counterpart have {shown} tokens; a position must mean the same in both")
+        return cls(given[0][0], given[1][0], target, given[0][1], given[1][1])
+
+    @classmethod
     def from_strings(
         cls, model: TransformerBridge, clean: Sequence[str], corrupt: Sequence[str], *, answer: Sequence[str], wrong: Sequence[str]
     ) -> PromptPairs:
@@ -153,7 +173,8 @@ def require_pairs(pairs: Any) -> PromptPairs:
     """The pairs; raises RelevanceError for prompts on their own, with what to write instead."""
     if not isinstance(pairs, PromptPairs):
         raise RelevanceError(
-            f"pairs of prompts are needed, not {type(pairs).__name__}: PromptPairs.from_strings(model, clean=[prompt], corrupt=[against], "
-            "answer=[...], wrong=[...]), a task such as ioi(model), or PromptPairs.from_file(model, path)"
+            f"pairs of prompts are needed, not {type(pairs).__name__}: PromptPairs.of(model, prompt, against, target=...), "
+            "PromptPairs.from_strings(model, clean=[...], corrupt=[...], answer=[...], wrong=[...]), a task such as ioi(model), or "
+            "PromptPairs.from_file(model, path)"
         )
     return pairs

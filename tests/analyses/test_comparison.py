@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,9 @@ def test_the_table_holds_what_it_says(gpt2: TransformerBridge) -> None:
     pairs = random_pairs(8)
     found = compare(gpt2, pairs, ["relp", eap_ig(3)], components=["attn", "heads"], direction="denoising", resamples=50)
     assert tuple(found.table.columns) == COLUMNS
+    assert repr(found) == "Comparison(attn, heads: denoising of patching, 8 pairs)"
+    shown = replace(found, doubts=("a <doubt>",))._repr_html_()
+    assert shown.count("<tr") == 5 and "a &lt;doubt&gt;" in shown and f"{found.table['pearson'].iloc[0]:.3f}" in shown
     assert sorted(set(found.table["method"])) == ["eap_ig (3 steps)", "relp"] and len(found.table) == 4
     scores = estimator("relp")(gpt2, pairs, ["attn", "heads"])
     patched = activation_patching(gpt2, pairs, ("attn", "heads"), direction="denoising").to_dataframe()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from html import unescape
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from analyses import load_model
+from analyses import load_model, rank_heads, rank_neurons
 from analyses.graph import flow_graph
-from analyses.tasks import ioi
+from analyses.tasks import PromptPairs, ioi
 from analyses.tasks.pairs import require_pairs
 from analyses.views import head_heatmap_view, token_view
 from analyses.views.markup import as_array
@@ -48,8 +49,27 @@ def test_heads_and_neurons_by_name_in_through(model) -> None:
 def test_prompts_where_pairs_are_needed(model) -> None:
     pairs = ioi(model, n=2)
     assert require_pairs(pairs) is pairs
-    with pytest.raises(RelevanceError, match=r"not str: PromptPairs.from_strings\(model, clean="):
+    with pytest.raises(RelevanceError, match=r"not str: PromptPairs.of\(model, prompt, against, target="):
         require_pairs(PROMPT)
+
+
+def test_one_pair_in_parts(model) -> None:
+    against = PROMPT.replace(", John", ", Mary")
+    pairs = PromptPairs.from_strings(model, clean=[PROMPT], corrupt=[against], answer=[" Mary"], wrong=[" John"])
+    for rank in (rank_heads, rank_neurons):
+        found = rank(model, PROMPT, TARGET, against=against)
+        pd.testing.assert_frame_equal(found, rank(model, pairs))
+        assert found["score"].abs().max() > 1
+    ids = [model.to_tokens(text) for text in (PROMPT, against)]
+    pd.testing.assert_frame_equal(rank_heads(model, ids[0], TARGET, against=ids[1]), rank_heads(model, pairs))
+    usage = r"rank_heads\(model, prompt, target, against=other\)"
+    for wrong in (lambda: rank_heads(model, PROMPT, TARGET), lambda: rank_heads(model, pairs, TARGET, against=against)):
+        with pytest.raises(RelevanceError, match=usage):
+            wrong()
+    with pytest.raises(RelevanceError, match=usage):
+        rank_heads(model, PROMPT, "deeplift", against=against)
+    with pytest.raises(RelevanceError, match="have 15 and 4 tokens; a position must mean the same in both"):
+        rank_heads(model, PROMPT, TARGET, against="When Mary and")
 
 
 def test_pictures_of_a_batch_of_one_and_of_a_whole_cache(model) -> None:
