@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -37,6 +37,12 @@ from lens_relevance.sites import anatomy
 COMPONENTS = ("neurons", "heads")
 _TOKENS_PER_PASS = 2048
 _SAVED_EVERY = 20.0  # seconds
+_RANKED = {  # what each ranking goes by, the other measure, and the position that it names
+    "relevance_highest": ("relevance", "highest", "most at"),
+    "relevance_lowest": ("relevance", "highest", "most at"),
+    "activation_highest": ("highest", "relevance", "highest at"),
+    "activation_lowest": ("lowest", "relevance", "lowest at"),
+}
 
 
 @left_as_found
@@ -137,13 +143,13 @@ class _Seen:
     def add(self, cache: RelevanceCache, batch: list[Window], names: dict[tuple[str, int], str]) -> None:
         """Take in the windows of a batch."""
         measured = [_measures(cache, kind, name) for (kind, _), name in names.items()]
-        self.widths = [len(one["relevance_highest"][0]) for one in measured]
+        self.widths = [len(one["relevance"]) for one in measured]
         numbers = torch.tensor([w.number for w in batch])
         predicted = cache.logits[:, 0].argmax(-1).tolist()
         self._fill(sum(self.widths))
-        for ranking in RANKINGS:
-            score, other, position = (torch.cat([one[ranking][i] for one in measured]) for i in range(3))
-            self.rankings[ranking].add(score, other, position, numbers.expand(len(score), -1))
+        joined = {name: torch.cat([one[name] for one in measured]) for name in measured[0]}
+        for ranking, (score, other, position) in _RANKED.items():
+            self.rankings[ranking].add(joined[score], joined[other], joined[position], numbers.expand(len(joined[score]), -1))
         for one, token in zip(batch, predicted, strict=True):
             self.windows[one.number] = (one.tokens, token)
         self.n_windows += len(batch)
@@ -206,22 +212,17 @@ def _cache_of(model: TransformerBridge, batch: list[Window], names: list[str], r
     return propagate(model, tokens, rules=rules, names_filter=names, attention_mask=mask, device="cpu")
 
 
-def _measures(cache: RelevanceCache, kind: str, name: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """By ranking: score, the other measure, and position, each [unit, window]."""
+def _measures(cache: RelevanceCache, kind: str, name: str) -> dict[str, Tensor]:
+    """Relevance, highest and lowest activation of each unit in each window, and the position of each: all [unit, window]."""
     per_position, activations = cache[name].float(), cache.activations[name].float()  # [window, pos, unit], of heads [..., d_head]
     if kind == "heads":
         per_position, activations = per_position.sum(-1), activations.norm(dim=-1)
-    relevance: Float[Tensor, "unit window"] = per_position.sum(1).T
-    where = per_position.abs().argmax(1).T
     real = cache.mask.bool()[..., None]
     high, at_high = activations.masked_fill(~real, -torch.inf).max(1)
     low, at_low = activations.masked_fill(~real, torch.inf).min(1)
-    return {
-        "relevance_highest": (relevance, high.T, where),
-        "relevance_lowest": (relevance, high.T, where),
-        "activation_highest": (high.T, relevance, at_high.T),
-        "activation_lowest": (low.T, relevance, at_low.T),
-    }
+    found = {"relevance": per_position.sum(1), "most at": per_position.abs().argmax(1)}
+    found |= {"highest": high, "highest at": at_high, "lowest": low, "lowest at": at_low}
+    return {measure: values.T for measure, values in found.items()}
 
 
 def _first_pairs(model: TransformerBridge, corpus: str | Path | Sequence[str], column: str, window: int) -> PromptPairs:
@@ -248,6 +249,15 @@ def _atlas(
         tokens=state["tokens"],
         lengths=state["lengths"],
         predicted=state["predicted"],
-        strings={int(token): text_of(model, [int(token)]) for token in used},
+        strings=_strings(model, used),
         info={**info, "windows": seen.n_windows, "tokens": seen.n_tokens},
     )
+
+
+def _strings(model: TransformerBridge, tokens: list[int]) -> dict[int, str]:
+    """Each token as text as it stands behind another one, so that those of a window joined are its text: some tokenizers leave out the
+    space before a token that stands alone."""
+    another = next((token for token in tokens if token not in model.tokenizer.all_special_ids), tokens[0])
+    before = text_of(model, [another])
+    pairs = {token: text_of(model, [another, token]) for token in tokens}
+    return {token: text.removeprefix(before) if text.startswith(before) else text_of(model, [token]) for token, text in pairs.items()}

@@ -44,16 +44,18 @@ class Extreme:
     ) -> None:
         """Take in further windows. Of equal scores the window with the lower number stays, whatever the order in which they come."""
         k = self.score.shape[1]
-        joined = torch.cat([self.score, score], 1)
+        changes = (self.sign * score >= self.sign * self.score[:, -1:]).any(1)  # fewer and fewer units as a corpus goes by
+        joined = torch.cat([self.score[changes], score[changes]], 1)
         everything = {
-            name: torch.cat([getattr(self, name), new.to(getattr(self, name).dtype)], 1)
+            name: torch.cat([getattr(self, name)[changes], new[changes].to(getattr(self, name).dtype)], 1)
             for name, new in (("other", other), ("position", position), ("window", window))
         }
         by_number = everything["window"].sort(dim=1, stable=True).indices
         best = (self.sign * joined.gather(1, by_number)).sort(dim=1, descending=True, stable=True).indices
         order = by_number.gather(1, best)[:, :k]
-        self.score = joined.gather(1, order)
-        self.other, self.position, self.window = (tensor.gather(1, order) for tensor in everything.values())
+        self.score[changes] = joined.gather(1, order)
+        for name, values in everything.items():
+            getattr(self, name)[changes] = values.gather(1, order)
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name."""

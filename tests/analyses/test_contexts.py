@@ -74,8 +74,10 @@ def test_the_best_windows_are_those_of_a_loop(embedded: TransformerBridge, atlas
                 if row.window == number:
                     assert row.position == at
                 assert torch.equal(atlas.window(row.window), one["tokens"])
-                assert row.predicted == embedded.tokenizer.decode([one["predicted"]])
-                assert row.context.count("«") == 1 and row.token == embedded.tokenizer.decode([int(one["tokens"][row.position])])
+                decode = embedded.tokenizer.decode  # this one leaves out the space before a token that stands alone
+                assert row.predicted.lstrip() == decode([one["predicted"]])
+                assert row.context.count("«") == 1 and row.token.lstrip() == decode([int(one["tokens"][row.position])])
+                assert row.context.replace("«", "").replace("»", "") == decode(one["tokens"])
     relevance = atlas.contexts(unit)["relevance"]
     assert relevance.is_monotonic_decreasing and relevance.iloc[0] > 1e-3
 
