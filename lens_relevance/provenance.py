@@ -19,11 +19,16 @@ from lens_relevance.ruleset_tables import Table, ruleset_name
 _version = cache(version)  # which looks through the folder of every installed package
 
 
-def provenance(model: HookedModel, rules: str | Table, target: Target, *, reference: Any, logits: Tensor) -> dict[str, str]:
-    """Names and versions in words, by what they are of. A model from a folder is called by the folder's name, not by its whole path."""
+def name_of(model: HookedModel) -> str:
+    """What a model is called; one from a folder by the folder's name, not by its whole path."""
     name = str(getattr(getattr(model, "cfg", None), "model_name", type(model).__name__))
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def provenance(model: HookedModel, rules: str | Table, target: Target, *, reference: Any, logits: Tensor) -> dict[str, str]:
+    """Names and versions in words, by what they are of."""
     return {
-        "model": Path(name).name if Path(name).is_dir() else name,
+        "model": name_of(model),
         "architecture": str(getattr(getattr(model, "cfg", None), "architecture", type(model).__name__)),
         "dtype": str(logits.dtype).removeprefix("torch."),
         "ruleset": ruleset_name(rules),

@@ -47,6 +47,7 @@ def rank(
     layer: Annotated[int | None, typer.Option(min=0, help="Rank the neurons of this layer alone.")] = None,
     out: Annotated[Path | None, typer.Option(help="A .csv to write all of them to, or an .html page with their intervals.")] = None,
     force: Force = False,
+    atlas: Annotated[Path | None, typer.Option(help="Also the best context of each in an atlas (lens-relevance contexts).")] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Check the ranking: ablate its top, and as many at random.")] = False,
     checkpoint: Checkpoint = None,
     dtype: Dtype = "float32",
@@ -55,12 +56,14 @@ def rank(
 ) -> None:
     """Rank heads, neurons or attention outputs over pairs of prompts."""
     from analyses.components import COMPONENTS, resolve_direction
+    from analyses.contexts import Atlas
     from analyses.datasets.processes import processes
     from analyses.evaluation.ranking import rank_heads, rank_neurons, rank_positions
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
     from analyses.report.ranking_table import ranking_notes, ranking_table
     from analyses.report.terminal import frame_table
+    from analyses.report.unit_labels import unit_labels
     from lens_relevance import RelevanceError
 
     if what not in _KINDS:
@@ -69,9 +72,12 @@ def rank(
         raise RelevanceError("--layer goes with neurons")
     if ablate and what == "attention":
         raise RelevanceError("--ablate goes with heads and neurons")
+    if atlas is not None and what == "attention":
+        raise RelevanceError("--atlas goes with heads and neurons")
     kind = COMPONENTS[_KINDS[what]]
     file = None if out is None else OutputFile(out, force=force, columns=("layer", kind.index, "score", "standard_error"))
     here = processes()
+    contexts = None if atlas is None else Atlas.load(atlas)
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, task=task, pairs=pairs, n=n, seed=seed)
     options: dict[str, Any] = {"certify": certify, "direction": resolve_direction(direction), "checkpoint": checkpoint}
@@ -86,6 +92,11 @@ def rank(
     shown = ranking_table(ranking.head(top), kind.name, ranking.attrs["top_k"])
     Console().print(frame_table(shown, f"{what} by {method}: {question.words}"))
     for note in ranking_notes(ranking):
+        Console().print(Text(note))
+    if what != "attention":
+        labels, note = unit_labels(loaded, question.pairs, shown[kind.index].tolist(), atlas=contexts)
+        if len(labels.columns) > 1:
+            Console().print(frame_table(labels, "What they write"))
         Console().print(Text(note))
     if ablate:
         say(ranking.attrs["ablation"])

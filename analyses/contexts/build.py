@@ -94,7 +94,7 @@ def build_atlas(
         raise RelevanceError(f"layer {wrong[0]} is out of range: the model has {body.n_layers} layers")
     names = {(kind, layer): body.layout["z" if kind == "heads" else "neurons"][layer] for kind in kinds for layer in chosen}
     window = min(64, model.cfg.n_ctx) if window is None else window
-    size, here = max(1, _TOKENS_PER_PASS // max(1, window)), processes()
+    size, here = windows_per_pass(window), processes()
     stream = islice(windows(model, texts_of(corpus, column), window), limit)
     seen, saved, part = _Seen(k), None, f"atlas-{here.index}"
     if checkpoint is not None:
@@ -109,7 +109,9 @@ def build_atlas(
         for number, batch in enumerate(bar.track(in_batches(stream, size), description="contexts", total=None)):
             if number % here.count != here.index or number < seen.batches:
                 continue
-            seen.add(_cache_of(model, batch, list(names.values()), rules), batch, names)
+            tokens, mask = batch_of(batch)
+            cache = propagate(model, tokens, rules=rules, names_filter=list(names.values()), attention_mask=mask, device="cpu")
+            seen.add(cache, batch, names)
             seen.batches = number + 1
             if saved is not None and time.monotonic() - noted > _SAVED_EVERY:
                 saved.save(part, seen.state())
@@ -204,12 +206,18 @@ class _Seen:
         self._forget()
 
 
-def _cache_of(model: TransformerBridge, batch: list[Window], names: list[str], rules: str) -> RelevanceCache:
+def windows_per_pass(window: int) -> int:
+    """How many windows of so many tokens the model reads at once."""
+    return max(1, _TOKENS_PER_PASS // max(1, window))
+
+
+def batch_of(batch: list[Window]) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Windows as ids and mask, padded on the right."""
     length = max(len(one.tokens) for one in batch)
     tokens, mask = torch.zeros(len(batch), length, dtype=torch.long), torch.zeros(len(batch), length, dtype=torch.long)
     for i, one in enumerate(batch):
         tokens[i, : len(one.tokens)], mask[i, : len(one.tokens)] = one.tokens, 1
-    return propagate(model, tokens, rules=rules, names_filter=names, attention_mask=mask, device="cpu")
+    return tokens, mask
 
 
 def _measures(cache: RelevanceCache, kind: str, name: str) -> dict[str, Tensor]:

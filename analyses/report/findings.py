@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import Node
+from analyses.contexts import Atlas
 from analyses.datasets.progress import watched
 from analyses.evaluation.ranking import rank_heads
 from analyses.graph import FlowGraph, flow_graph
@@ -23,6 +24,7 @@ from analyses.patching import activation_patching
 from analyses.report.circuit import CircuitCheck, check_circuits
 from analyses.report.question import Question, answer_text, token_text
 from analyses.report.token_notes import token_notes
+from analyses.report.unit_labels import unit_labels
 from analyses.tasks import PromptPairs
 from analyses.tasks.prompts import texts
 from analyses.views.plots import correlations
@@ -33,6 +35,8 @@ from lens_relevance.ruleset_tables import needs_reference, ruleset
 
 _EDGES_SHOWN = 150
 _Part = TypeVar("_Part")
+TOP_HEADS = 10
+"""How many heads tables show."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Findings:
         flow: relevance that heads carry, [layer, head, query, key]; None where the model has no live pattern.
         heads: one row per head: head, layer, index, relevance, standard_error, top_share (share of pairs in which it is among the
             `top_k` strongest), patching (mean of denoising and noising), denoising, noising; largest relevance first.
+        labels: what the first of them write, and their best contexts (see `unit_labels`); labels_note: how to read it.
         expected: where the effect of patching each head is to be expected: name, score (of `combined`), low, high, reliable and patching;
             None where `missing` says why.
         pearson, spearman: relevance against patching. stability: of the ranking over the pairs, in words.
@@ -75,6 +80,8 @@ class Findings:
     graph: FlowGraph | None
     circuit: CircuitCheck | None
     heads: pd.DataFrame
+    labels: pd.DataFrame
+    labels_note: str
     expected: pd.DataFrame | None
     top_k: int
     pearson: float
@@ -119,13 +126,19 @@ class Findings:
 
 
 @left_as_found
-def find(model: TransformerBridge, question: Question, rules: str = "deeplift", *, with_graph: bool = False) -> Findings:
+def find(
+    model: TransformerBridge, question: Question, rules: str = "deeplift", *, with_graph: bool = False, atlas: Atlas | None = None
+) -> Findings:
     """Explain the example token by token, rank the heads over all pairs, and patch the heads to check the ranking.
 
     Args:
         rules: a ruleset by name. A prompt that has no counterpart is explained as by `propagate`, against the mean embedding, but for the
             heads' ranking and the circuits: patching needs tokens, so these are means over pairs with random words.
         with_graph: also the flow graph and the circuits of its strongest edges, which take longest.
+        atlas: one of this model: also the best contexts of the first heads.
+
+    Raises:
+        RelevanceError: an atlas of another model.
     """
     pair_rules = needs_reference(ruleset(rules))
     example = question.pairs[slice(0, 1)]
@@ -149,6 +162,7 @@ def find(model: TransformerBridge, question: Question, rules: str = "deeplift", 
     heads = _beside(ranking, patched.to_dataframe())
     with _timed(seconds, "intervals"):
         expected = _or_reason(missing, "intervals", lambda: _expected(rank_heads(model, question.pairs, top_k=top_k), heads))
+    labels, labels_note = unit_labels(model, question.pairs, heads["head"].head(TOP_HEADS).tolist(), atlas=atlas)
     pearson, spearman = correlations(heads["relevance"], heads["patching"])
     return Findings(
         question=question,
@@ -166,6 +180,8 @@ def find(model: TransformerBridge, question: Question, rules: str = "deeplift", 
         graph=graph,
         circuit=circuit,
         heads=heads,
+        labels=labels,
+        labels_note=labels_note,
         expected=expected,
         top_k=top_k,
         pearson=pearson,

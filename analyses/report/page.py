@@ -9,7 +9,7 @@ import pandas as pd
 
 from analyses.evaluation.agreement import correlation_in_words
 from analyses.report.circuit_section import circuit_section
-from analyses.report.findings import Findings
+from analyses.report.findings import TOP_HEADS, Findings
 from analyses.report.intervals import interval_section
 from analyses.report.summary import (
     headline,
@@ -26,7 +26,6 @@ from analyses.report.summary import (
 )
 from analyses.views import Page, conservation_view, head_comparison_view, head_flow_view, layer_view, scatter_view, token_view
 
-TOP_HEADS = 10
 _PATHS_SHOWN = 5
 _HEADS_TOLD = 5
 _SINKS_SEEN = 1e-4  # share of the target from which a sink is worth a column
@@ -118,6 +117,10 @@ def _heads(page: Page, findings: Findings) -> None:
         )
     )
     page.table(head_table(findings), _heads_caption(findings), bars=["relevance", "patching"])
+    if len(findings.labels.columns) > 1:
+        page.table(findings.labels, f"What they write; {findings.labels_note}.")
+    else:
+        page.quote(findings.labels_note)
     page.view(
         head_comparison_view(_grid(findings, "relevance"), _grid(findings, "patching"), title="All heads, layer by layer"),
         "Where the third map is pale, the two agree.",

@@ -144,6 +144,8 @@ def findings() -> Findings:
         graph=None,
         circuit=None,
         heads=heads,
+        labels=pd.DataFrame({"unit": ["L0H1", "L0H0"]}),
+        labels_note="what they write is left out: not in this test",
         expected=None,
         top_k=1,
         pearson=0.91,

@@ -1,0 +1,102 @@
+"""What an atlas costs beside a plain forward and gradient over the same batches.
+
+    python -m analyses.benchmarks.atlas --model FOLDER --layer 9 --tokens 3000
+
+Both read the same windows in the same batches, compute logits at the last real position alone, and take the gradient of the prediction
+less its runner-up at the neurons of one layer. Plain means that nothing else is done: no rules, no ranking, no graph below that layer. Each
+is run once on a batch before it is timed (the atlas compares a model with its sites at the first run). Processor time, one thread.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformer_lens.model_bridge import TransformerBridge
+
+from analyses.benchmarks.contexts import descriptions
+from analyses.contexts import build_atlas
+from analyses.contexts.build import batch_of, windows_per_pass
+from analyses.contexts.corpus import Window, in_batches, texts_of, windows
+from analyses.models.loading import load_model
+from lens_relevance.hooks.model_state import left_as_found
+from lens_relevance.logit_reading import logits_at
+from lens_relevance.sites import anatomy
+
+
+def texts_with(model: TransformerBridge, texts: Iterator[str], n_tokens: int, window: int) -> tuple[list[str], int]:
+    """The first texts that have so many tokens, and how many windows these are."""
+    chosen: list[str] = []
+    tokens = n_windows = 0
+    for text in texts:
+        pieces = list(windows(model, iter([text]), window))
+        chosen.append(text)
+        n_windows += len(pieces)
+        tokens += sum(len(piece.tokens) for piece in pieces)
+        if tokens >= n_tokens:
+            break
+    return chosen, n_windows
+
+
+@left_as_found
+def plain(model: TransformerBridge, batches: Iterator[list[Window]], layer: int) -> int:
+    """A forward and a gradient at a layer's neurons for each batch; how many tokens these had."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    point, n_tokens, neurons = anatomy(model).layout["neurons"][layer], 0, list[torch.Tensor]()
+
+    def start_here(x: torch.Tensor, hook: object) -> torch.Tensor:
+        neurons[:] = [x.detach().requires_grad_()]
+        return neurons[0]
+
+    for batch in batches:
+        tokens, mask = batch_of(batch)
+        with model.hooks(fwd_hooks=[(point, start_here)]), logits_at(model, mask.sum(1, keepdim=True) - 1, tokens.shape[1]):
+            best = model(tokens, attention_mask=mask)[:, -1].topk(2, -1).values
+        torch.autograd.grad((best[:, 0] - best[:, 1]).sum(), neurons)
+        n_tokens += int(mask.sum())
+    return n_tokens
+
+
+def main(
+    *,
+    model: Annotated[str, typer.Option(help="A hub name, a folder or a GGUF file.")] = "embedded",
+    text: Annotated[Path | None, typer.Option(help="A corpus; the descriptions of the installed packages if left out.")] = None,
+    layer: Annotated[int, typer.Option(help="Whose neurons.")] = 0,
+    tokens: Annotated[int, typer.Option(help="How many tokens, at least.")] = 3000,
+    window: Annotated[int, typer.Option(help="Tokens in a window, BOS included.")] = 64,
+) -> None:
+    """Print what both cost."""
+    torch.set_num_threads(1)
+    loaded = load_model(model)
+    texts, n_windows = texts_with(loaded, descriptions() if text is None else texts_of(text), tokens, window)
+
+    def batches() -> Iterator[list[Window]]:
+        return in_batches(windows(loaded, iter(texts), window), windows_per_pass(window))
+
+    build_atlas(loaded, texts, layers=[layer], window=window, limit=2)
+    plain(loaded, islice(batches(), 1), layer)
+    began = time.process_time()
+    n_tokens = plain(loaded, batches(), layer)
+    without = time.process_time() - began
+    began = time.process_time()
+    atlas = build_atlas(loaded, texts, layers=[layer], window=window)
+    with_it = time.process_time() - began
+    assert atlas.info["tokens"] == n_tokens
+    print_line = Console(soft_wrap=True).print
+    print_line(f"{model}, neurons of layer {layer}, {n_windows} windows of up to {window} tokens, {n_tokens} tokens")
+    print_line(
+        f"forward and gradient: {n_tokens / without:.0f} tokens a second; atlas: {n_tokens / with_it:.0f}; {without / with_it:.2f} of it"
+    )
+    print_line(f"largest memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    typer.run(main)
