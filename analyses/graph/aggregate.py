@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from analyses.components import owner
-from analyses.graph.tables import EDGE_KEYS, INTERVALS, Tables, no_features
+from analyses.graph.tables import EDGE_KEYS, INTERVALS, FlowTables, Tables, no_features
 from lens_relevance.errors import RelevanceError
 
 _KEYS = {"edges": EDGE_KEYS, "nodes": ["node", "component", "layer", "head", "position", "token"], "sinks": ["node", "position", "sink"]}
@@ -62,6 +62,7 @@ def average(graphs: Sequence[Tables], by_position: bool = False) -> Tables:
     """
     if not graphs:
         raise RelevanceError("there is no graph to average")
+    _check_kinds(graphs)
     if not by_position:
         graphs = [sum_positions(g) if g.by_position else g for g in graphs]
     elif len({len(g.tokens) for g in graphs}) > 1:
@@ -96,6 +97,7 @@ def average(graphs: Sequence[Tables], by_position: bool = False) -> Tables:
 
 def diff(first: Tables, second: Tables) -> Tables:
     """See `FlowGraph.diff`. Its tables have further columns `first` and `second`, the two scores."""
+    _check_kinds([first, second])
     if first.by_position != second.by_position:
         raise RelevanceError("one graph is by position and the other is not; call sum_positions() on it")
     if len(first.tokens) != len(second.tokens) and first.by_position:
@@ -122,6 +124,11 @@ def diff(first: Tables, second: Tables) -> Tables:
         value=first.value - second.value,
         info=info,
     )
+
+
+def _check_kinds(graphs: Sequence[FlowTables]) -> None:
+    if len({graph.of_contributions for graph in graphs}) > 1:
+        raise RelevanceError("some of these graphs are of relevance and others of contributions, which have other units")
 
 
 def _joined(graph: Tables, edges: pd.DataFrame, nodes: pd.DataFrame, sinks: pd.DataFrame, neurons: pd.DataFrame) -> Tables:

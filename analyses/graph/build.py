@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from analyses.edges.heads import Constants
 from analyses.edges.wiring import Wiring, wiring
 from analyses.graph.flow import FlowGraph
 from analyses.graph.intervals import node_intervals
+from analyses.graph.routes import contribution_graph
 from analyses.graph.tables import no_features, nodes_frame
 from analyses.tasks import PromptPairs
 from lens_relevance.cache import RelevanceCache
@@ -42,6 +43,7 @@ def flow_graph(
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,
+    kind: str = "relevance",
     rules: str | Table | None = None,
     reference: Any = None,
     by_position: bool = True,
@@ -54,9 +56,12 @@ def flow_graph(
     Args:
         inputs: a single prompt, as for `propagate`.
         target, rules, reference: as for `propagate`.
+        kind: `relevance`, or `contribution`: Information Flow Routes, by how much heads, MLPs and the residual connection make up each
+            state of the stream, whatever the target makes of it (see analyses/graph/routes.py). Of the target only the position that it
+            reads counts then, and rules, reference and dictionaries are refused.
         by_position: one node per component and position; otherwise edges are summed over positions.
         threshold: leave out edges with a smaller |score|, in the target's units (edges of exactly 0 are never kept); `FlowGraph.prune`
-            chooses with more care.
+            chooses with more care. Of contributions a share between 0 and 1, and what is left leads from inputs to the logits.
         dictionaries: sparse autoencoders and transcoders, one for a layer at most. Their features are nodes (`L9F17`) beside the heads, and
             so is what they miss (`L9.error`), where relevance ends. A transcoder stands in the place of an MLP.
         n_features: features that are nodes of their own, those of the largest relevance at a position; the others of a layer are one node,
@@ -66,7 +71,8 @@ def flow_graph(
     expected, for 4 forward and 3 backward passes besides.
 
     Raises:
-        RelevanceError: several prompts, scores that are not finite, a threshold that leaves no edge, or two dictionaries in one layer.
+        RelevanceError: several prompts, scores that are not finite, a threshold that leaves no edge, two dictionaries in one layer, or an
+            argument that the kind does not take.
         CoverageError: a model or a dictionary whose edges cannot be separated.
     """
     tokens, mask = tokenize(model, inputs)
@@ -77,6 +83,7 @@ def flow_graph(
         tokens,
         mask,
         target,
+        kind=kind,
         rules=rules,
         reference=reference,
         by_position=by_position,
@@ -97,6 +104,7 @@ def _graph(
     mask: Tensor,
     target: Target | Callable[[Tensor], Tensor] | None,
     *,
+    kind: str,
     rules: str | Table | None,
     reference: Any,
     by_position: bool,
@@ -105,6 +113,13 @@ def _graph(
     n_features: int,
 ) -> FlowGraph:
     """The graph of one prompt, without intervals."""
+    if kind == "contribution":
+        if rules is not None or reference is not None or len(dictionaries):
+            raise RelevanceError("contributions are those of one run, without rules, a reference or dictionaries; leave these out")
+        graph = contribution_graph(model, tokens, mask, target=target, threshold=threshold)
+        return graph if by_position else graph.sum_positions()
+    if kind != "relevance":
+        raise RelevanceError(f"kind is 'relevance' or 'contribution', not {kind!r}")
     rules, reference = with_defaults(model, Prompt(tokens, mask), rules, reference)
     streams, table = wiring(model), ruleset(rules)
     if dictionaries:
@@ -131,6 +146,7 @@ def flow_graphs(
     inputs: Inputs,
     target: Target | Callable[[Tensor], Tensor] | None = None,
     *,
+    kind: str = "relevance",
     rules: str | Table | None = None,
     reference: Any = None,
     by_position: bool = True,
@@ -142,6 +158,26 @@ def flow_graphs(
 
     Arguments as in `flow_graph`, a reference of token ids or texts with one row per prompt.
     """
+    return list(
+        each_graph(
+            model,
+            inputs,
+            target,
+            kind=kind,
+            rules=rules,
+            reference=reference,
+            by_position=by_position,
+            threshold=threshold,
+            dictionaries=dictionaries,
+            n_features=n_features,
+        )
+    )
+
+
+def each_graph(
+    model: TransformerBridge, inputs: Inputs, target: Target | Callable[[Tensor], Tensor] | None, *, reference: Any = None, **settings: Any
+) -> Iterator[FlowGraph]:
+    """The graphs of `flow_graphs` one by one, so that one is in memory at a time; settings are its other arguments, all of them."""
     tokens, mask = tokenize(model, inputs)
     given = None
     if isinstance(reference, Tensor | list | tuple):
@@ -149,26 +185,11 @@ def flow_graphs(
         if len(given) != len(tokens):
             raise RelevanceError(f"{len(given)} references for {len(tokens)} prompts; give one for each")
     whole = None if target is None else as_target(target).made_for(len(tokens))
-    graphs = []
     for row in range(len(tokens)):
         real = mask[row].bool()
         one = None if whole is None else whole.select([row])
         other = reference if given is None else given[row : row + 1, real]
-        graphs.append(
-            _graph(
-                model,
-                tokens[row : row + 1, real],
-                mask[row : row + 1, real],
-                one,
-                rules=rules,
-                reference=other,
-                by_position=by_position,
-                threshold=threshold,
-                dictionaries=dictionaries,
-                n_features=n_features,
-            )
-        )
-    return graphs
+        yield _graph(model, tokens[row : row + 1, real], mask[row : row + 1, real], one, reference=other, **settings)
 
 
 def _with_chosen_features(runs: Sequence[Run], streams: Wiring, n: int) -> Wiring:

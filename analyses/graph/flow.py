@@ -216,7 +216,7 @@ class FlowGraph(FlowTables):
             edges,
             tokens,
             target=self.info.get("target", "target"),
-            target_value=self.value,
+            target_value=None if self.of_contributions else self.value,
             shown=shown,
             paths=self._listed_paths(),
             info=self.info,

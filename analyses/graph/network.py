@@ -95,7 +95,7 @@ class Network:
 
 
 _OF_DICTIONARIES = (FEATURES, SKIP)
-_STAGES = {"q": 1, "k": 1, "v": 1, "heads": 2, "mlp.in": 3, "mlp": 4}
+_STAGES = {"resid": 0.5, "q": 1, "k": 1, "v": 1, "heads": 2, "resid_mid": 2.5, "mlp.in": 3, "mlp": 4, "resid_post": 4.25}
 
 
 def _add_features(stages: dict[str, float | int], nodes: dict[str, Node], edges: pd.DataFrame) -> None:
@@ -110,7 +110,7 @@ def _add_features(stages: dict[str, float | int], nodes: dict[str, Node], edges:
     stages |= {name: after[layer] for name, layer in of_dictionaries.items()}
 
 
-def _stage(node: Node) -> int:
+def _stage(node: Node) -> float | int:
     """Place in the order of computation: every edge of a graph leads to a higher stage."""
     if node.component in (*SOURCES, ERROR):
         return 0

@@ -39,9 +39,11 @@ FEATURE_TYPES = {
     "error": "mlp reconstruction error",
     "skip": "skip connection",
 }
+STATES = {"resid": "residual stream", "resid_mid": "residual stream after attention", "resid_post": "residual stream after the block"}
 OTHER_FEATURES = "other features"
 _CODES = {component: code for code, component in enumerate(FEATURE_TYPES)}
 _STEP = _CODES["features"]  # of indices; the codes of features, errors and skips are above it, where no component of a layer is
+_CODES |= {component: code for code, component in enumerate(STATES)}  # those of embeddings and biases, which are in no layer
 
 
 class Ids(NamedTuple):
@@ -130,7 +132,7 @@ def _shown(name: str, position: int, ids: Ids, *, score: float, label: str) -> d
     node = find_node(name)
     assert node is not None
     layer, feature = _layer(node, ids), _number(node, ids)
-    kind = OTHER_FEATURES if node.component == "features" and node.feature is None else FEATURE_TYPES[node.component]
+    kind = OTHER_FEATURES if node.component == "features" and node.feature is None else (FEATURE_TYPES | STATES)[node.component]
     return {
         "node_id": f"{layer}_{feature}_{position}",
         "feature": feature if node.feature is None else _paired(node.layer, node.feature),

@@ -20,7 +20,8 @@ INTERVALS = ("node", "position", "low", "high", "reliable")
 
 @dataclass(frozen=True, eq=False)
 class FlowTables:
-    """A graph of signed relevance, as tables. Scores have the units of the target.
+    """A graph of signed relevance, as tables. Scores have the units of the target; of contributions they are shares (see
+    analyses/graph/routes.py), and the nodes are states of the stream (`L3.resid`) besides heads, MLPs and inputs.
 
     Attributes:
         edges: columns source, target, position, source_position, score. From writers (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`) to
@@ -60,6 +61,11 @@ class FlowTables:
             bad = getattr(self, name).loc[lambda frame: ~np.isfinite(frame["score"])]
             if len(bad):
                 raise RelevanceError(f"{len(bad)} {name} have a score that is NaN or infinite, the first is {bad.iloc[0].to_dict()}")
+
+    @property
+    def of_contributions(self) -> bool:
+        """Whether edges are contributions to the states of the stream, and not relevance."""
+        return self.info.get("kind") == "contribution"
 
     @property
     def by_position(self) -> bool:

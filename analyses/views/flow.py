@@ -61,7 +61,8 @@ def flow_view(
 
     Args:
         nodes: Columns `node` (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`, `logits`; also readers `L4H1.q`, `.k`, `.v`, `L4.mlp.in`,
-            which are shown when their component is opened), `position`, `score`; optionally `details`, shown when a node is opened: a
+            which are shown when their component is opened; and states of the stream, `L3.resid`, `L3.resid_mid`),
+            `position`, `score`; optionally `details`, shown when a node is opened: a
             number, text, dict, list of dicts, DataFrame, or a dict of these; `low`, `high` and `reliable`, where the effect of patching the
             node is expected; `kind` (head, mlp, embed, logits) and `layer` for names of
             another form.

@@ -57,10 +57,13 @@
     for (let i = 0; i < layers.length; i += together) {
       const group = layers.slice(i, i + together);
       const label = group.length === 1 ? `L${group[0]}` : `L${group[0]}–${group[group.length - 1]}`;
+      add(`${label} stream`, group.map((layer) => `early stream ${layer}`));
       add(`${label} features`, group.flatMap((layer) => [`early feature ${layer}`, `early error ${layer}`]));
       add(`${label} heads`, group.map((layer) => `head ${layer}`));
+      add(`${label} stream`, group.map((layer) => `middle stream ${layer}`));
       add(`${label} mlp`, group.map((layer) => `mlp ${layer}`));
       add(`${label} features`, group.flatMap((layer) => [`feature ${layer}`, `error ${layer}`]));
+      add(`${label} stream`, group.map((layer) => `late stream ${layer}`));
     }
     add("logits", ["logits "]);
     return [names, rowOf];
@@ -105,6 +108,7 @@
     if (kind === "mlp") return `M${x - 0.88 * r} ${y - 0.88 * r}h${1.76 * r}v${1.76 * r}h${-1.76 * r}Z`;
     if (kind === "embed") return `M${x} ${y - 1.2 * r}L${x + 1.2 * r} ${y}L${x} ${y + 1.2 * r}L${x - 1.2 * r} ${y}Z`;
     if (kind.endsWith("feature")) return `M${x - r} ${y}L${x - 0.5 * r} ${y - 0.87 * r}H${x + 0.5 * r}L${x + r} ${y}L${x + 0.5 * r} ${y + 0.87 * r}H${x - 0.5 * r}Z`;
+    if (kind.endsWith("stream")) return `M${x - r} ${y - 0.4 * r}h${2 * r}v${0.8 * r}h${-2 * r}Z`;
     if (kind.endsWith("error")) return `M${x} ${y + 1.2 * r}L${x + 1.15 * r} ${y - 0.8 * r}H${x - 1.15 * r}Z`;
     return `M${x} ${y - 1.2 * r}L${x + 1.15 * r} ${y + 0.8 * r}H${x - 1.15 * r}Z`;
   }

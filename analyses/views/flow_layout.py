@@ -103,10 +103,13 @@ def _rows(marks: Sequence[Mark], height: float | int) -> tuple[list[str], dict[t
     add("embed", [("embed", None)])
     for group in groups:
         label = f"L{group[0]}" if len(group) == 1 else f"L{group[0]}–{group[-1]}"
+        add(f"{label} stream", [("early stream", layer) for layer in group])
         add(f"{label} features", [(kind, layer) for layer in group for kind in ("early feature", "early error")])
         add(f"{label} heads", [("head", layer) for layer in group])
+        add(f"{label} stream", [("middle stream", layer) for layer in group])
         add(f"{label} mlp", [("mlp", layer) for layer in group])
         add(f"{label} features", [(kind, layer) for layer in group for kind in ("feature", "error")])
+        add(f"{label} stream", [("late stream", layer) for layer in group])
     add("logits", [("logits", None)])
     return names, row_of
 

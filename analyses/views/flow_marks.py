@@ -13,13 +13,15 @@ from analyses.components import ERROR, FEATURES, LOGITS, MLP_INPUT, SKIP, SOURCE
 from analyses.views.flow_strength import path_strengths
 from lens_relevance.errors import RelevanceError
 
+_STREAM = {"resid": "early stream", "resid_mid": "middle stream", "resid_post": "late stream"}  # states of the residual stream
+
 
 @dataclass(frozen=True)
 class Component:
     """What a name in a flow graph stands for. A reader (`L4H1.q`, `L4.mlp.in`) belongs to the component whose input it is."""
 
     name: str
-    kind: str  # head, mlp, feature, error, embed or logits; "early feature" and "early error" come before the heads of their layer
+    kind: str  # head, mlp, feature, error, embed, logits or stream, with "early", "middle" or "late" where a layer has several rows of it
     layer: int | None
     order: int  # among the components of one row
     reader: str = ""
@@ -102,7 +104,9 @@ def parse_component(name: str) -> Component:
             return Component(name, "feature", node.layer, 10**9 if node.feature is None else node.feature)
         if node.component == ERROR:
             return Component(name, "error", node.layer, 2 * 10**9)
-    forms = "embed, pos_embed, bias, L3H5, L3H5.q (k, v), L3.mlp, L3.mlp.in, L3F17, L3.features, L3.skip, L3.error, logits"
+        if node.component in _STREAM:
+            return Component(name, _STREAM[node.component], node.layer, 0)
+    forms = "embed, pos_embed, bias, L3H5, L3H5.q (k, v), L3.mlp, L3.mlp.in, L3.resid, L3F17, L3.features, L3.skip, L3.error, logits"
     raise RelevanceError(f"{name!r} is no component of a flow graph; names are {forms}")
 
 

@@ -87,6 +87,7 @@
   function pathSteps(data, path) {
     const { nodes, edges, tokens } = data, steps = [];
     path.nodes.forEach((i, n) => {
+      if (nodes[i].kind.endsWith("stream")) return;
       const entering = n ? edges[path.edges[n - 1]] : null, before = n ? nodes[path.nodes[n - 1]] : null;
       if (before?.name === nodes[i].name) { // inside a head, from the token it reads at to the token it writes at
         steps[steps.length - 1] = `${nodes[i].name} (${INPUT[entering[3]]} of “${tokens[before.position]}”)`;

@@ -18,8 +18,16 @@ from analyses.views.flow_marks import Flow
 from analyses.views.markup import short, show_token
 from analyses.views.palette import INK, LINE, MUTED, NEGATIVE, POSITIVE, new_figure
 
-_MARKERS = {"head": "o", "mlp": "s", "feature": "H", "error": "v", "embed": "D", "logits": "^"}
-_KINDS = {"head": "head", "mlp": "MLP", "feature": "feature", "error": "missed by a dictionary", "embed": "embedding", "logits": "logits"}
+_MARKERS = {"head": "o", "mlp": "s", "feature": "H", "error": "v", "embed": "D", "logits": "^", "stream": "X"}
+_KINDS = {
+    "head": "head",
+    "mlp": "MLP",
+    "feature": "feature",
+    "error": "missed by a dictionary",
+    "embed": "embedding",
+    "logits": "logits",
+    "stream": "residual stream",
+}
 _ALWAYS = ("head", "mlp", "embed", "logits")
 _WIDTH, _ROW = 900.0, 26.0
 _BELOW = 44.0  # for the legend and the line that says what this is
@@ -53,7 +61,7 @@ def flow_figure(flow: Flow, shown: int, info: Mapping[str, str]) -> Figure:
     signs = {"for the target": POSITIVE, "against it": NEGATIVE}
     colours = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in signs.items()]
     plain: dict[str, Any] = {"color": MUTED, "linestyle": "", "markersize": 4.5}
-    named = {*_ALWAYS, *(flow.marks[i].kind.removeprefix("early ") for i in drawn)}
+    named = {*_ALWAYS, *(flow.marks[i].kind.split()[-1] for i in drawn)}
     shapes = [Line2D([], [], marker=marker, label=_KINDS[kind], **plain) for kind, marker in _MARKERS.items() if kind in named]
     if any(flow.marks[i].score is None and flow.marks[i].kind == "head" for i in drawn):
         shapes.append(Line2D([], [], marker="o", markerfacecolor="white", label="head, where it reads", **plain))
@@ -102,7 +110,7 @@ def _draw_edges(axis: Axes, flow: Flow, placement: Placement, shown: int) -> Non
 
 def _draw_marks(axis: Axes, flow: Flow, placement: Placement) -> None:
     for kind, marker in _MARKERS.items():
-        here = [(flow.marks[i], at) for i, at in placement.marks.items() if flow.marks[i].kind.removeprefix("early ") == kind]
+        here = [(flow.marks[i], at) for i, at in placement.marks.items() if flow.marks[i].kind.split()[-1] == kind]
         fills = ["white" if mark.score is None else POSITIVE if mark.score >= 0 else NEGATIVE for mark, _ in here]
         borders = [MUTED if mark.score is None else "white" for mark, _ in here]
         sizes = [(2 * r * _POINTS_PER_PIXEL * (0.8 if kind in ("mlp", "embed") else 1)) ** 2 for _, (_, _, r) in here]
