@@ -58,11 +58,8 @@ def contribution_graph(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], m
     with torch.no_grad():
         for update in updates(streams, cache):
             routes.add(update)
-    info = {key: str(text) for key, text in cache.info.items()} | {
-        "kind": "contribution",
-        "ruleset": "contributions",
-        "threshold": f"{threshold:g}",
-    }
+    info = {key: str(text) for key, text in cache.info.items()}
+    info |= {"kind": "contribution", "ruleset": "contributions", "threshold": f"{threshold:g}"}
     edges = routes.edges()
     graph = FlowGraph(
         edges=edges.sort_values("score", ascending=False, kind="stable", ignore_index=True),
