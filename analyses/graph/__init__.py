@@ -3,6 +3,6 @@
 from analyses.graph.aggregate import average
 from analyses.graph.build import flow_graph, flow_graphs
 from analyses.graph.flow import FlowGraph
-from analyses.graph.head_routes import head_routes
+from analyses.graph.route_statistics import head_routes
 
 __all__ = ["FlowGraph", "average", "flow_graph", "flow_graphs", "head_routes"]

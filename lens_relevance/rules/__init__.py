@@ -6,7 +6,7 @@ from lens_relevance.rules.base import Operation, Reference, Rule
 from lens_relevance.rules.expert_weights import Expert, Router
 from lens_relevance.rules.experts import Experts, ExpertsRule
 from lens_relevance.rules.gated import ClampedGate, GatedActivation, GatedRule
-from lens_relevance.rules.linear import Convolution, EpsilonRule, GammaRule, Linear, LinearOperation, LinearRule, ZeroRule
+from lens_relevance.rules.linear import Convolution, EpsilonRule, GammaRule, Linear, LinearOperation, LinearRule, ZeroRule, ZPlusRule
 from lens_relevance.rules.normalization import (
     LNRule,
     Norm,
@@ -67,6 +67,7 @@ __all__ = [
     "Softmax",
     "SoftmaxRule",
     "SoftmaxTemperature",
+    "ZPlusRule",
     "ZeroRule",
     "by_head",
     "cap_slope",

@@ -5,6 +5,7 @@
 | `ZeroRule` | the plain gradient; the bias keeps its share | LRP-0, Montavon et al. 2019 |
 | `EpsilonRule` | upstream times y / (y + eps sign y), then as LRP-0: weak, contradictory evidence is absorbed | Bach et al. 2015 |
 | `GammaRule` | contributions x_i w_ij of the sign of y_j weighted by 1 + gamma | Montavon et al. 2019; signed form as in AttnLRP for ViT |
+| `ZPlusRule` | positive contributions x_i w_ij alone, in proportion | alpha-beta rule with alpha 1 and beta 0 (Bach et al. 2015) |
 
 For vision transformers, whose gradients are noisy, AttnLRP (Achtibat et al. 2024, arXiv 2402.05602) has gamma on linear layers: the ruleset
 `cp_lrp_gamma` (see ruleset_tables.py) has it where the authors' published examples do. Other layers are chosen by place and depth:
@@ -208,6 +209,27 @@ class GammaRule(EpsilonRule):
         at_negative = op.transpose(up, minus, signs) + op.transpose(down, plus, signs)
         by_sign = torch.where(signs > 0, at_positive, at_negative * (signs < 0))
         return (op.transpose(up + down, weight, signs) + self.gamma * by_sign,)
+
+
+class ZPlusRule(LinearRule):
+    """Only positive contributions count: R_i = sum_j (x_i w_ij)^+ / sum_k (x_k w_kj)^+ R_j (z+; the alpha-beta rule with alpha 1 and beta 0,
+    Bach et al. 2015). The bias gets nothing, and what reaches an output without a positive contribution ends there.
+    """
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        """Per output y / (sum of its positive contributions), 0 where it has none; and the input, for its signs."""
+        assert isinstance(op, LinearOperation)
+        x, y = working(inputs[0]), working(output)
+        (above, below), (plus, minus) = _by_sign(x), _by_sign(op.weight.to(x.dtype))
+        positive = op.apply(above, plus) + op.apply(below, minus)
+        return torch.where(positive > 0, y / torch.where(positive > 0, positive, 1.0), 0.0), x.sign()
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        assert isinstance(op, LinearOperation)
+        upstream, signs = working(upstream) * kept[0], kept[1]
+        plus, minus = _by_sign(op.weight.to(upstream.dtype))
+        at_positive, at_negative = op.transpose(upstream, plus, signs), op.transpose(upstream, minus, signs)
+        return (torch.where(signs > 0, at_positive, at_negative * (signs < 0)),)
 
 
 def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:

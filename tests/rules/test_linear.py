@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_relevance.rules import EpsilonRule, GammaRule, Linear, Rule, ZeroRule
+from lens_relevance.rules import EpsilonRule, GammaRule, Linear, Rule, ZeroRule, ZPlusRule
 from lens_relevance.rules.linear import FewOutputsRule
-from tests.rules.dense import near, normal, sink
+from tests.rules.dense import back, near, normal, sink
 
 X1, X2, G, W, B = normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2), normal(2, 3, 5, seed=3), normal(5, 4, seed=4), normal(5, seed=5)
 
@@ -65,6 +65,36 @@ def test_gamma_is_its_dense_formula(gamma: float) -> None:
     expected = (z / z.sum(-1, keepdim=True) * (y * g).unsqueeze(-1)).sum(-2)
     torch.testing.assert_close(x * coefficient, expected[..., :-1], rtol=1e-10, atol=1e-12)
     assert float(expected.abs().min()) > 0
+
+
+def test_z_plus_is_its_dense_formula() -> None:
+    """R_i = sum_j (x_i w_ij)^+ / sum_k (x_k w_kj)^+ R_j, contribution by contribution; only an output without any loses what reaches it."""
+    op, x, g = _layer()
+    with torch.no_grad():
+        op.weight[0], x[0, 0] = op.weight[0].abs(), -x[0, 0].abs()  # no positive contribution to output 0 at the first position
+        x[1, 2, 1] = 0.0
+    y = op(x)
+    (coefficient,) = back(ZPlusRule(), op, (x,), g)
+    assert coefficient is not None
+    z = (x.unsqueeze(-2) * op.weight).clamp(min=0)  # [.., output, input]
+    whole = z.sum(-1)
+    assert float(whole[0, 0, 0]) == 0.0 and int((whole == 0).sum()) < 10
+    relevance = torch.where(whole > 0, y * g, 0.0)
+    expected = (z / whole.where(whole > 0, torch.ones_like(whole)).unsqueeze(-1) * relevance.unsqueeze(-1)).sum(-2)
+    torch.testing.assert_close(x * coefficient, expected, rtol=1e-10, atol=1e-12)
+    near((x * coefficient).sum((1, 2)), relevance.sum((1, 2)))
+    near(sink(ZPlusRule(), op, (x,), g), torch.where(whole > 0, 0.0, y * g).sum((1, 2)))
+
+
+def test_z_plus_on_the_layers_of_a_model() -> None:
+    """With this rule at every linear layer the account closes, and what the bias would keep goes to the inputs."""
+    from lens_relevance import propagate, rulesets
+    from tests.engine.families import TARGET, build, inputs_and_reference, unexplained
+
+    model, (tokens, _) = build("gpt2"), inputs_and_reference()
+    cache = propagate(model, tokens, TARGET, rules={**rulesets()["cp_lrp"], "linear": ZPlusRule()}, audit=True)
+    assert unexplained(cache) < 1e-9
+    assert not torch.allclose(cache.tokens(), propagate(model, tokens, TARGET, rules="cp_lrp").tokens())
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 0.5])
