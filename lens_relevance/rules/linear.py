@@ -212,8 +212,10 @@ class GammaRule(EpsilonRule):
 
 
 class ZPlusRule(LinearRule):
-    """Only positive contributions count: R_i = sum_j (x_i w_ij)^+ / sum_k (x_k w_kj)^+ R_j (z+; the alpha-beta rule with alpha 1 and beta 0,
-    Bach et al. 2015). The bias gets nothing, and what reaches an output without a positive contribution ends there.
+    """Only positive contributions count: R_i = sum_j (x_i w_ij)^+ / sum_k (x_k w_kj)^+ R_j.
+
+    This is z+, the alpha-beta rule with alpha 1 and beta 0 (Bach et al. 2015). The bias gets nothing, and what reaches an output without a
+    positive contribution ends there.
     """
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
