@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
+from lens_relevance.tensor_files import read_tensors
 from lens_relevance.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -38,18 +38,13 @@ def save_cache(cache: RelevanceCache, path: str | Path) -> None:
 
 def load_cache(kind: type[RelevanceCache], path: str | Path, device: str) -> RelevanceCache:
     """See `RelevanceCache.load`."""
-    try:
-        with safe_open(str(path), framework="pt", device=device) as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+
+    def build(tensors: dict[str, Tensor], header: dict[str, str]) -> RelevanceCache:
         if "lens_relevance" not in header:
             raise RelevanceError(f"{path} was not written by RelevanceCache.save")
         return _from_parts(kind, tensors, header)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, RelevanceError):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RelevanceError(f"{path} cannot be read as a saved RelevanceCache ({reason})") from error
+
+    return read_tensors(path, "a saved RelevanceCache", build, device=device)
 
 
 def _from_parts(kind: type[RelevanceCache], tensors: dict[str, Tensor], header: dict[str, str]) -> RelevanceCache:

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from analyses.output_files import MARK
 from lens_relevance.errors import RelevanceError
 from lens_relevance.json_files import only, read_json
+from lens_relevance.tensor_files import read_tensors
 from lens_relevance.whole_files import write_whole
 
 INPUT, LOGITS = "input", "logits"
@@ -160,13 +161,10 @@ def _values(part: Any, names: list[str], where: str) -> tuple[np.ndarray, np.nda
 
 
 def _read_safetensors(path: str | Path) -> MibGraph:
-    try:
-        with safe_open(str(path), framework="np") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    def build(tensors: dict[str, Tensor], header: dict[str, str]) -> MibGraph:
         if header.get("format") != "MIB circuit":
             raise RelevanceError(f"{path} was not written by write_mib")
-        edge_scores, edges_kept, node_scores, nodes_kept = (arrays[name] for name in _ARRAYS)
+        edge_scores, edges_kept, node_scores, nodes_kept = (tensors[name].numpy() for name in _ARRAYS)
         return MibGraph(_model(json.loads(header["cfg"]), str(path)), edge_scores, edges_kept, node_scores, nodes_kept)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise RelevanceError(f"{path} cannot be read as a MIB circuit ({type(error).__name__}: {error})") from error
+
+    return read_tensors(path, "a MIB circuit", build)

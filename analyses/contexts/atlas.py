@@ -11,7 +11,6 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from analyses.components import Node, parse_node
 from analyses.contexts.extremes import NOTHING
 from analyses.output_files import MARK
 from lens_relevance.errors import RelevanceError
+from lens_relevance.tensor_files import read_tensors
 from lens_relevance.whole_files import write_whole
 
 By = Literal["relevance", "activation"]
@@ -126,8 +126,14 @@ class Atlas:
         """Write a safetensors file (no pickle)."""
         tensors = {f"{name}/{key}": values for name, ranking in self.rankings.items() for key, values in ranking.items()}
         tensors |= {name: getattr(self, name) for name in ("numbers", "tokens", "lengths", "predicted")}
-        described = {"units": [[*key, count] for key, count in self.units.items()], "strings": self.strings, "info": self.info}
-        metadata = {"format": _FORMAT, "generator": MARK, "atlas": json.dumps(described)}
+        described = {
+            "generator": MARK,
+            "format": _FORMAT,
+            "units": [[*key, count] for key, count in self.units.items()],
+            "strings": self.strings,
+            "info": self.info,
+        }
+        metadata = {"atlas": json.dumps(described)}  # one entry: the library writes several in an order of its own, another each time
         whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         write_whole(path, lambda beside: save_file(whole, str(beside), metadata=metadata))
 
@@ -138,17 +144,14 @@ class Atlas:
         Raises:
             RelevanceError: the file cannot be read, is damaged, or was written by something else.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if metadata.get("format") != _FORMAT:
+
+        def build(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Atlas:
+            described = json.loads(metadata.get("atlas", "{}"))
+            if described.get("format") != _FORMAT:
                 raise RelevanceError(f"{path} is no atlas; build_atlas makes one")
-            return _from_parts(cls, tensors, json.loads(metadata["atlas"]))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, RelevanceError):
-                raise
-            raise RelevanceError(f"{path} cannot be read as an atlas ({type(error).__name__}: {error})") from error
+            return _from_parts(cls, tensors, described)
+
+        return read_tensors(path, "an atlas", build)
 
 
 def _from_parts(kind: type[Atlas], tensors: Mapping[str, Tensor], described: dict[str, Any]) -> Atlas:

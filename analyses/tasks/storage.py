@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.errors import RelevanceError
 from lens_relevance.inputs.targets import Kind, Target, TokenTarget, describe
+from lens_relevance.tensor_files import read_tensors
 from lens_relevance.whole_files import write_whole
 
 _FORMAT = "lens_relevance prompt pairs 1"
@@ -40,22 +40,17 @@ def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tens
 
 def load(path: Path) -> dict[str, Any]:
     """The arguments of `PromptPairs` from a file that `save` wrote."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise RelevanceError(f"{path} cannot be read as saved prompt pairs: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise RelevanceError(f"{path} was not written by PromptPairs.save; text goes through PromptPairs.from_file")
-    try:
+
+    def build(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+        if metadata.get("format") != _FORMAT:
+            raise RelevanceError(f"{path} was not written by PromptPairs.save; text goes through PromptPairs.from_file")
         parts: dict[str, Any] = {name: tensors[name] for name in TENSORS}
         dropped = json.loads(metadata["dropped"])
         if not isinstance(dropped, list):
             raise TypeError(f"dropped is {dropped!r}")
         return parts | {"target": _target(json.loads(metadata["target"]), tensors), "dropped": tuple(dropped)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RelevanceError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+    return read_tensors(path, "saved prompt pairs", build)
 
 
 def _target(described: dict[str, Any], tensors: dict[str, Tensor]) -> Target:

@@ -118,6 +118,9 @@ def test_a_file_holds_it_all(atlas: Atlas, tmp_path: Path) -> None:
     assert same(atlas, again) and again.strings == atlas.strings and again.info == atlas.info and again.units == atlas.units
     assert again.contexts("L2H3").equals(atlas.contexts("L2H3")) and again.names()[:1] == ["L1N0"] and again.names()[-1] == "L2H3"
     whole = (tmp_path / "atlas.safetensors").read_bytes()
+    for _ in range(8):  # the same atlas is the same file
+        again.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == whole
     for damaged in (whole[: len(whole) // 2], b"no atlas", b""):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(RelevanceError, match="cannot be read as an atlas"):
@@ -176,21 +179,33 @@ def test_two_processes_give_what_one_gives(embedded: TransformerBridge, tmp_path
             torch.testing.assert_close(found.rankings[name]["score"], one.rankings[name]["score"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv"])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_a_file_is_read_as_its_texts(ending: str, tmp_path: Path) -> None:
     path, texts = tmp_path / f"corpus{ending}", ['Mary, and "John"', "été = 1", "Tom"]
     if ending == ".txt":
         path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     elif ending == ".jsonl":
         path.write_text("\n".join(json.dumps({"body": text, "n": 1}) for text in texts), encoding="utf-8")
-    else:
+    elif ending == ".csv":
         pd.DataFrame({"n": 1, "body": texts}).to_csv(path, index=False)
+    else:
+        pytest.importorskip("pyarrow", reason="parquet files are read with pyarrow")
+        pd.DataFrame({"n": 1, "body": texts}).to_parquet(path)
     assert list(texts_of(path, "body")) == texts
+
+
+def test_parquet_without_an_engine_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "fastparquet", None)
+    with pytest.raises(RelevanceError, match="read with pyarrow, which is not installed: pip install pyarrow"):
+        list(texts_of(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("a.parquet", "no parquet", "cannot be read as a corpus|pip install pyarrow"),
         ("a.doc", "", "a corpus is read from .txt, .jsonl, .csv, .parquet"),
         ("a.jsonl", "{", "cannot be read as a corpus"),
         ("a.jsonl", '{"words": "a"}', "cannot be read as a corpus"),
