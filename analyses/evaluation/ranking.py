@@ -147,6 +147,8 @@ class _Asked:
 def _rank(model: TransformerBridge, pairs: PromptPairs, method: Estimator, asked: _Asked) -> pd.DataFrame:
     kind, run, layer, top_k = resolve_component(asked.component), resolve_run(asked.run), asked.layer, asked.top_k
     _check(model, method, asked)
+    if kind.index != "position":  # which stand for the same place in all rows
+        pairs = pairs.by_length()
     size = asked.batch_size
     if size is None:
         size = pairs_per_pass(model, pairs, [method], [kind.name], run=run, checkpoint=asked.checkpoint)
@@ -155,7 +157,7 @@ def _rank(model: TransformerBridge, pairs: PromptPairs, method: Estimator, asked
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     totals = stream.fold(
         lambda: RankingSums(top_k, len(pairs), stream.first),
-        lambda batch: method.with_bracket(model, batch, kind.name, run=run)[:, :, layers],
+        lambda batch: method.with_bracket(model, batch if kind.index == "position" else batch.cropped(), kind.name, run=run)[:, :, layers],
         f"ranking {kind.name} by {method.name}",
     )
     ranking = totals.frame(kind)

@@ -17,8 +17,10 @@ from analyses.tasks import prompts, storage
 from lens_relevance.errors import OutOfRangeError, RelevanceError
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import read_mask
-from lens_relevance.inputs.targets import Target, TokenTarget, as_target, logit_diff
+from lens_relevance.inputs.targets import CallableTarget, Target, TokenTarget, as_target, logit_diff
 from lens_relevance.inputs.token_ids import token_ids
+
+_WINDOW = 256  # rows: few enough that the shares of several processes are alike
 
 Rows = int | slice | Sequence[int] | Sequence[bool] | Tensor
 
@@ -93,6 +95,26 @@ class PromptPairs:
             raise RelevanceError(f"a batch has at least one row, got size {size}")
         for start in range(0, len(self), size):
             yield self[start : start + size]
+
+    def by_length(self) -> PromptPairs:
+        """The same pairs with rows of like length side by side, a few hundred at a time, so that batches hold little padding.
+
+        Rows of equal length stay in their order, and all of them do where the target is a function, which may know its rows.
+        """
+        if isinstance(self.target, CallableTarget):
+            return self
+        lengths = self.clean_mask.sum(1).cpu()
+        windows = torch.arange(len(self)) // _WINDOW
+        order = torch.argsort(windows * (self.clean.shape[1] + 1) + lengths, stable=True)
+        return self if torch.equal(order, torch.arange(len(self))) else self[order]
+
+    def cropped(self) -> PromptPairs:
+        """The same rows without columns at the end that are padding in all of them; as they are where the target is a function."""
+        real = ((self.clean_mask | self.corrupt_mask) != 0).any(0)
+        end = int(real.nonzero().max()) + 1 if bool(real.any()) else len(real)
+        if end == len(real) or isinstance(self.target, CallableTarget):
+            return self
+        return replace(self, **{name: getattr(self, name)[:, :end] for name in storage.TENSORS})
 
     def to(self, device: str | torch.device) -> PromptPairs:
         """The same pairs with token ids and masks on `device`."""

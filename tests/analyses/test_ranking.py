@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -176,3 +179,39 @@ def test_heads_of_induction_are_those_that_patching_and_the_head_detector_find(e
     assert {layer for layer, _ in both.index[:5]} == {0, 1}
     top = both.loc[1].index[0]
     assert inducing[1, top] > 0.25 > 0.1 > inducing[[0, 2, 3]].max()
+
+
+@pytest.mark.parametrize("rank", [rank_heads, rank_neurons])
+def test_prompts_of_unlike_length_stand_side_by_side(rank: Callable[..., pd.DataFrame]) -> None:
+    """Scores are the means over single pairs, and batches hold next to no padding; positions stay where they are."""
+    model, n, pos = models.build_gpt2(dtype=torch.float64), 12, 6
+    clean, corrupt = models.random_tokens(n, pos, seed=0), models.random_tokens(n, pos, seed=1)
+    lengths = torch.tensor([6, 3, 4, 6, 3, 5, 4, 3, 6, 5, 3, 4])
+    mask = (torch.arange(pos) < lengths[:, None]).long()
+    pairs = PromptPairs(clean * mask, corrupt * mask, logit_diff(torch.arange(n), torch.arange(n) + 20), mask, mask)
+    sizes: list[int] = []
+    handle = model.embed.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0] * output.shape[1]))
+    found = rank(model, pairs, "deeplift", batch_size=3)
+    handle.remove()
+    assert sum(sizes) == 2 * 3 * (3 + 4 + 5 + 6)  # of 2 x 12 x 6: rows of 3 3 3, 3 4 4, 4 5 5, 6 6 6, in two runs
+    index = ["layer", found.columns[1]]
+    alone = pd.concat([rank(model, pairs[i], "deeplift")[[*index, "score"]] for i in range(n)])
+    expected = alone.groupby(index)["score"].mean()
+    np.testing.assert_allclose(found.set_index(index)["score"].sort_index(), expected.sort_index(), rtol=1e-9, atol=1e-12)
+    assert expected.abs().max() > 1e-3
+    together = rank(model, pairs, "deeplift", batch_size=12)
+    np.testing.assert_allclose(together["score"], found["score"], rtol=1e-9)
+    assert pairs.by_length().clean_mask.sum(1).tolist() == sorted(lengths.tolist())
+    assert [batch.cropped().clean.shape[1] for batch in pairs.by_length().batches(4)] == [3, 5, 6]
+    function = replace(pairs, target=lambda logits: logits[:, -1, 0])
+    assert function.by_length() is function and function.cropped() is function
+
+
+def test_pairs_of_one_length_stay_in_their_order() -> None:
+    pairs = PromptPairs(models.random_tokens(600, 4, seed=0), models.random_tokens(600, 4, seed=1), logit_diff(1, 2))
+    assert pairs.by_length() is pairs and pairs.cropped() is pairs
+    mask = torch.ones(600, 4, dtype=torch.long)
+    mask[::2, 3] = 0
+    ordered = replace(pairs, clean_mask=mask, corrupt_mask=mask).by_length()
+    assert ordered.clean_mask.sum(1).tolist() == [3] * 128 + [4] * 128 + [3] * 128 + [4] * 128 + [3] * 44 + [4] * 44
+    assert torch.equal(ordered.clean[:3], pairs.clean[[0, 2, 4]]) and torch.equal(ordered.corrupt[-1], pairs.corrupt[-1])
