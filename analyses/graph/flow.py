@@ -215,9 +215,10 @@ class FlowGraph(FlowTables):
             nodes,
             edges,
             tokens,
-            target=self.info.get("target", "target"),
+            target="what the logits read" if self.of_contributions else self.info.get("target", "target"),
             target_value=None if self.of_contributions else self.value,
             shown=shown,
+            title="Flow of contributions" if self.of_contributions else "Relevance flow",
             paths=self._listed_paths(),
             info=self.info,
         )

@@ -51,10 +51,12 @@
     const panel = element("aside", { className: "lr-flow-panel" });
     panel.setAttribute("aria-label", "strongest paths, or the opened node");
     const legend = element("p", { className: "lr-flow-legend" });
-    for (const [sign, text] of [["lr-pos", `for ${data.target}`], ["lr-neg", "against it"]]) legend.append(element("span", {}, element("i", { className: sign }), text));
+    const contributions = data.info?.kind === "contribution";
+    const signs = contributions ? [["lr-pos", `part of ${data.target}`]] : [["lr-pos", `for ${data.target}`], ["lr-neg", "against it"]];
+    for (const [sign, text] of signs) legend.append(element("span", {}, element("i", { className: sign }), text));
     const ofDictionaries = nodes.some((node) => node.kind.endsWith("error")) ? "  ⬢ feature  ▼ missed by a dictionary" : "";
     const ofStates = nodes.some((node) => node.kind.endsWith("stream")) ? "  ▬ residual stream" : "";
-    legend.append(element("span", { textContent: `◆ embedding  ● head  ○ head, where it reads  ■ MLP${ofStates}${ofDictionaries}  ▲ logits; q, k, v: by query, key or value; the larger, the more relevance` }));
+    legend.append(element("span", { textContent: `◆ embedding  ● head  ○ head, where it reads  ■ MLP${ofStates}${ofDictionaries}  ▲ logits; q, k, v: by query, key or value; the larger, the more ${contributions ? "flows through" : "relevance"}` }));
     if (data.dropped) legend.append(element("span", { textContent: `${data.dropped.toLocaleString("en")} weaker edges are not in this page` }));
     const root = element("div", { className: "lr-flow" }, bar, element("div", { className: "lr-flow-main" }, stage, panel), legend);
     lensRelevance.keepForPaper(body);

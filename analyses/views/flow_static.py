@@ -58,7 +58,8 @@ def flow_figure(flow: Flow, shown: int, info: Mapping[str, str]) -> Figure:
     _draw_ground(axis, placement, labels)
     _draw_edges(axis, flow, placement, shown)
     _draw_marks(axis, flow, placement)
-    signs = {"for the target": POSITIVE, "against it": NEGATIVE}
+    contributions = (info or {}).get("kind") == "contribution"
+    signs = {"contribution": POSITIVE} if contributions else {"for the target": POSITIVE, "against it": NEGATIVE}
     colours = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in signs.items()]
     plain: dict[str, Any] = {"color": MUTED, "linestyle": "", "markersize": 4.5}
     named = {*_ALWAYS, *(flow.marks[i].kind.split()[-1] for i in drawn)}

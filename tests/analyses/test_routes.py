@@ -280,7 +280,7 @@ def test_one_graph_serves_paths_pruning_files_and_pictures(tmp_path: Path) -> No
     assert FlowGraph.from_neuronpedia(tmp_path / "routes.json") == graph
     graph.to_graphml(tmp_path / "routes.graphml")
     page = graph.show().to_html()
-    assert "middle stream" in page and "L0.resid_mid" in page
+    assert "What makes up what the logits read" in page and "middle stream" in page and "L0.resid_mid" in page
     summed = graph.sum_positions()
     assert not summed.by_position and len(summed.edges) < len(graph.edges)
 
