@@ -24,8 +24,9 @@ class FlowView(View):
 
     def __init__(self, flow: Flow, title: str, *, target: str, target_value: float | None, shown: int, info: Mapping[str, str]) -> None:
         self.flow = flow
+        what = "What makes up" if info.get("kind") == "contribution" else "How relevance reaches"
         self._subtitle = (
-            f"{'What makes up' if info.get('kind') == 'contribution' else 'How relevance reaches'} {target}. Tokens along the page, layers upwards, the answer on top. Point at a node or an edge to read "
+            f"{what} {target}. Tokens along the page, layers upwards, the answer on top. Point at a node or an edge to read "
             "it, click a node to open it; the slider chooses how many of the strongest connected edges are drawn."
         )
         super().__init__(
