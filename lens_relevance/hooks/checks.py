@@ -3,7 +3,7 @@
 Rules know an operation from its site, not from the model. So two things are compared with what the model goes on with:
 
 - Each site's operation, recomputed from the tensors that left its input HookPoints, with the tensor that arrives at its output HookPoint,
-  which has to depend on them in autograd's graph. A component that gives the right value and cuts off part of a gradient is not noticed.
+  which has to depend on them in autograd's graph by the gradient of the operation (along one direction).
 - What lies between the HookPoints (the residual stream, split heads, scaled embeddings), which the backward passes by its plain gradient.
   The tensor y that arrives at a HookPoint has to be linear in the tensors x_i that left those before it, or relevance would be made or lost
   on the way: for any r, y . r = sum_i x_i . (J_i^T r). That is the account's own condition, with one r in place of the coefficients.
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import MismatchError
+from lens_relevance.hooks.gradient_check import gradient_off_by
 from lens_relevance.hooks.linear_steps import Edge, edge_of, pulled_back, reached
 from lens_relevance.rules import Linear, Scores
 from lens_relevance.rules.base import Operation, share, working
@@ -164,6 +165,9 @@ class ForwardCheck:
         if found <= edges and found != edges:  # if the model goes past an input, that is one of liveness, where a rule is placed
             what = f"the gradient at {site.output_name} that {site.name} passes to its inputs is cut off"
             self.note(site.name, 1.0, x.dtype, what)
+        elif found == edges and (off := gradient_off_by(site.operation, x, inputs, self._along(x))) is not None:
+            what = f"the gradient at {site.output_name} that {site.name} passes to its inputs is cut off in part"
+            self.note(site.name, off, _coarsest(x, *relevant), what)
 
     @torch.no_grad()
     def _compare_between(self, name: str, x: Tensor) -> None:
@@ -171,9 +175,7 @@ class ForwardCheck:
         edge = edge_of(x)
         if edge in self._edges or x.is_leaf:  # a block that is run by itself starts with a leaf
             return
-        if self._direction is None or self._direction.numel() < x.numel() or self._direction.device != x.device:
-            self._direction = _probe(x.numel(), x)
-        probe = self._direction[: x.numel()].reshape(x.shape).to(x.dtype)
+        probe = self._along(x)
         if not x.detach().sum().isfinite():
             probe = torch.where(x.isfinite(), probe, 0.0)
         terms, names, values = [share(x.detach(), probe)], list[str](), [x]
@@ -193,6 +195,12 @@ class ForwardCheck:
         off = float(total.abs() / size.clamp(min=1e-30)) if names else 1.0
         what = f"{name} is not linear in the HookPoints that it is computed from ({', '.join(names) or 'none'}), and has no site"
         self.note(name, off, _coarsest(*values), what)
+
+    def _along(self, x: Tensor) -> Tensor:
+        """A fixed direction, in the shape of a tensor."""
+        if self._direction is None or self._direction.numel() < x.numel() or self._direction.device != x.device:
+            self._direction = _probe(x.numel(), x)
+        return self._direction[: x.numel()].reshape(x.shape).to(x.dtype)
 
     def note(self, name: str, off: float, dtype: torch.dtype, what: str) -> None:
         """Take down by how much something differs; raises MismatchError, or keeps the message, where that is more than rounding."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -9,6 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 Edge = tuple[Any, int]  # a node of autograd's graph, and which of its outputs
+
+# Steps that are functions of the one tensor that they are handed, which may be a part of another one, beside weights.
+_OF_ONE_TENSOR = {
+    *("Addmm", "Mm", "Linear", "NativeLayerNorm", "Convolution"),
+    *("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Expand", "Alias", "Clone", "ToCopy"),
+    *("Split", "SplitWithSizes", "Slice", "Select", "Unbind"),
+    *("Pow", "Mean", "Sqrt", "Rsqrt", "Relu", "Gelu", "Silu", "Tanh", "Sigmoid", "Softmax"),
+}
 
 
 def edge_of(x: Tensor) -> Edge:
@@ -38,6 +48,31 @@ def reached(start: Edge, stops: Container[Edge]) -> set[Edge]:
     """The edges in `stops` that `start` is computed from without passing another one of them."""
     nodes = _children_first(start[0], stops)
     return {edge for node in nodes for edge in node.next_functions if edge in stops}
+
+
+def keeps_gradients_whole(start: Edge, stops: Container[Edge]) -> bool:
+    """Whether no step between the stops and `start` can pass on a value without its gradient."""
+    size = _size(start)
+    return all(_keeps_whole(node, size) for node in _children_first(start[0], stops))
+
+
+def _keeps_whole(node: Any, size: int) -> bool:
+    """Whether a step has nothing beside the graph that could be a detached copy of what is on it; size: of what is computed in the end."""
+    name, edges = re.sub(r"Backward\d$", "", node.name()), [edge for edge in node.next_functions if edge[0] is not None]
+    if name == "Bmm":
+        return len(edges) == 2
+    if name == "Mul":  # by a number or a weight of the last dimension; the scale of each row may come from what is on the graph
+        constant = None if len(edges) == 2 else node._saved_self if node.next_functions[0][0] is None else node._saved_other
+        return constant is None or constant.ndim == 0 or constant.ndim == 1 < len(node._input_metadata[0].shape)
+    if name == "Add":  # of a norm's eps to a statistic of each row
+        return len(edges) == 2 or _size((node, 0)) < size
+    if name == "Cat":  # with what is empty, such as a cache of keys and values, or with what is on the graph too
+        return sum(map(_size, edges)) == _size((node, 0))
+    return name in _OF_ONE_TENSOR
+
+
+def _size(edge: Edge) -> int:
+    return math.prod(edge[0]._input_metadata[edge[1]].shape)
 
 
 def _children_first(root: Any, stops: Container[Edge]) -> Iterator[Any]:

@@ -66,10 +66,11 @@ class Operation:
         return working(self(*inputs)) @ direction
 
     def gradient(self, inputs: Tensors, upstream: Tensor) -> Coefficients:
-        """The plain gradient of the operation, recomputed from its inputs (used by the audit, never by the engine)."""
+        """The plain gradient of the operation, recomputed from its inputs (used by the audit and the checks, never by the engine)."""
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(True) for x in inputs[: self.n_relevant]]
-            gradients = torch.autograd.grad(self(*leaves, *inputs[len(leaves) :]), leaves, upstream, materialize_grads=True)
+            output = self(*leaves, *inputs[len(leaves) :]).reshape(upstream.shape).to(upstream.dtype)
+            gradients = torch.autograd.grad(output, leaves, upstream, materialize_grads=True)
             return (*gradients, *(None for _ in inputs[len(leaves) :]))
 
 

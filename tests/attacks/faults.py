@@ -137,6 +137,21 @@ def _gelu(x: Tensor) -> Tensor:
     return functional.gelu(x)
 
 
+def _half_detached(x: Tensor) -> Tensor:
+    kept, cut = x.tensor_split(2, -1)
+    return torch.cat([kept, cut.detach()], -1)
+
+
+def _half_of_heads_detached(x: Tensor) -> Tensor:  # [batch, head, pos, d_head]
+    kept, cut = x.tensor_split(2, 1)
+    return torch.cat([kept, cut.detach()], 1)
+
+
+def _norm_of_constant_scale(module: Any, x: Tensor) -> Tensor:
+    scale = (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+    return module.weight * (x * scale.detach())
+
+
 def _adapter(x: Tensor) -> Tensor:
     """A low-rank update, as of a fine-tuned layer whose weights were not merged."""
     down = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
@@ -381,4 +396,32 @@ _ENCODER_DECODERS: list[Fault] = [
     Fault("a decoder's stream through a GELU", "bart", after("decoder_blocks.0.original_component", _gelu)),
 ]
 
-FAULTS = [*_GPT2, *_LLAMA, *_REBUILT, *_MIXTURES, *_ENCODER_DECODERS]
+# Values are right, and a part of the gradient is lost.
+_CUT_IN_PART: list[Fault] = [
+    Fault("a first layer with half of its neurons off the graph", "gpt2", after("blocks.1.mlp.in.original_component", _half_detached)),
+    Fault("a second layer that reads half off the graph", "gpt2", before("blocks.1.mlp.out.original_component", _half_detached)),
+    Fault("half of the activations off the graph", "gpt2", forward(_MLP, lambda m, x: m.c_proj(_half_detached(m.act(m.c_fc(x)))))),
+    Fault(
+        "values of half of the heads off the graph", "gpt2", method(_ATTN, "_reshape_qkv_to_heads", _of_heads(v=_half_of_heads_detached))
+    ),
+    Fault(
+        "queries of half of the heads off the graph", "gpt2", method(_ATTN, "_reshape_qkv_to_heads", _of_heads(q=_half_of_heads_detached))
+    ),
+    Fault("an output projection that reads half of z off the graph", "gpt2", before("blocks.1.attn.o.original_component", _half_detached)),
+    Fault("half of the keys off the graph", "gpt2", after("blocks.1.attn.k.original_component", _half_detached)),
+    Fault("half of a stream off the graph", "gpt2", after(_BLOCK, _half_detached)),
+    Fault("an unembedding that reads half off the graph", "gpt2", before("unembed.original_component", _half_detached)),
+    Fault("half of a gate off the graph", "llama", after("blocks.1.mlp.gate.original_component", _half_detached)),
+    Fault("half of a norm off the graph", "llama", after("blocks.1.ln2.original_component", _half_detached)),
+    Fault("half of the values off the graph", "llama", after("blocks.1.attn.v.original_component", _half_detached)),
+    Fault("a norm with its scale off the graph", "llama", forward("blocks.1.ln2.original_component", _norm_of_constant_scale)),
+    Fault(
+        "a gate's activation with its slope off the graph",
+        "llama",
+        forward(_GATED, lambda m, x: m.down_proj((g := m.gate_proj(x)) * g.sigmoid().detach() * m.up_proj(x))),
+    ),
+    Fault("half of the experts' output off the graph", "mixtral", _experts(_half_detached)),
+    Fault("half of the values off the graph", "opt", after("blocks.1.attn.v.original_component", _half_detached)),
+]
+
+FAULTS = [*_GPT2, *_LLAMA, *_REBUILT, *_MIXTURES, *_ENCODER_DECODERS, *_CUT_IN_PART]

@@ -11,8 +11,47 @@ _CACHE = "tests/engine/test_cache.py"
 _CONDITIONS = "tests/engine/test_conditions.py"
 _ACCOUNT = "tests/engine/test_conservation.py -k 'sinks or reads or not_conserve or (not_linear and (cp_lrp or deeplift))'"
 _LIVENESS = "tests/engine/test_liveness.py"
+_GRADIENT = "tests/engine/test_gradient_check.py"
 
 MUTATIONS = [
+    *of(
+        "lens_relevance/hooks/gradient_check.py",
+        _GRADIENT,
+        ("nothing is compared", "if keeps_gradients_whole(edge_of(x), values):", "if True:"),
+        (
+            "what is cut off is taken as passed",
+            "difference = gradient - working(passed[edge]) if edge in passed else gradient",
+            "difference = 0 * gradient",
+        ),
+        (
+            "the size of what is expected is left out",
+            "torch.maximum(gradient.norm(), _natural_size(",
+            "torch.maximum(0 * gradient.norm(), _natural_size(",
+        ),
+        (
+            "the natural size is left out",
+            "_natural_size(operation, working(values[edge]), working(y), working(r)))",
+            "0 * gradient.norm())",
+        ),
+        ("values that are not finite are refused", "if not off_here.isfinite():", "if False:"),
+        ("a softmax in units of its scores", "if isinstance(operation, Softmax):", "if False:"),
+        ("the other half of a natural size", "return r.norm() * y.norm() / torch", "return r.norm() / torch"),
+    ),
+    *of(
+        "lens_relevance/hooks/linear_steps.py",
+        _GRADIENT,
+        ("a product of matrices is compared", 'if name == "Bmm":', "if False:"),
+        ("a constant scale of each row passes", "constant.ndim == 1 < len", "constant.ndim >= 1 < len"),
+        ("a constant in a sum passes", "return len(edges) == 2 or _size((node, 0)) < size", "return True"),
+        ("a norm's eps does not", "return len(edges) == 2 or _size((node, 0)) < size", "return len(edges) == 2"),
+        ("a constant beside what is joined passes", "return sum(map(_size, edges)) == _size((node, 0))", "return True"),
+        ("every step passes", "return name in _OF_ONE_TENSOR", "return True"),
+    ),
+    *of(
+        "lens_relevance/hooks/checks.py",
+        "tests/attacks/test_attacks.py -k 'right and llama'",
+        ("the gradient's difference is not noted", "self.note(site.name, off, _coarsest(x, *relevant), what)", "None"),
+    ),
     *of(
         "lens_relevance/sites/attention.py",
         _SETTINGS,
