@@ -35,7 +35,8 @@ class Network:
         nodes = {name: find_node(name) for name in pd.unique(pd.concat([edges["source"], edges["target"]]))}
         groups = [name for name, node in nodes.items() if node is None]
         if groups:
-            raise RelevanceError(f"the graph was grouped ({groups[0]!r}), which may make it cyclic: prune and search before grouping")
+            said = f"{groups[0]!r} is a group, which may make the graph cyclic (prune and search before grouping), or another tool's node"
+            raise RelevanceError(f"paths through this graph cannot be searched: {said}")
         ends = pd.DataFrame(
             {
                 "node": np.concatenate([edges["source"], edges["target"]]),

@@ -277,6 +277,8 @@ def test_a_graph_of_another_tool_is_read_and_drawn(tmp_path: Path) -> None:
     assert graph.value == 1.75 and graph.info["target"] == 'Output " Paris" (p=0.7)'
     assert graph.labels["L0F253@1"] == "capitals"
     assert "L0F253" in graph.show().to_html()
+    with pytest.raises(RelevanceError, match="'logit 99' is a group, .* or another tool's node"):
+        graph.paths()
 
 
 def damage(content: dict[str, Any], how: str) -> Any:
