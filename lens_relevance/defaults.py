@@ -11,7 +11,7 @@ from lens_relevance.ruleset_tables import Table, needs_reference, ruleset
 from lens_relevance.sites.embeddings import token_embedding
 
 
-def with_defaults(model: HookedModel, prompt: Prompt, rules: str | Table | None, reference: Any) -> tuple[str | Table, Any]:
+def with_defaults(model: HookedModel, prompt: Prompt, rules: str | Table | None, *, reference: Any) -> tuple[str | Table, Any]:
     """The ruleset and the reference of a run.
 
     A ruleset that compares two runs and has no counterpart compares with `mean_embedding()`. Where none is named it is `deeplift`:

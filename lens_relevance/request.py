@@ -93,7 +93,7 @@ def read_request(
 ) -> Request:
     """The arguments of `propagate` as a Request; raises RelevanceError where they do not fit the model or each other."""
     given = prompt = read_inputs(model, inputs, attention_mask)
-    rules, reference = with_defaults(model, prompt, rules, reference)
+    rules, reference = with_defaults(model, prompt, rules, reference=reference)
     table = table_for(rules, reference)
     target = None if target is None else as_target(target)
     if target is not None:

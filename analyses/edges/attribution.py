@@ -109,7 +109,7 @@ def attribute_edges(
         RelevanceError: bad input.
         CoverageError: a model whose residual stream is not the sum of what is known to be written.
     """
-    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference)
+    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference=reference)
     table, streams = ruleset(rules), wiring(model)
     results = [
         edges_of(streams, cache, constants, table=table)[0]

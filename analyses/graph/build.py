@@ -120,7 +120,7 @@ def _graph(
         return graph if by_position else graph.sum_positions()
     if kind != "relevance":
         raise RelevanceError(f"kind is 'relevance' or 'contribution', not {kind!r}")
-    rules, reference = with_defaults(model, Prompt(tokens, mask), rules, reference)
+    rules, reference = with_defaults(model, Prompt(tokens, mask), rules, reference=reference)
     streams, table = wiring(model), ruleset(rules)
     if dictionaries:
         streams = replace(streams, dictionaries=standing(streams, dictionaries, table))

@@ -62,7 +62,7 @@ def head_flow(
     if getattr(reference, "n", 1) > 1:
         raise RelevanceError(f"a flow is that of one pair of runs, but {reference} holds {reference.n}; use mean_embedding() or a prompt")
 
-    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference)
+    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference=reference)
     if path == "key":
         with rotary_constants(model, body, chosen) as constants:
             cache = propagate(
