@@ -68,7 +68,8 @@ def _style(share: float) -> str:
 
 def _heads(findings: Findings) -> Group:
     pearson, spearman = correlation_in_words(findings.pearson), correlation_in_words(findings.spearman)
-    title = f"Heads: relevance ({findings.rules}) beside activation patching, Pearson {pearson}, Spearman {spearman}"
+    against = ", against random words" if findings.question.baseline else ""
+    title = f"Heads{against}: relevance ({findings.rules}) beside activation patching, Pearson {pearson}, Spearman {spearman}"
     labels = [frame_table(findings.labels, "What they write")] if len(findings.labels.columns) > 1 else []
     return Group(frame_table(head_table(findings), title), *labels, Text(visible(findings.labels_note)))
 
