@@ -49,7 +49,7 @@ def gradient_off_by(operation: Operation, x: Tensor, inputs: Sequence[Tensor], d
             expected[edge] = expected[edge] + working(gradient) if edge in expected else working(gradient)
         passed = pulled_back(edge_of(x), r, values)
         for edge, gradient in expected.items():
-            difference = gradient - working(passed[edge]) if edge in passed else gradient
+            difference = gradient - working(passed[edge]).to(gradient.device) if edge in passed else gradient
             size = torch.maximum(gradient.norm(), _natural_size(operation, working(values[edge]), working(y), working(r)))
             off_here = difference.norm() / size.clamp(min=1e-30)
             if not off_here.isfinite():
