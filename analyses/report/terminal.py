@@ -32,7 +32,9 @@ def _question(findings: Findings) -> Text:
     text = Text(visible(findings.prompt), style="bold")
     if not findings.question.baseline:
         text.append(f"\nagainst: {visible(findings.counterpart)}", style="not bold")
-    answer = visible(f"{findings.target} = {number(findings.value)}; next word: {predictions_in_words(findings)}")
+    there = "the mean embedding" if findings.question.baseline else "the counterpart"
+    compared = "" if findings.reference_value is None else f", on {there} {number(findings.reference_value)}"
+    answer = visible(f"{findings.target} = {number(findings.value)}{compared}; next word: {predictions_in_words(findings)}")
     text.append(f"\n{answer}\n", style="not bold")
     return text
 

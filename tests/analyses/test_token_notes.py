@@ -59,4 +59,8 @@ def test_the_table_of_token_relevance_says_who_dominates(gpt2, tokens: torch.Ten
 def test_the_command_line_explains_a_single_prompt_as_propagate_does() -> None:
     result = CliRunner().invoke(app, ["explain", "--prompt", PROMPT], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    assert "Words, against the mean embedding" in result.output and "Heads, against random words: rel" in result.output
+    assert (
+        "Words, against the mean embedding" in result.output
+        and ", on the mean embedding −0.37; next word" in result.output
+        and "Heads, against random words: rel" in result.output
+    )
