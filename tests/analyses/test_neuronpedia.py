@@ -168,6 +168,9 @@ def test_scores_and_links_of_a_real_graph(graph: FlowGraph, tmp_path: Path) -> N
     scores = {(node["name"], node["ctx_idx"]): node["score"] for node in content["nodes"]}
     for row in graph.nodes.itertuples():
         assert scores[row.node, row.position] == row.score
+    layers = {node["name"]: node["layer"] for node in content["nodes"]}
+    assert {name[1] == layer for name, layer in layers.items() if name.startswith("L")} == {True} and layers["embed"] == "E"
+    assert {"0", "1"} < set(layers.values())
     answer = next(node for node in content["nodes"] if node["feature_type"] == "logit")
     assert answer["is_target_logit"] and answer["token_prob"] == 0.9 and "' Mary'" in answer["clerp"]
     assert any(node["clerp"].startswith("L1H3: writes '") for node in content["nodes"])

@@ -55,7 +55,12 @@ MUTATIONS = [
     *of(
         "analyses/circuits/mib.py",
         _MIB,
-        ("letters in another order", 'for letter in "qkv")', 'for letter in "kqv")'),
+        (
+            "letters in another order",
+            'for letter in "qkv")',
+            'for letter in "kqv")',
+            "it changes the order of the edges in a file, which are found by their names",
+        ),
         ("an MLP does not read its layer's heads", "written if self.parallel_attn_mlp else written + heads", "written"),
         ("logits are not fed by the last MLP", "yield LOGITS, written", "yield LOGITS, written[:-1]"),
         ("membership turned round", '{"score": score, "in_graph": inside} for name', '{"score": score, "in_graph": not inside} for name'),
