@@ -24,6 +24,7 @@ from analyses.report.terminal import terminal_report
 from analyses.tasks import PromptPairs
 from analyses.views import Page
 from analyses.views.heatmap import HeatMap, heat_map_view
+from analyses.views.palette import POSITIVE
 from lens_relevance import logit_diff, mean_embedding, propagate
 from tests.analyses.test_views import props_of
 
@@ -199,6 +200,8 @@ def test_words_in_the_terminal(findings: Findings) -> None:
     assert red > blue + 100  # fully against
     red, _, blue = background[" and"]
     assert red + 50 < blue
+    half = [round(255 + (int(POSITIVE[i : i + 2], 16) - 255) / 2) for i in (1, 3, 5)]
+    assert background[" and"] == tuple(half)  # half as much as the strongest word
     assert sum(background["<s>"]) > sum(background[" and"]) > sum(background[" Mary"])  # paler as it counts less
 
 

@@ -188,7 +188,6 @@ MUTATIONS = [
             'float(findings.account["unexplained"].abs().max())',
             'float(findings.account["unexplained"].abs().min())',
         ),
-        ("a query is a key", '_READERS = {"q": "query", "k": "key"', '_READERS = {"q": "key", "k": "query"'),
     ),
     *of(
         "analyses/report/terminal.py",
@@ -216,7 +215,8 @@ MUTATIONS = [
     ),
     *of(
         "analyses/report/summary.py",
-        "tests/analyses/test_report.py -k words_are_put_together",
+        "tests/analyses/test_report.py -k 'words_are_put_together or path'",
+        ("a query is a key", '_READERS = {"q": "query", "k": "key"', '_READERS = {"q": "key", "k": "query"'),
         ("pieces of a word are not added", "(words[-1][0] + token, words[-1][1] + share)", "(words[-1][0] + token, share)"),
     ),
 ]
