@@ -36,9 +36,9 @@ def place_rules(session: Session, anatomy: Anatomy, ruled: list[tuple[Site, Rule
     for site, rule in ruled:
         if isinstance(site, SiteByRows):
             place_by_rows(session, site, rule)
-        elif rule.is_plain and not (site.name == "unembed" and isinstance(site.operation, Linear)):
-            session.listen(site)
-        elif rule.is_plain:
+        elif not rule.is_plain:
+            session.place(site, rule)
+        elif site.name == "unembed" and isinstance(site.operation, Linear):
             session.place(site, FewOutputsRule())
         else:
-            session.place(site, rule)
+            session.listen(site)

@@ -75,6 +75,6 @@ def explain(
     elif reads_two_sets(loaded):
         raise RelevanceError("this model has an encoder and a decoder, which no task fits: give a --prompt")
     else:
-        pair = asked_question(loaded, answer=answer, wrong=wrong, task=task, pairs=pairs, n=n, seed=seed).pairs[slice(0, 1)]
+        pair = asked_question(loaded, answer=answer, wrong=wrong, task=task, pairs=pairs, n=n, seed=seed).example
         asked, target = pair.clean, pair.target
     Console().print(explain_tokens(loaded, asked, target, method=method, rules=rules or "gradient"))

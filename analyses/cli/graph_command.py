@@ -65,7 +65,7 @@ def graph(
     files = [OutputFile(name, force=force) for name in names]
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, n=1, seed=seed)
-    pair, chosen = question.pairs[slice(0, 1)], rules or "deeplift"
+    pair, chosen = question.example, rules or "deeplift"
     reference = pair.corrupt if needs_reference(ruleset(chosen)) and not question.baseline else None
     flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
     try:

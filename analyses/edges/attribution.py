@@ -25,7 +25,7 @@ from lens_relevance.defaults import with_defaults
 from lens_relevance.engine import propagate
 from lens_relevance.errors import CoverageError
 from lens_relevance.hooks.model_state import left_as_found
-from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs, tokenize
+from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import reference_run
 from lens_relevance.inputs.targets import Target
 from lens_relevance.rules.base import working
@@ -109,13 +109,12 @@ def attribute_edges(
         RelevanceError: bad input.
         CoverageError: a model whose residual stream is not the sum of what is known to be written.
     """
-    rules, reference = with_defaults(model, read_inputs(model, inputs, attention_mask), rules, reference=reference)
+    tokens, mask = tokenize(model, inputs, attention_mask)
+    rules, reference = with_defaults(model, Prompt(tokens, mask), rules, reference=reference)
     table, streams = ruleset(rules), wiring(model)
     results = [
         edges_of(streams, cache, constants, table=table)[0]
-        for cache, constants in passes(
-            model, streams, inputs, target=target, rules=rules, reference=reference, attention_mask=attention_mask
-        )
+        for cache, constants in passes(model, streams, tokens, target=target, rules=rules, reference=reference, attention_mask=mask)
     ]
     return results[0] if len(results) == 1 else _mean(results)
 

@@ -141,7 +141,7 @@ def find(
         RelevanceError: an atlas of another model.
     """
     pair_rules = needs_reference(ruleset(rules))
-    example = question.pairs[slice(0, 1)]
+    example = question.example
     seconds: dict[str, float] = {}
     missing: dict[str, str] = {}
     with _timed(seconds, "words, layers and account"):
@@ -220,7 +220,7 @@ def _propagate(model: TransformerBridge, question: Question, rules: str, pair_ru
 
 
 def _example(question: Question, pair_rules: bool) -> tuple[PromptPairs, Tensor | None]:
-    row = question.pairs[slice(0, 1)]
+    row = question.example
     return row, row.corrupt if pair_rules and not question.baseline else None
 
 
@@ -242,7 +242,7 @@ def _words(model: TransformerBridge, question: Question, rules: str, pair_rules:
         return {f"{rules}: the prompt on its own": cache.tokens()[0]}
     if question.baseline:
         return {f"{rules}: against the mean embedding": cache.tokens()[0]}
-    row = question.pairs[slice(0, 1)]
+    row = question.example
     own = propagate(model, row.clean, row.target, rules=rules, names_filter="embed.hook_out", attention_mask=row.clean_mask)
     return {f"{rules}: against the counterpart": cache.tokens()[0], f"{rules}: against the mean embedding": own.tokens()[0]}
 

@@ -49,14 +49,18 @@ class Question:
     pairs: PromptPairs
     baseline: bool
 
+    @property
+    def example(self) -> PromptPairs:
+        """The pair that is shown token by token."""
+        return self.pairs[slice(0, 1)]
+
     def target_in_words(self, model: TransformerBridge) -> str:
         """The target of the example."""
-        pairs = self.pairs[slice(0, 1)]
-        return describe(pairs.target, model)
+        return describe(self.example.target, model)
 
     def asked(self, model: TransformerBridge) -> list[str]:
         """The example's answer and, if there is one, what it is weighed against; empty where the target is no such question."""
-        target = self.pairs[slice(0, 1)].target
+        target = self.example.target
         if not isinstance(target, TokenTarget):
             return []
         rows = [token_ids(model, tokens, 1, what="answer")[0] for tokens in (target.answer, target.wrong) if tokens is not None]
@@ -64,7 +68,7 @@ class Question:
 
     def probability(self, model: TransformerBridge) -> float | None:
         """The probability of the answer to the first prompt; None where the target is no single token."""
-        pairs = self.pairs[slice(0, 1)]
+        pairs = self.example
         if not isinstance(pairs.target, TokenTarget) or len(self.asked(model)) == 0:
             return None
         metric = replace(pairs.target, kind="log_prob", wrong=None).metric(model, pairs.clean, pairs.clean_mask)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
-from lens_relevance.hooks.model_state import root
+from lens_relevance.hooked_model import modules_of, root
 from lens_relevance.ruleset_tables import PLAIN
 from lens_relevance.sites import Anatomy
 
@@ -39,15 +39,10 @@ def fingerprint(model: Any, anatomy: Anatomy) -> int:
     parts: list[Any] = [(site.name, site.output_name, site.enabled(PLAIN), type(site.operation)) for site in anatomy.sites]
     parts += [id(hook) for point in anatomy.inside_experts for hook in point.fwd_hooks]
     parts += [_settings(vars(config)) for config in (getattr(root(model), "config", None), getattr(model, "cfg", None)) if config]
-    modules, classes, seen = [model, root(model)], dict[type, None](), set()
-    while modules:
-        module = modules.pop()
-        if id(module) in seen or isinstance(module, HookPoint):
-            continue
-        seen.add(id(module))
-        classes[type(module)] = None
+    modules = [module for module in modules_of(model, root(model)) if not isinstance(module, HookPoint)]
+    for module in modules:
         parts.append((id(module), *module._forward_hooks, *module._forward_pre_hooks, _settings(module.__dict__)))  # each hook has a number
-        modules += [child for child in module._modules.values() if child is not None]
+    classes = dict.fromkeys(map(type, modules))
     parents = dict.fromkeys(parent for kind in classes for parent in kind.__mro__)
     parts += [tuple(map(id, vars(parent).values())) for parent in parents]
     parts += [tuple(map(id, vars(sys.modules[name]).values())) for name in dict.fromkeys(kind.__module__ for kind in classes)]

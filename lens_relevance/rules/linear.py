@@ -158,10 +158,10 @@ class FewOutputsRule(ZeroRule):
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         assert isinstance(op, Linear)
         read = upstream.flatten(0, -2).any(0).nonzero().squeeze(1)
-        weight = op.weight.to(upstream.dtype)
-        if len(read) > len(weight) // 2:
-            return (op.transpose(upstream, weight, kept[0]),)
-        return (op.transpose(upstream[..., read], weight[read], kept[0]),)
+        weight = op.weight
+        if len(read) <= len(weight) // 2:
+            upstream, weight = upstream[..., read], weight[read]
+        return (op.transpose(upstream, weight.to(upstream.dtype), kept[0]),)
 
 
 class EpsilonRule(LinearRule):

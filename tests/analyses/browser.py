@@ -146,6 +146,10 @@ class Tab:
                 raise AssertionError(f"not within {seconds} s: {condition}; {self.problems()}")
             time.sleep(0.03)
 
+    def fits(self, width: int) -> None:
+        """Nothing sticks out sideways once the pictures have their final size: on a loaded machine some frames after mounting."""
+        self.wait(f"document.documentElement.scrollWidth <= {width}")
+
     def problems(self) -> list[str]:
         """What went wrong on the page so far: errors on the console, exceptions, requests to anything but itself."""
         for event in self._browser.events():

@@ -101,7 +101,7 @@ def test_tokens_logits_and_the_strongest_paths_are_in_sight_on_opening(browser: 
         assert 0 <= left < right <= 1280 and 0 <= top < bottom <= 900
     labels = tab.run("[...document.querySelectorAll('.lr-flow-tokens span')].map((e) => [e.textContent, e.getBoundingClientRect().bottom])")
     assert ["<bos>", "John", "to"] == [labels[0][0], labels[10][0], labels[-1][0]] and all(0 < bottom <= 900 for _, bottom in labels)
-    assert tab.run("document.documentElement.scrollWidth") <= 1280
+    tab.fits(1280)
     assert tab.problems() == []
     tab.close()
 

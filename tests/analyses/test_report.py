@@ -312,7 +312,7 @@ def test_the_page_in_a_browser(found: Findings, page: str, browser: Browser, tmp
     for width in (1280, 390):
         tab = browser.open(path, width=width)
         assert tab.problems() == []
-        assert tab.run("document.documentElement.scrollWidth") <= width
+        tab.fits(width)
         assert tab.run("document.querySelectorAll('.colored-tokens span').length") >= len(found.tokens)
         assert found.circuit is not None
         rows = "[...document.querySelectorAll('.lr-table')].find((e) => e.innerText.includes('CMD is')).querySelectorAll('td[data-value]')"

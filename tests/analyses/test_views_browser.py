@@ -54,7 +54,7 @@ def test_a_page_opens_on_a_phone_in_the_dark_with_markup_in_its_tokens_shown_as_
     page = Page(EVIL[0]).quote(EVIL[0]).view(example_views(EVIL)[kind], EVIL[1])
     tab = browser.open(write(page, tmp_path), width=390, dark=True)
     assert tab.problems() == []
-    assert tab.run("document.documentElement.scrollWidth") <= 390  # nothing sticks out sideways
+    tab.fits(390)  # nothing sticks out sideways
     assert rgb(tab.run("getComputedStyle(document.body).backgroundColor")).mean() < 60
     assert tab.run("document.querySelectorAll('img:not([src^=\"data:image/png\"])').length") == 0
     assert tab.run("document.title") == EVIL[0] == tab.run("document.querySelector('blockquote').textContent")

@@ -20,7 +20,7 @@ MUTATIONS = [
         ("nothing is compared", "if keeps_gradients_whole(edge_of(x), values):", "if True:"),
         (
             "what is cut off is taken as passed",
-            "difference = gradient - working(passed[edge]) if edge in passed else gradient",
+            "difference = gradient - working(passed[edge]).to(gradient.device) if edge in passed else gradient",
             "difference = 0 * gradient",
         ),
         (

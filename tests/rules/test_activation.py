@@ -122,6 +122,13 @@ def test_rescale_of_near_equal_runs_is_the_slope(name: str, gap: float) -> None:
     near(factor(Rescale(), Activation(FUNCTIONS[name]), X1 + gap, X1), slope, 1e-7 if gap == 1e-8 else 1e-9)
 
 
+@pytest.mark.parametrize("gap", [1e-7, 2e-7])
+def test_rescale_of_near_equal_runs_has_the_slope_in_the_middle(gap: float) -> None:
+    """(x^3 - y^3) / (x - y) is x^2 + x y + y^2: the quotient itself would be off by 1e-9, the slope at one end by the gap."""
+    x, y = X1 + gap, X1
+    near(factor(Rescale(), Activation(lambda z: z**3), x, y), x**2 + x * y + y**2, 1e-12)
+
+
 @pytest.mark.parametrize("gap", [0.0, 1e-8, 1e-4, 1e-3])
 def test_rescale_of_near_equal_runs_in_fp32(name: str, gap: float) -> None:
     leaf = (X1 + gap / 2).requires_grad_(True)

@@ -175,7 +175,7 @@ for line in {lines!r}:
     assert done.returncode == 0 and "Traceback" not in errors, errors
     assert re.findall(r"ended with (\d|None)", out) == ["0", "0", "0", "0", "0", "2"]
     assert "heads by combined" in out and r"/\u4e0d/x" in errors and errors.count("Error:") == 1
-    assert re.search(r"= [+-]\d+\.\d\d; next word", out), out
+    assert re.search(r"= [+-]\d+\.\d\d, on the mean embedding [+-]\d+\.\d\d; next word", out), out
 
 
 def test_streams_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
