@@ -16,7 +16,7 @@
 Every function that takes a component takes any of its names; tables use the first one. A position follows after an at sign: `L3.resid@7`,
 `L3H5@7`. Graphs and circuits also speak of `embed`, `pos_embed`, `bias`, `logits` and the input of an MLP, `L3.mlp.in`. Graphs over
 features speak of what a dictionary misses (`L9.error`), of its skip connection (`L9.skip`) and of all features that are no nodes of their
-own (`L9.features`).
+own (`L9.features`); graphs that other tools wrote, of the logits of single tokens (`logit 1207`).
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class Node:
     Attributes:
         component: its name; an alias is replaced by the name. `embed`, `pos_embed`, `bias` and `logits` belong to no layer (-1).
         position: of a pattern, that of the query.
+        token: of the logit of one token; None for `logits`, whatever the target reads of them.
     """
 
     component: str
@@ -132,12 +133,15 @@ class Node:
     head: int | None = None
     neuron: int | None = None
     feature: int | None = None
+    token: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "component", _ALIASES.get(self.component, self.component))
 
     def __str__(self) -> str:
-        if self.component in (*SOURCES, LOGITS):
+        if self.token is not None:
+            name = f"logit {self.token}"
+        elif self.component in (*SOURCES, LOGITS):
             name = self.component
         elif self.neuron is not None:
             name = f"L{self.layer}N{self.neuron}"
@@ -161,7 +165,7 @@ _HEAD = rf"H(?P<head>\d+)(?:\.(?P<reader>{'|'.join(_READERS)}))?"
 _WITHOUT_INDEX = [one.name for one in COMPONENTS.values() if one.index == "position"] + [MLP_INPUT, FEATURES, ERROR, SKIP]
 _LAYER_WIDE = "|".join(re.escape(name) for name in _WITHOUT_INDEX)
 _TEXT = re.compile(
-    rf"(?:(?P<outside>{'|'.join((*SOURCES, LOGITS))})|L(?P<layer>\d+)"
+    rf"(?:(?P<outside>{'|'.join((*SOURCES, LOGITS))})|logit (?P<token>\d+)|L(?P<layer>\d+)"
     rf"(?:{_HEAD}|N(?P<neuron>\d+)|F(?P<feature>\d+)|\.(?P<wide>{_LAYER_WIDE})))"
     r"(?:@(?P<position>\d+))?"
 )
@@ -172,11 +176,11 @@ def find_node(text: str) -> Node | None:
     match = _TEXT.fullmatch(text)
     if match is None:
         return None
-    indexed = "neurons" if match["neuron"] else FEATURES if match["feature"] else "heads"
+    indexed = "neurons" if match["neuron"] else FEATURES if match["feature"] else LOGITS if match["token"] else "heads"
     name = match["outside"] or match["wide"] or match["reader"] or indexed
-    numbers = match.group("layer", "position", "head", "neuron", "feature")
-    layer, position, head, neuron, feature = (None if part is None else int(part) for part in numbers)
-    return Node(name, -1 if layer is None else layer, position, head, neuron, feature)
+    numbers = match.group("layer", "position", "head", "neuron", "feature", "token")
+    layer, position, head, neuron, feature, token = (None if part is None else int(part) for part in numbers)
+    return Node(name, -1 if layer is None else layer, position, head, neuron, feature, token)
 
 
 def parse_node(text: str) -> Node:

@@ -55,7 +55,7 @@ class Network:
         entering = np.bincount(self.target, self.size, len(self.keys))
         self.entering = entering
         self.share = self.size / np.where(entering > 0, entering, 1.0)[self.target]
-        at_target = np.array([name == LOGITS for name, _ in self.keys])
+        at_target = np.array([known[name].component == LOGITS for name, _ in self.keys])
         self.targets = np.flatnonzero(at_target & (entering > 0))
         if len(self.targets) == 0:
             raise RelevanceError("the target is disconnected: no edge with relevance enters `logits` in this graph")

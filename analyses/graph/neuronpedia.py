@@ -116,8 +116,8 @@ def _layer(node: Node, ids: Ids) -> str:
 
 def _number(node: Node, ids: Ids) -> int:
     """A number of its own for each component of a layer."""
-    if node.feature is not None:
-        return node.feature
+    if (own := node.feature if node.token is None else node.token) is not None:
+        return own
     index = node.neuron if node.neuron is not None else node.head if node.head is not None else 0
     return ids.offset + index * _STEP + _CODES[node.component]
 
@@ -156,7 +156,7 @@ def _node(graph: FlowTables, row: Any, ids: Ids, influence: float | None, token_
     label = f"writes {label}" if label else ""
     if row.component == "embed":
         label = repr(graph.tokens[row.position])
-    if row.component == "logits":
+    if row.node == "logits":
         label = graph.info.get("target", "target")
     stays = graph.sinks[(graph.sinks["node"] == row.node) & (graph.sinks["position"] == row.position)]
     values = graph.features.loc[(graph.features["node"] == row.node) & (graph.features["position"] == row.position), "activation"]

@@ -236,7 +236,7 @@ def test_a_querys_contributors_add_up_where_nothing_is_pruned(_embedded: Transfo
 
 
 def foreign() -> dict[str, Any]:
-    """A graph as circuit-tracer writes it: two features, an error node, a token, a logit."""
+    """A graph as circuit-tracer writes it: two features, an error node, a token, two logits."""
     node = {
         "run_idx": 0,
         "reverse_ctx_idx": 0,
@@ -252,6 +252,7 @@ def foreign() -> dict[str, Any]:
         ("1_7_1", 44, "1", "cross layer transcoder"),
         ("1_-1_1", -1, "1", "mlp reconstruction error"),
         ("3_99_1", 99, "3", "logit"),
+        ("3_12_1", 12, "3", "logit"),
     ]
     nodes = [
         node
@@ -259,7 +260,7 @@ def foreign() -> dict[str, Any]:
         for name, feature, layer, kind in kinds
     ]
     nodes[1]["clerp"], nodes[4]["clerp"], nodes[4]["is_target_logit"] = "capitals", 'Output " Paris" (p=0.7)', True
-    links = [("E_5_0", "0_253_1", 1.5), ("0_253_1", "1_7_1", 0.5), ("1_7_1", "3_99_1", 2.0), ("1_-1_1", "3_99_1", -0.25)]
+    links = [("E_5_0", "0_253_1", 1.5), ("0_253_1", "1_7_1", 0.5), ("1_7_1", "3_99_1", 2.0), ("1_-1_1", "3_99_1", -0.25), ("1_7_1", "3_12_1", 0.75)]
     return {
         "metadata": {"slug": "s", "scan": "gemma-2-2b", "transcoder_list": [], "prompt_tokens": ["<bos>", " of"], "prompt": " of"},
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
@@ -276,12 +277,31 @@ def written_to(folder: Path, content: Any) -> Path:
 
 def test_a_graph_of_another_tool_is_read_and_drawn(tmp_path: Path) -> None:
     graph = FlowGraph.from_neuronpedia(written_to(tmp_path, foreign()))
-    assert set(graph.nodes["node"]) == {"embed", "L0F253", "L1F7", "L1.error", "logit 99"}
-    assert graph.value == 1.75 and graph.info["target"] == 'Output " Paris" (p=0.7)'
+    assert set(graph.nodes["node"]) == {"embed", "L0F253", "L1F7", "L1.error", "logit 99", "logit 12"}
+    assert graph.value == 2.5 and graph.info["target"] == 'Output " Paris" (p=0.7)'
     assert graph.labels["L0F253@1"] == "capitals"
     assert "L0F253" in graph.show().to_html()
-    with pytest.raises(RelevanceError, match="'logit 99' is a group, .* or another tool's node"):
-        graph.paths()
+
+
+def test_paths_of_a_graph_of_another_tool(tmp_path: Path) -> None:
+    """Shares by hand: 3 enters the two logits, 2.75 of it from the one feature that the token reaches, 0.25 from the error."""
+    graph = FlowGraph.from_neuronpedia(written_to(tmp_path, foreign()))
+    found = graph.paths().set_index("path")
+    by_token = "embed@0 -> L0F253@1 -> L1F7@1 -> logit"
+    assert found["share"].to_dict() == pytest.approx(
+        {f"{by_token} 99@1": 2 / 3, f"{by_token} 12@1": 0.75 / 3, "L1.error@1 -> logit 99@1": 0.25 / 3}, abs=1e-12
+    )
+    assert found["weakest"].to_dict() == {f"{by_token} 99@1": 0.5, f"{by_token} 12@1": 0.5, "L1.error@1 -> logit 99@1": -0.25}
+    kept = graph.prune(top=4)
+    assert set(kept.nodes["node"]) == {"embed", "L0F253", "L1F7", "logit 99", "logit 12"} and len(kept.edges) == 4
+    path = tmp_path / "again.json"
+    content = graph.to_neuronpedia(path, slug="again")
+    assert {"3_99_1", "3_12_1", "0_253_1"} <= {node["node_id"] for node in content["nodes"]}
+    assert FlowGraph.from_neuronpedia(path) == graph
+    strange = foreign()
+    strange["nodes"][3]["feature_type"] = "lorsa error"
+    with pytest.raises(RelevanceError, match="'L1.lorsa error' is a group, .* or another tool's node"):
+        FlowGraph.from_neuronpedia(written_to(tmp_path, strange)).paths()
 
 
 def damage(content: dict[str, Any], how: str) -> Any:
@@ -320,7 +340,7 @@ def damage(content: dict[str, Any], how: str) -> Any:
         ("a weight in words", "the weight of link 1 is 'much', not a number"),
         ("a weight that is infinite", "the weight of link 1 is inf, not a number"),
         ("links that are no list", "links are no list"),
-        ("nodes that are no objects", "node 5 is not an object"),
+        ("nodes that are no objects", "node 6 is not an object"),
     ],
 )
 def test_malformed_graphs(tmp_path: Path, how: str, said: str) -> None:
