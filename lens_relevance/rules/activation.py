@@ -126,9 +126,8 @@ class Identity(ElementwiseRule):
 
     def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
         """No stabiliser is needed: even at small x the quotient is accurate, and at 0 the slope is f'(0)."""
-        zero = x == 0
         at_zero = derivative(f, torch.zeros((), dtype=x.dtype, device=x.device))
-        return torch.where(zero, at_zero, f(x) / torch.where(zero, torch.ones_like(x), x))
+        return (f(x) / x).masked_fill_(x == 0, at_zero)
 
 
 class Rescale(ElementwiseRule):

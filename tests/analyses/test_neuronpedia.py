@@ -260,7 +260,8 @@ def foreign() -> dict[str, Any]:
         for name, feature, layer, kind in kinds
     ]
     nodes[1]["clerp"], nodes[4]["clerp"], nodes[4]["is_target_logit"] = "capitals", 'Output " Paris" (p=0.7)', True
-    links = [("E_5_0", "0_253_1", 1.5), ("0_253_1", "1_7_1", 0.5), ("1_7_1", "3_99_1", 2.0), ("1_-1_1", "3_99_1", -0.25), ("1_7_1", "3_12_1", 0.75)]
+    links = [("E_5_0", "0_253_1", 1.5), ("0_253_1", "1_7_1", 0.5), ("1_7_1", "3_99_1", 2.0)]
+    links += [("1_-1_1", "3_99_1", -0.25), ("1_7_1", "3_12_1", 0.75)]
     return {
         "metadata": {"slug": "s", "scan": "gemma-2-2b", "transcoder_list": [], "prompt_tokens": ["<bos>", " of"], "prompt": " of"},
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},

@@ -131,10 +131,10 @@ MUTATIONS = [
         _ACTIVATION,
         (
             "the identity rule is the gradient",
-            "return torch.where(zero, at_zero, f(x) / torch.where(zero, torch.ones_like(x), x))",
+            "return (f(x) / x).masked_fill_(x == 0, at_zero)",
             "return derivative(f, x)",
         ),
-        ("nothing passes at zero", "return torch.where(zero, at_zero,", "return torch.where(zero, 0 * at_zero,"),
+        ("nothing passes at zero", ".masked_fill_(x == 0, at_zero)", ".masked_fill_(x == 0, 0.0)"),
         (
             "rescale is the gradient at the input",
             "return rescale_factor(f, x, f.unrounded(x), x2=other, y2=f.unrounded(other))",
