@@ -319,9 +319,7 @@
     // ---- slider and search
     const toSlider = (n) => (edges.length > 1 ? Math.round((1000 * Math.log(Math.max(n, 1))) / Math.log(edges.length)) : 1000);
     function setShown(n) {
-      n = Math.max(Math.min(n, edges.length), Math.min(1, edges.length));
-      // Edges of one strength belong to one path and come together.
-      while (n > 0 && n < edges.length && edges[n][4] > 0 && edges[n][4] === edges[n - 1][4]) n += 1;
+      n = data.whole.find((count) => count >= n) ?? edges.length; // so that each edge shown lies on a path that is drawn whole
       state.shown = n;
       count.textContent = `${n.toLocaleString("en")} of ${edges.length.toLocaleString("en")}`;
       slider.setAttribute("aria-valuetext", count.textContent);

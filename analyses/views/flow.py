@@ -27,7 +27,7 @@ class FlowView(View):
         what = "What makes up" if info.get("kind") == "contribution" else "How relevance reaches"
         self._subtitle = (
             f"{what} {target}. Tokens along the page, layers upwards, the answer on top. Point at a node or an edge to read "
-            "it, click a node to open it; the slider chooses how many of the strongest connected edges are drawn."
+            "it, click a node to open it; the slider chooses how many edges are drawn, the strongest paths first."
         )
         super().__init__(
             title,
@@ -58,7 +58,8 @@ def flow_view(
     """Nodes and edges of a relevance graph over tokens (x) and layers (y).
 
     Pointing at a node or an edge tells what it is; clicking a node opens its edges, inputs and details; the slider chooses how many of the
-    strongest edges are drawn, and every edge drawn lies on a path from a token to the target that is drawn whole, where the graph has one.
+    strongest edges are drawn, those of the listed paths first. Every edge drawn lies on a path from a token to the target that is drawn
+    whole, where the graph has one.
 
     Args:
         nodes: Columns `node` (`embed`, `pos_embed`, `bias`, `L3H5`, `L3.mlp`, `logits`; also readers `L4H1.q`, `.k`, `.v`, `L4.mlp.in`,
@@ -115,6 +116,7 @@ def _props(flow: Flow, title: str, target: str, target_value: float | None, show
         "nodes": marks,
         "edges": [[link.source, link.target, rounded(link.score), link.reader, rounded(link.strength)] for link in flow.links],
         "paths": [{"nodes": p.marks, "edges": p.links, "share": rounded(p.share), "weakest": rounded(p.weakest)} for p in flow.paths],
+        "whole": flow.whole,
         "dropped": flow.dropped,
         "shown": shown,
         "info": dict(info),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -70,22 +70,21 @@ class FlowPath:
 class Flow:
     """A flow graph to be drawn.
 
-    links: in the order in which the slider shows them: by `strength`, then by |score|. The first n of them, up to the next change of
-        strength, connect inputs with the target. dropped: how many links were too many for the page.
+    links: in the order in which the slider shows them: path by path those of the listed paths, then the others by `strength`, and by
+        |score|. whole: how many of the first links make a picture in which every link that has a path lies on one that is drawn whole.
+        dropped: how many links were too many for the page.
     """
 
     tokens: list[str]
     marks: list[Mark]
     links: list[Link]
     paths: list[FlowPath]
+    whole: list[int]
     dropped: int
 
     def shown(self, n: int) -> int:
         """How many links have to be drawn so that the first n are, and every one of them lies on a path that is drawn whole."""
-        n = max(min(n, len(self.links)), min(1, len(self.links)))
-        while 0 < n < len(self.links) and self.links[n].strength == self.links[n - 1].strength > 0:
-            n += 1
-        return n
+        return next((count for count in self.whole if count >= n), len(self.links))
 
 
 def parse_component(name: str) -> Component:
@@ -116,12 +115,24 @@ def flow_of(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: Sequence[str], *, 
     _add_nodes(marks, nodes, len(tokens))
     links, between = _links(marks, edges, len(tokens))
     _put_below_heads(list(marks.values()), links)
-    order = sorted(range(len(links)), key=lambda i: (-links[i].strength, -abs(links[i].score)))
-    kept, rank = [links[i] for i in order[:max_edges]], {i: n for n, i in enumerate(order[:max_edges])}
     index = {key: i for i, key in enumerate(marks)}
-    drawn = {pair: rank[i] for pair, i in between.items() if i in rank}
-    listed = [] if paths is None else [_path(row, index, drawn) for row in paths.itertuples()]
-    return Flow(list(tokens), list(marks.values()), kept, [p for p in listed if p is not None], len(links) - len(kept))
+    found = [] if paths is None else [_path(row, index, between) for row in paths.itertuples()]
+    listed = [path for path in found if path is not None]
+    order, whole = _in_order(links, listed)
+    rank = {i: n for n, i in enumerate(order[:max_edges])}
+    kept = [replace(path, links=tuple(rank[i] for i in path.links)) for path in listed if all(i in rank for i in path.links)]
+    counts = [count for count in whole if count <= len(rank)]
+    return Flow(list(tokens), list(marks.values()), [links[i] for i in rank], kept, counts, dropped=len(links) - len(rank))
+
+
+def _in_order(links: Sequence[Link], listed: Sequence[FlowPath]) -> tuple[list[int], list[int]]:
+    """The order in which links are shown, and the counts at which what is shown is whole."""
+    first = dict.fromkeys(i for path in listed for i in path.links)
+    whole = [len({i for path in listed[: n + 1] for i in path.links}) for n in range(len(listed))]
+    rest = sorted((i for i in range(len(links)) if i not in first), key=lambda i: (-links[i].strength, -abs(links[i].score)))
+    strengths = [links[i].strength for i in rest]
+    ends = [n + 1 for n, strength in enumerate(strengths) if strength == 0 or strengths[n + 1 : n + 2] != [strength]]
+    return [*first, *rest], [*dict.fromkeys(whole), *(len(first) + n for n in ends)]
 
 
 def _put_below_heads(marks: Sequence[Mark], links: Sequence[Link]) -> None:

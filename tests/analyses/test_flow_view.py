@@ -96,6 +96,29 @@ def test_every_edge_that_the_slider_shows_lies_on_a_path_from_a_token_to_the_ans
     assert len(shown) < n + 12  # at most one path more than was asked for
 
 
+def test_the_listed_paths_are_drawn_first_however_thin() -> None:
+    """The share of a path counts what each node passes on, so that a listed path may have a thinner edge than many that are not listed."""
+    edges = pd.DataFrame(
+        [
+            ("embed", "L0.mlp.in", 1, 0.01),
+            ("L0.mlp", "logits", 1, 5.0),
+            ("embed", "L1.mlp.in", 1, 2.0),
+            ("L1.mlp", "logits", 1, 1.0),
+            ("embed", "L2.mlp.in", 1, 0.5),
+            ("L2.mlp", "logits", 1, 0.25),
+        ],
+        columns=["source", "target", "position", "score"],
+    )
+    listed = "embed@1 -> L0.mlp.in@1 -> L0.mlp@1 -> logits@1", "embed@1 -> L2.mlp.in@1 -> L2.mlp@1 -> logits@1"
+    paths = pd.DataFrame({"path": listed, "share": [0.8, 0.04], "weakest": [0.01, 0.25]})
+    flow = flow_of(NODES.head(0), edges, TOKENS[:2], max_edges=10, paths=paths)
+    assert [link.score for link in flow.links] == [0.01, 5.0, 0.5, 0.25, 2.0, 1.0]
+    assert [path.links for path in flow.paths] == [(0, 1), (2, 3)] and flow.whole == [2, 4, 6]
+    assert [flow.shown(n) for n in (0, 1, 2, 3, 5, 9)] == [2, 2, 2, 4, 6, 6]
+    few = flow_of(NODES.head(0), edges, TOKENS[:2], max_edges=3, paths=paths)
+    assert [path.links for path in few.paths] == [(0, 1)] and few.dropped == 3 and [few.shown(n) for n in (1, 3)] == [2, 3]
+
+
 def test_rows_rise_with_the_layers_and_tokens_run_to_the_right() -> None:
     flow = flow_of(NODES, EDGES, TOKENS[:3], max_edges=10)
     placed = place(flow.marks, range(len(flow.marks)), TOKENS[:3], width=900, height=500)
