@@ -23,7 +23,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.single_prompts_texts import sampled, written
-from analyses.methods import Estimator
+from analyses.methods import Estimator, kernel_shap
 from analyses.models.loading import load_model
 from analyses.perturbation import Attribution, TextRemoval, against, areas, attribution, by_attention, curves_of
 from lens_relevance import Target, logit, logit_diff, mean_embedding, random_tokens
@@ -51,6 +51,10 @@ METHODS: dict[str, str | Estimator | Attribution] = {
     "rollout": "rollout",
     "globenc": "globenc",
     "legrad": "legrad",
+    "integrated_gradients": "integrated_gradients",
+    "smoothgrad": "smoothgrad",
+    "kernel_shap, 126 coalitions": kernel_shap(samples=126),
+    "atman": "atman",
     "occlusion": "occlusion",
 }
 

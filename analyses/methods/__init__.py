@@ -12,6 +12,7 @@ The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficie
 | `eap_ig` | gradient averaged over embeddings between corrupt and clean (EAP-IG-inputs, Hanna et al. 2024) | steps + 2, steps |
 | `conductance` | integrated gradients of hidden units: g and the change of a, step by step (Dhamdhere et al. 2018) | steps + 3, steps + 1 |
 | `direct_logit_attribution` | gradient at the final residual, norm held constant: what is written straight to the logits | 3, 1 |
+| `integrated_gradients`, `smoothgrad`, `kernel_shap`, `atman`, `grad_cam` | tokens of single prompts (the last: patches) only | many |
 | `weighted_accumulation`, ... | heads only, no pair: what token-to-token relevance passes through a head of the clean prompt | 1, 1 |
 
 Positive: the component carries what makes the metric of the clean run larger. `run` chooses where g is taken: on the corrupt run (as
@@ -24,13 +25,16 @@ from __future__ import annotations
 
 from functools import partial
 
+from analyses.methods.atman_method import atman
 from analyses.methods.atp_star_method import atp_star
 from analyses.methods.base import Estimator, Scores, TokenScores, collect, points
+from analyses.methods.captum_methods import grad_cam, integrated_gradients, smoothgrad
 from analyses.methods.combined_method import combined
 from analyses.methods.conductance_method import conductance
 from analyses.methods.deeplift_shapley_method import deeplift_shapley
 from analyses.methods.direct_logit_method import direct_logit_attribution
 from analyses.methods.eap_ig_method import eap_ig, integrated_edges
+from analyses.methods.kernel_shap_method import kernel_shap
 from analyses.methods.registry import estimator, method_names, register_method
 from analyses.methods.ruleset_method import by_ruleset
 from analyses.methods.second_order_method import second_order
@@ -45,6 +49,11 @@ register_method("deeplift_shapley", deeplift_shapley)
 register_method("eap_ig", eap_ig)
 register_method("conductance", conductance)
 register_method("direct_logit_attribution", direct_logit_attribution)
+register_method("integrated_gradients", integrated_gradients)
+register_method("smoothgrad", smoothgrad)
+register_method("kernel_shap", kernel_shap)
+register_method("atman", atman)
+register_method("grad_cam", grad_cam)
 for _name in (*ATTENTION_METHODS, *ALIASES):
     register_method(_name, partial(by_attention, _name))
 
@@ -52,6 +61,7 @@ __all__ = [
     "Estimator",
     "Scores",
     "TokenScores",
+    "atman",
     "atp_star",
     "by_attention",
     "by_ruleset",
@@ -62,9 +72,13 @@ __all__ = [
     "direct_logit_attribution",
     "eap_ig",
     "estimator",
+    "grad_cam",
+    "integrated_gradients",
     "integrated_edges",
+    "kernel_shap",
     "method_names",
     "points",
     "register_method",
     "second_order",
+    "smoothgrad",
 ]

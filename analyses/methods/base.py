@@ -68,6 +68,7 @@ class Estimator:
             the method knows one estimate alone. See `analyses.evaluation.reliability`.
         centre: what `one_run` makes of the estimates of `bracket`.
         per_layer: forward and backward passes that it takes besides, for each layer of the model.
+        per_token: forward passes that it takes besides, for each token.
     """
 
     name: str
@@ -82,10 +83,22 @@ class Estimator:
     bracket: Callable[[Any, PromptPairs, Sequence[str]], Bracket] | None = None
     centre: Callable[[Bracket], Scores] | None = None
     per_layer: int = 0
+    per_token: int = 0
 
     def passes(self, run: Run) -> int:
         """How often the runs are taken: 1, or 2 where both directions are averaged."""
         return 2 if resolve_run(run) == "mean" and not (self.symmetric or self.single_run) else 1
+
+    def token_passes(self, n_tokens: int) -> tuple[int, int]:
+        """Forward and backward passes over a single prompt of so many tokens, for their scores.
+
+        Raises:
+            RelevanceError: it scores no tokens of single prompts.
+        """
+        if self.tokens is None:
+            raise RelevanceError(f"{self.name} scores no tokens of single prompts")
+        runs = self.forwards if self.single_run or self.symmetric else 1  # the other run of a pair is left out
+        return runs + self.per_token * n_tokens, self.backwards
 
     def parts(self, pairs: PromptPairs, run: Run) -> list[tuple[float, PromptPairs]]:
         """Pairs to evaluate on their corrupt run, with the weights by which their scores add up to those of `run`.
@@ -105,6 +118,8 @@ class Estimator:
         """
         names = [resolve_component(name).name for name in components]
         for name in names:
+            if not self.components:
+                raise RelevanceError(f"{self.name} scores the tokens of single prompts, not {name}; for these choose a ruleset")
             if name not in self.components:
                 raise RelevanceError(f"{self.name} scores {', '.join(self.components)}, not {name}; for these choose a ruleset")
         weighted = [(weight, self.one_run(model, part, names)) for weight, part in self.parts(pairs, run)]

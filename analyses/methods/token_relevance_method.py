@@ -11,9 +11,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.methods.base import Estimator, Scores
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
-from lens_relevance.attention_methods import TokenSetsRelevance, token_relevance
+from lens_relevance.attention_methods import METHODS, TokenSetsRelevance, token_relevance
+from lens_relevance.attention_methods.methods import ALIASES
 from lens_relevance.hooked_model import HookedModel
-from lens_relevance.ruleset_tables import Table
+from lens_relevance.ruleset_tables import Table, ruleset_name
 
 
 def by_attention(method: str, importance: str = "relevance", rules: str | Table = "gradient") -> Estimator:
@@ -47,4 +48,5 @@ def by_attention(method: str, importance: str = "relevance", rules: str | Table 
             raise RelevanceError(f"this model has the token sets {', '.join(result.scores)}: say which is meant (stack=...)")
         return result.scores[stack]
 
-    return Estimator(method, scores, forwards=1, backwards=1, components=("heads",), single_run=True, tokens=tokens)
+    runs = 2 if METHODS[ALIASES.get(method, method)].two_gradients and ruleset_name(rules) != "gradient" else 1
+    return Estimator(method, scores, forwards=runs, backwards=runs, components=("heads",), single_run=True, tokens=tokens)

@@ -36,6 +36,17 @@ def attribution(method: str | Estimator | Attribution) -> Attribution:
     return lambda model, tokens, target, mask: scores(model, tokens, target, attention_mask=mask)
 
 
+def passes(method: str | Estimator, n_tokens: int) -> tuple[int, int]:
+    """Forward and backward passes that the scores of a prompt of so many tokens take.
+
+    Raises:
+        RelevanceError: an unknown method, or one that scores no tokens of single prompts.
+    """
+    if method == "random":
+        return 0, 0
+    return (n_tokens + 1, 0) if method == "occlusion" else estimator(method).token_passes(n_tokens)
+
+
 def token_scores(method: str | Estimator) -> TokenScores:
     """How a method scores the tokens of single prompts.
 
