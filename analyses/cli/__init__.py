@@ -7,6 +7,7 @@ from analyses.cli import (  # isort: skip  # noqa: F401
     graph_command,
     rank_command,
     compare_command,
+    evaluate_command,
     circuit_command,
     coverage_command,
     estimate_command,

@@ -38,8 +38,8 @@ Against = Annotated[
 Task = Annotated[
     str | None,
     typer.Option(
-        help="ioi, pronoun, induction, greater_than, agreement, docstring, mcqa, arithmetic_addition or arithmetic_subtraction; "
-        "by default the first of ioi and pronoun that fits."
+        help="ioi, pronoun, induction, greater_than, agreement, docstring, mcqa, question_answering, arithmetic_addition or "
+        "arithmetic_subtraction; by default the first of ioi and pronoun that fits."
     ),
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .jsonl with the columns clean, corrupt, answer, wrong.")]

@@ -39,7 +39,7 @@ def agreement(estimate: Array, effect: Array, top_k: int) -> Agreement:
     top = [set(np.argsort(-np.abs(values), kind="stable")[:top_k].tolist()) for values in (estimate, effect)]
     return Agreement(
         pearson=float(correlation(estimate[None], effect[None])[0]),
-        spearman=float(correlation(_ranks(estimate[None]), _ranks(effect[None]))[0]),
+        spearman=float(rank_correlation(estimate[None], effect[None])[0]),
         sign_agreement=float((np.sign(estimate[seen]) == np.sign(effect[seen])).mean()) if seen.any() else float("nan"),
         top_k_overlap=len(top[0] & top[1]) / len(top[0]),
         magnitude_error=float(np.abs(estimate - effect).sum() / total) if total else float("nan"),
@@ -92,6 +92,23 @@ def correlation(x: Array, y: Array) -> Array:
         x, y = (np.where(missing, 0.0, values - values.sum(1, keepdims=True) / count) for values in (x, y))
         scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
         return np.where(scale > 0, (x * y).sum(1) / scale, np.nan)
+
+
+def rank_correlation(x: Array, y: Array) -> Array:
+    """Spearman's correlation row by row, [row, component] -> [row]; where a component is missing it has to be missing on both sides."""
+    return correlation(_ranks(x), _ranks(y))
+
+
+def mean_with_interval(values: Array, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of values [n], and its 95 % bootstrap interval; what is NaN is left out. NaN for no value, no interval for a single one."""
+    there = values[~np.isnan(values)]
+    if not len(there):
+        return (float("nan"),) * 3
+    if len(there) == 1:
+        return float(there[0]), float("nan"), float("nan")
+    drawn = weighted_means(there[None], bootstrap_weights(len(there), resamples, seed=seed))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(there.mean()), float(low), float(high)
 
 
 def weighted_means(scores: Array, weights: Array) -> Array:

@@ -11,6 +11,7 @@ from analyses.tasks.ioi_task import ioi
 from analyses.tasks.mcqa_task import mcqa
 from analyses.tasks.pairs import PromptPairs
 from analyses.tasks.pronoun_task import pronoun
+from analyses.tasks.question_answering_task import question_answering
 
 TASKS: dict[str, Callable[..., PromptPairs]] = {
     "ioi": ioi,
@@ -20,6 +21,7 @@ TASKS: dict[str, Callable[..., PromptPairs]] = {
     "pronoun": pronoun,
     "docstring": docstring,
     "mcqa": mcqa,
+    "question_answering": question_answering,
     "arithmetic_addition": arithmetic_addition,
     "arithmetic_subtraction": arithmetic_subtraction,
 }
@@ -37,4 +39,5 @@ __all__ = [
     "ioi",
     "mcqa",
     "pronoun",
+    "question_answering",
 ]
