@@ -40,6 +40,11 @@ class CircuitCheck:
         """The smallest circuit of a method from which on at least 0.9 of the difference comes back."""
         return int(self.areas["edges_for_90"][self.areas["method"] == method].iloc[0])
 
+    def largest_part(self, method: str) -> tuple[int, float]:
+        """Of the circuits that are not the whole model the largest that was tried: its edges, and the share that it brings back."""
+        curve = self.curves[(self.curves["method"] == method) & (self.curves["k"] < self.n_edges)].iloc[-1]
+        return int(curve["k"]), float(curve["faithfulness"])
+
 
 def check_circuits(model: TransformerBridge, pairs: PromptPairs, rules: str) -> CircuitCheck:
     """Order the model's edges by |relevance| under `rules`, by attribution patching (`gradient`) and at random; grow circuits from each.

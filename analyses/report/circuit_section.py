@@ -22,8 +22,8 @@ def circuit_section(page: Page, findings: Findings) -> None:
     page.prose(
         f"A claim about edges can be tested: keep only the strongest ones, give the rest of the model the values that it has on {other}, "
         "and see how much of the difference between the two comes back. "
-        f"Of {check.n_edges} edges, **the strongest {check.enough(findings.rules)} bring back nine tenths of it**; taken in random order, "
-        f"it takes {check.enough('random')}" + ("." if _every_size(check) else f" ({check.sizes} sizes were tried).")
+        + _enough(check, findings.rules)
+        + ("." if _every_size(check) else f" ({check.sizes} sizes were tried).")
     )
     curves = {label: check.curves[check.curves["method"] == name].set_index("k")["faithfulness"] for name, label in labels.items()}
     page.view(
@@ -40,6 +40,16 @@ def circuit_section(page: Page, findings: Findings) -> None:
     )
     areas = check.areas.assign(method=[labels[name] for name in check.areas["method"]])
     page.table(areas.rename(columns={"cmd": "CMD", "cpr": "CPR", "edges_for_90": "edges for 0.9"}), _circuit_caption(findings, check))
+
+
+def _enough(check: CircuitCheck, method: str) -> str:
+    """How many edges are enough, or that no part of them is."""
+    if check.enough(method) < check.n_edges:
+        bring = f"Of {check.n_edges} edges, **the strongest {check.enough(method)} bring back nine tenths of it**"
+        return f"{bring}; taken in random order, it takes {check.enough('random')}"
+    (k, share), (_, by_chance) = check.largest_part(method), check.largest_part("random")
+    bring = f"the strongest {k} of {check.n_edges} edges bring back {share:.0%}, as many taken at random {by_chance:.0%}".replace("-", "−")
+    return f"**No part that was tried brings back nine tenths of it**: {bring}"
 
 
 def _circuit_labels(findings: Findings) -> dict[str, str]:

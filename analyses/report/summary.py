@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analyses.evaluation.agreement import correlation_in_words
+from analyses.report.circuit import CircuitCheck
 from analyses.report.findings import Findings
 from analyses.views import Page
 
@@ -152,11 +153,7 @@ def in_short(page: Page, findings: Findings) -> None:
         f"correlation with activation patching over {heads_in_words(findings)}; 1 would be perfect",
     )
     if findings.circuit is not None:
-        enough, method = findings.circuit.enough, findings.rules
-        tiles["How many edges are enough?"] = (
-            f"{enough(method)} of {findings.circuit.n_edges}",
-            f"keep nine tenths of the effect; taken at random it takes {enough('random')}",
-        )
+        tiles["How many edges are enough?"] = _edges(findings.circuit, findings.rules)
     share = unexplained(findings)
     tiles["Does it add up?"] = (
         ("Yes", f"the account leaves at most {unexplained_in_words(findings)} open at any layer")
@@ -184,6 +181,15 @@ def _word(findings: Findings) -> tuple[str, str]:
         which = "" if f"“{word}”" == first else f"“{word}” "
         lines.append(f"{which}{number(share)} of {number(float(relevance.sum()))}, {name.split(': ', 1)[1]}")
     return first, "; ".join(lines)
+
+
+def _edges(check: CircuitCheck, method: str) -> tuple[str, str]:
+    if check.enough(method) < check.n_edges:
+        shown = f"{check.enough(method)} of {check.n_edges}"
+        return shown, f"keep nine tenths of the effect; taken at random it takes {check.enough('random')}"
+    (k, share), (_, by_chance) = check.largest_part(method), check.largest_part("random")
+    part = f"{k} of {check.n_edges} bring back {share:.0%} of the effect, taken at random {by_chance:.0%}"
+    return "Only all of them", part.replace("-", "−")
 
 
 def _heads(findings: Findings) -> tuple[str, str]:

@@ -105,6 +105,22 @@ def test_a_circuit_is_enough_from_where_the_curve_stays_high(faithfulness: list[
     assert smallest_faithful(pd.DataFrame({"k": range(4), "faithfulness": faithfulness})) == k
 
 
+def test_where_no_part_of_the_edges_is_enough_that_is_said(found: Findings) -> None:
+    rows = [
+        ("deeplift", 1, 0.2),
+        ("deeplift", 5, 0.875),
+        ("deeplift", 10, 1.0),
+        ("random", 1, 0.0),
+        ("random", 5, -0.125),
+        ("random", 10, 1.0),
+    ]
+    curves = pd.DataFrame(rows, columns=["method", "k", "faithfulness"]).assign(share=0.0, metric=0.0)
+    areas = pd.DataFrame({"method": ["deeplift", "random"], "cmd": 0.5, "cpr": 0.5, "edges_for_90": [10, 10]})
+    page = report_page(replace(found, circuit=CircuitCheck(curves, areas, 10, 12, 4, 3)), "lens-relevance report").to_html()
+    assert "Only all of them" in page and "5 of 10 bring back 88% of the effect, taken at random −12%" in page
+    assert "No part that was tried brings back nine tenths of it</strong>: the strongest 5 of 10 edges bring back 88%" in page
+
+
 def test_what_a_model_does_not_allow_is_said(found: Findings) -> None:
     reasons = {"flow": "no live pattern <here>", "graph": "edges & all", "circuit": "no difference"}
     without = replace(found, flow=None, graph=None, circuit=None, missing=reasons)
