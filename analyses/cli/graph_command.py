@@ -41,6 +41,10 @@ def graph(
     against: Against = None,
     task: Task = None,
     top: Annotated[int, typer.Option(min=1, help="How many edges to keep.")] = 300,
+    dictionary: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder of sparse autoencoders or transcoders, whose features become nodes; several times for several."),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[
         Path,
@@ -56,20 +60,21 @@ def graph(
     from analyses.models.loading import load_model
     from analyses.output_files import OutputFile
     from analyses.report.terminal import frame_table
-    from lens_relevance import CoverageError, RelevanceError
+    from lens_relevance import CoverageError, RelevanceError, read_dictionaries
     from lens_relevance.ruleset_tables import needs_reference, ruleset
 
     if out.suffix not in ("", ".html", ".svg", ".png", ".json", ".graphml"):
         raise RelevanceError(f"{out}: a graph is written as .html, .svg, .png, .json, .neuronpedia.json or .graphml")
     names = [out] if out.suffix else [out.with_suffix(ending) for ending in (".html", ".json", ".graphml")]
     files = [OutputFile(name, force=force) for name in names]
+    dictionaries = [one for folder in dictionary or [] for one in read_dictionaries(folder)]
     loaded = load_model(model, trust_remote_code, dtype=dtype, device=device)
     question = asked_question(loaded, prompt=prompt, answer=answer, wrong=wrong, against=against, task=task, n=1, seed=seed)
     pair, chosen = question.example, rules or "deeplift"
     reference = pair.corrupt if needs_reference(ruleset(chosen)) and not question.baseline else None
-    flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference).prune(top=top)
+    flow = flow_graph(loaded, pair.clean, pair.target, rules=chosen, reference=reference, dictionaries=dictionaries).prune(top=top)
     try:
-        flow = flow.annotated(loaded, pair.clean)
+        flow = flow.annotated(loaded, pair.clean, dictionaries=dictionaries)
     except CoverageError as error:
         say(f"nodes are shown without what they write: {error}")
     Console().print(frame_table(flow.paths(10).round(4)[["share", "weakest", "path"]], "The strongest paths"))

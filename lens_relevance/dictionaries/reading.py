@@ -49,14 +49,17 @@ def read_dictionary(path: str | Path, *, point_in: str | None = None, point_out:
 
 
 def read_dictionaries(path: str | Path, *, layers: Sequence[int] | None = None) -> list[Dictionary]:
-    """The transcoders of several layers from a folder of circuit-tracer (layer_0.safetensors ..., or a cross-layer transcoder's files).
+    """All dictionaries of a folder: the transcoders of several layers that circuit-tracer writes (layer_0.safetensors ..., or a
+    cross-layer transcoder's files), or the one that `read_dictionary` reads.
 
-    layers: Read these alone.
+    layers: Read these alone; for folders of several.
 
     Raises:
-        RelevanceError: As `read_dictionary` does.
+        RelevanceError: As `read_dictionary` does; layers of a single dictionary.
     """
     path = Path(path)
-    if not path.is_dir() or not is_circuit_tracer(path):
-        raise RelevanceError(f"{path} is no folder of layer_0.safetensors or W_enc_0.safetensors, ...; read_dictionary reads a single one")
-    return read_circuit_tracer(path, layers)
+    if path.is_dir() and is_circuit_tracer(path):
+        return read_circuit_tracer(path, layers)
+    if layers is not None:
+        raise RelevanceError(f"{path} is no folder of layer_0.safetensors or W_enc_0.safetensors, ..., of which layers could be chosen")
+    return [read_dictionary(path)]

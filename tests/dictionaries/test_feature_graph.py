@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
+from typer.testing import CliRunner
 
+from analyses.cli import app
+from analyses.dictionaries import save_dictionary
 from analyses.embedded import load_embedded
 from analyses.graph import FlowGraph, flow_graph
-from lens_relevance import CoverageError, Dictionary, RelevanceError, logit_diff, propagate
+from lens_relevance import CoverageError, Dictionary, RelevanceError, logit_diff, propagate, read_dictionaries
 from tests.dictionaries.random_dictionaries import KINDS, random_dictionary
 from tests.dictionaries.test_relevance import LAYERS, dictionaries
 from tests.engine.families import TARGET, build, exact, inputs_and_reference
@@ -151,6 +154,24 @@ def test_a_graph_over_features_in_files(tmp_path) -> None:  # type: ignore[no-un
     assert "dictionaries=dictionaries" in page
     assert f'"{features["node"].iloc[0]}"' in page
     assert kept.paths(3)["share"].gt(0).all() and len(kept.bottlenecks(3))
+
+
+def test_the_command_draws_features_of_folders(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for layer, point_in in ((1, "blocks.1.ln2.hook_out"), (2, "blocks.2.hook_mlp_out")):  # a transcoder, an autoencoder
+        save_dictionary(random_dictionary(point_in, f"blocks.{layer}.hook_mlp_out", d_in=64, seed=layer), tmp_path / str(layer))
+    folders = [argument for layer in "12" for argument in ("--dictionary", str(tmp_path / layer))]
+    asked = ["graph", "--prompt", PROMPT, "--answer", " Mary", "--wrong", " John", "--against", AGAINST, "--top", "200"]
+    result = CliRunner().invoke(app, [*asked, *folders, "--out", str(tmp_path / "graph.json")])
+    assert result.exit_code == 0, result.output
+    graph = FlowGraph.from_json(tmp_path / "graph.json")
+    assert {1, 2} <= set(graph.nodes["layer"][graph.nodes["component"] == "features"]) and any("F" in label for label in graph.labels)
+    given = [one for layer in "12" for one in read_dictionaries(tmp_path / layer)]
+    assert len(given) == 2
+    target = logit_diff(" Mary", " John")
+    expected = flow_graph(load_embedded(), PROMPT, target, reference=AGAINST, dictionaries=given).prune(top=200)
+    assert graph == expected
+    result = CliRunner().invoke(app, [*asked, "--dictionary", str(tmp_path / "3"), "--out", str(tmp_path / "graph.json")])
+    assert result.exit_code == 2 and "does not exist" in result.output
 
 
 def test_the_direct_path_is_complete() -> None:

@@ -271,8 +271,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_dictionary(tmp_path / "absent")
     with pytest.raises(RelevanceError, match="no dictionary of a known format"):
         read_dictionary(tmp_path)
-    with pytest.raises(RelevanceError, match="read_dictionary reads a single one"):
+    with pytest.raises(RelevanceError, match="no dictionary of a known format"):
         read_dictionaries(tmp_path)
+    with pytest.raises(RelevanceError, match="of which layers could be chosen"):
+        read_dictionaries(tmp_path, layers=[0])
     (tmp_path / "ae.pt").write_bytes(b"")
     with pytest.raises(RelevanceError, match="can run code"):
         read_dictionary(tmp_path / "ae.pt")
