@@ -1,4 +1,4 @@
-"""Features of a real model: agreement with ablating single ones, completeness, cost and memory.
+"""Features of a real model: agreement with ablating single ones, circuits, completeness, cost and memory.
 
     python -m analyses.benchmarks.features --model FOLDER --dictionaries FOLDER [--layers 8,11,14] [--pairs 8] [--features 210]
 
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
@@ -26,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.contexts import descriptions
-from analyses.dictionaries import compare_features, save_dictionary, train_dictionary
+from analyses.circuits.faithfulness import faithfulness_frame
+from analyses.dictionaries import FeatureAblation, compare_features, save_dictionary, train_dictionary
 from analyses.dictionaries.activations import token_rows
+from analyses.dictionaries.comparison import METHODS
 from analyses.models.loading import load_model
 from analyses.models.structure import n_layers
 from analyses.tasks import PromptPairs, ioi
@@ -37,6 +40,7 @@ from lens_relevance.hooks.model_state import frozen
 
 _N, _K, _CONTEXT, _ROWS = 1024, 32, 57, 800
 _COST_N = 4096
+_SIZES = (5, 10, 20, 50, 100, 200, 400)
 _REPEATS = 3
 
 
@@ -70,6 +74,17 @@ def completeness(model: TransformerBridge, pairs: PromptPairs, dictionaries: lis
     whole = cache.value - cache.reference_value
     total = cache.tokens().sum(1) + torch.stack([cache.error(one.point_out[0]).sum(1) for one in dictionaries]).sum(0)
     return float((account["unexplained"] / account["value"]).abs().max()), float(((total - whole) / whole).abs().max())
+
+
+def circuits(model: TransformerBridge, pairs: PromptPairs, dictionaries: list[Dictionary]) -> tuple[pd.DataFrame, FeatureAblation]:
+    """Faithfulness of the k best features by each method, and what they were tried on."""
+    ablation = FeatureAblation(model, pairs, dictionaries)
+    counts = np.array([k for k in _SIZES if k < len(ablation.items)])
+    rows = []
+    for method in (*METHODS, "random"):
+        frame = faithfulness_frame(ablation, ablation.scores(method), "absolute", counts=counts)
+        rows.append({"method": method, **dict(zip(counts.tolist(), frame["faithfulness"], strict=True))})
+    return pd.DataFrame(rows), ablation
 
 
 def random_transcoders(model: TransformerBridge) -> list[Dictionary]:
@@ -168,6 +183,12 @@ def main(
     say("completeness (unexplained share of the account, tokens and errors against the target):", completeness(loaded, pairs, given))
     table = compare_features(loaded, pairs, given, n_features=features)
     say(table.drop(columns=["sign_agreement", "top_k_overlap"]).round(3).to_string(index=False))
+    curves, ablation = circuits(loaded, pairs, given)
+    ends = [float(end.mean()) for end in (ablation.full, ablation.empty)]
+    say(
+        f"circuits of the best of {len(ablation.items)} features; the target is {ends[0]:.2f} with all of them and {ends[1]:.2f} with none:"
+    )
+    say(curves.round(2).to_string(index=False))
     few, transcoders = pairs[torch.arange(min(4, len(pairs)))], random_transcoders(loaded)
     most, left = dense_features(loaded, few, transcoders)
     say(f"dense tensors over all features of a dictionary: at most {most} at one time in a pass with one in each layer, {left} after it")

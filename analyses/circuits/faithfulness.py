@@ -8,19 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from analyses.circuits.ablation import Ablation
 from analyses.circuits.choose import Circuit, ranking
+from analyses.circuits.items import Items
 from analyses.circuits.scores import ItemScores, Order
 from lens_relevance.errors import RelevanceError
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 EVERY_K_BELOW = 1_000
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """What circuits are evaluated on: an `Ablation`, or a `FeatureAblation` of `analyses.dictionaries`."""
+
+    items: Items
+    full: Float[Tensor, " example"]
+    empty: Float[Tensor, " example"]
+
+    def __call__(self, kept: Bool[Tensor, "circuit item"]) -> Float[Tensor, "circuit example"]:
+        """The metric of each circuit on each pair."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +66,7 @@ def areas(share: Float[np.ndarray, " k"], faithfulness: Float[np.ndarray, " k"])
     return float(np.trapezoid(faithfulness, share)), float(np.trapezoid(np.abs(1 - faithfulness), share))
 
 
-def faithfulness(ablation: Ablation, circuits: Sequence[Circuit]) -> np.ndarray:
+def faithfulness(ablation: Evaluated, circuits: Sequence[Circuit]) -> np.ndarray:
     """f of each circuit, [circuit].
 
     Raises:
@@ -66,7 +80,7 @@ def faithfulness(ablation: Ablation, circuits: Sequence[Circuit]) -> np.ndarray:
     return _recovered(ablation, ablation(masks).double().mean(1).cpu().numpy())
 
 
-def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "absolute") -> FaithfulnessCurve:
+def faithfulness_curve(ablation: Evaluated, scores: ItemScores, order: Order = "absolute") -> FaithfulnessCurve:
     """f over circuits of growing size: every size under 1,000 items, else 0.1 to 100 %."""
     counts = sizes(len(ablation.items))
     frame = faithfulness_frame(ablation, scores, order, counts=counts)
@@ -74,7 +88,7 @@ def faithfulness_curve(ablation: Ablation, scores: ItemScores, order: Order = "a
     return FaithfulnessCurve(frame, scores.method, order, cpr, cmd)
 
 
-def faithfulness_frame(ablation: Ablation, scores: ItemScores, order: Order, *, counts: Int[np.ndarray, " k"]) -> pd.DataFrame:
+def faithfulness_frame(ablation: Evaluated, scores: ItemScores, order: Order, *, counts: Int[np.ndarray, " k"]) -> pd.DataFrame:
     """Columns k, share, metric, faithfulness of the circuits of the best k items, for these k; see `FaithfulnessCurve`."""
     n = len(ablation.items)
     if len(scores.items) != n:
@@ -85,7 +99,7 @@ def faithfulness_frame(ablation: Ablation, scores: ItemScores, order: Order, *, 
     return pd.DataFrame({"k": counts, "share": counts / n, "metric": metric, "faithfulness": _recovered(ablation, metric)})
 
 
-def _recovered(ablation: Ablation, metric: np.ndarray) -> np.ndarray:
+def _recovered(ablation: Evaluated, metric: np.ndarray) -> np.ndarray:
     full, empty = float(ablation.full.double().mean()), float(ablation.empty.double().mean())
     rounding = 100 * torch.finfo(ablation.full.dtype).eps
     if not abs(full - empty) > rounding * max(abs(full), abs(empty)):

@@ -1,6 +1,7 @@
 """Sparse autoencoders and transcoders: a small trainer, features ranked by relevance, and the ablation of single features as yardstick."""
 
 from analyses.dictionaries.ablation import ablate_features
+from analyses.dictionaries.circuits import FeatureAblation
 from analyses.dictionaries.comparison import compare_features
 from analyses.dictionaries.labels import label_features
 from analyses.dictionaries.quality import Quality, measure_quality
@@ -9,6 +10,7 @@ from analyses.dictionaries.saving import save_dictionary
 from analyses.dictionaries.train import Trained, train_dictionary
 
 __all__ = [
+    "FeatureAblation",
     "Quality",
     "Trained",
     "ablate_features",

@@ -98,7 +98,7 @@ def most_changed(model: TransformerBridge, pairs: PromptPairs, dictionaries: Seq
     Raises:
         RelevanceError: there are fewer that differ.
     """
-    points = _points(model, dictionaries)
+    points = points_of(model, dictionaries)
     with torch.no_grad():
         clean, corrupt = (feature_values(model, pairs, run, dictionaries, points) for run in ("clean", "corrupt"))
     chosen: list[FeatureOfDictionary] = []
@@ -113,7 +113,7 @@ def most_changed(model: TransformerBridge, pairs: PromptPairs, dictionaries: Seq
     return chosen
 
 
-def _points(model: TransformerBridge, dictionaries: Sequence[Dictionary]) -> list[tuple[str, str]]:
+def points_of(model: TransformerBridge, dictionaries: Sequence[Dictionary]) -> list[tuple[str, str]]:
     names = anatomy(model)
     return [(names.canonical(one.point_in), names.canonical(one.point_out[0])) for one in dictionaries]
 
@@ -122,7 +122,7 @@ def estimates(
     model: TransformerBridge, pairs: PromptPairs, dictionaries: Sequence[Dictionary], method: str
 ) -> list[Float[Tensor, "pair feature"]]:
     """Scores of all features of each dictionary, clean against corrupt, summed over positions."""
-    points = _points(model, dictionaries)
+    points = points_of(model, dictionaries)
     outs = [out for _, out in points]
     with torch.no_grad():
         clean, corrupt = (feature_values(model, pairs, run, dictionaries, points) for run in ("clean", "corrupt"))
