@@ -21,9 +21,9 @@ from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import MismatchError
 from lens_relevance.hooks.gradient_check import gradient_off_by
-from lens_relevance.hooks.linear_steps import Edge, edge_of, pulled_back, reached
+from lens_relevance.hooks.linear_steps import Edge, edge_of, keeps_gradients_whole, pulled_back, reached
 from lens_relevance.rules import Linear, Scores
-from lens_relevance.rules.base import Operation, share, working
+from lens_relevance.rules.base import Operation, Traced, share, working
 from lens_relevance.rules.softmax import is_masked
 from lens_relevance.ruleset_tables import PLAIN
 from lens_relevance.sites import LOGITS, Anatomy, Site
@@ -99,10 +99,7 @@ class ForwardCheck:
         sites = self._sites.get(point, ())
         for site in sites:
             if _is_compared(site) and all(p in self._left for p in site.inputs):
-                inputs = [self._left[p] for p in site.inputs]
-                self._compare(site, x.detach(), [value.detach() for value in inputs])
-                if torch.is_grad_enabled() and not _is_step(site):
-                    self._compare_graph(site, x, inputs)
+                self._compare(site, x, [self._left[p] for p in site.inputs])
                 self._release(site.inputs)
         if sites or self.anatomy.is_declared or not self._has_started or point in self._inside:
             return
@@ -149,23 +146,26 @@ class ForwardCheck:
             if not self._awaited[point]:
                 del self._left[point]
 
-    @torch.no_grad()
-    def _compare(self, site: Site, output: Tensor, inputs: Sequence[Tensor]) -> None:
-        """The operation on what left its inputs, with what arrived."""
-        off = off_by(site.operation, inputs, output)
-        self.note(site.name, off, _coarsest(output, *inputs), does_not_compute(site))
+    def _compare(self, site: Site, x: Tensor, inputs: Sequence[Tensor]) -> None:
+        """The operation on what left its inputs, with what arrived.
 
-    def _compare_graph(self, site: Site, x: Tensor, inputs: Sequence[Tensor]) -> None:
-        """Whether what arrived depends on its inputs, as rules that leave an operation to the model's own gradient suppose."""
-        relevant = inputs[: site.operation.n_relevant]
-        edges = {edge_of(value) for value in relevant if value.requires_grad}
-        if len(edges) < len(relevant):
-            return
-        found = reached(edge_of(x), edges | self._between) if x.requires_grad else set()
-        if found <= edges and found != edges:  # if the model goes past an input, that is one of liveness, where a rule is placed
+        That has to depend on its inputs too, by the operation's gradient, as rules that leave it to the model's own gradient suppose.
+        """
+        operation, relevant, whole = site.operation, inputs[: site.operation.n_relevant], True
+        edges, found = {edge_of(value) for value in relevant if value.requires_grad}, set[Edge]()
+        sees_graph = torch.is_grad_enabled() and not _is_step(site) and len(edges) == len(relevant)
+        if sees_graph and x.requires_grad:
+            found = reached(edge_of(x), edges | self._between)
+            whole = found != edges or keeps_gradients_whole(edge_of(x), edges)
+        traced = None if whole else Traced(operation, inputs)
+        value = None if traced is None else traced.output.detach()
+        with torch.no_grad():
+            value_off = off_by(operation, [each.detach() for each in inputs], x.detach(), value=value)
+        self.note(site.name, value_off, _coarsest(x, *inputs), does_not_compute(site))
+        if sees_graph and found < edges:  # if the model goes past an input, that is one of liveness, where a rule is placed
             what = f"the gradient at {site.output_name} that {site.name} passes to its inputs is cut off"
             self.note(site.name, 1.0, x.dtype, what)
-        elif found == edges and (off := gradient_off_by(site.operation, x, inputs, self._along(x))) is not None:
+        elif traced is not None and (off := gradient_off_by(traced, x, inputs, self._along(x))) is not None:
             what = f"the gradient at {site.output_name} that {site.name} passes to its inputs is cut off in part"
             self.note(site.name, off, _coarsest(x, *relevant), what)
 
@@ -239,18 +239,19 @@ def _is_step(site: Site) -> bool:
     return site.inner is not None and any(point in site.inner.points for point in (*site.inputs, site.output))
 
 
-def off_by(operation: Operation, inputs: Sequence[Tensor], output: Tensor) -> float:
+def off_by(operation: Operation, inputs: Sequence[Tensor], output: Tensor, *, value: Tensor | None = None) -> float:
     """By how much a model's output differs from an operation, relative to the size of the output.
 
     The size is that of the largest entry of each last dimension. Where an operation ends in a matrix, both are compared along a direction,
-    at the cost of a vector in place of the matrix.
+    at the cost of a vector in place of the matrix. value: the operation on its inputs, where it was computed already.
     """
     masked, output = is_masked(output) if isinstance(operation, Scores) else None, working(output)
     if type(operation).along is not Operation.along:
         direction = _probe(output.shape[-1], output)
-        value, output, size = operation.along(direction, *inputs), output @ direction, output.norm(dim=-1)
+        value, size = operation.along(direction, *inputs), output.norm(dim=-1, keepdim=True)
+        output = (output @ direction).unsqueeze(-1)
     else:
-        value, size = working(operation(*inputs)), None
+        value, size = working(operation(*inputs) if value is None else value), None
     difference = output - value.reshape(output.shape)
     seen = torch.isfinite(output) if masked is not None or not output.sum().isfinite() else None
     if isinstance(operation, Scores) and seen is not None and masked is not None:
@@ -259,7 +260,7 @@ def off_by(operation: Operation, inputs: Sequence[Tensor], output: Tensor) -> fl
             difference = torch.where(seen, difference, 0.0)
             difference = difference - difference.sum(-2, keepdim=True) / seen.sum(-2, keepdim=True).clamp(min=1)
     if size is None:
-        size = (output if seen is None else torch.where(seen, output, 0.0)).abs().amax(-1, keepdim=True)
+        size = _largest(output if seen is None else torch.where(seen, output, 0.0))
     return relative(difference, seen, size)
 
 
@@ -267,8 +268,14 @@ def relative(difference: Tensor, seen: Tensor | None, size: Tensor) -> float:
     """The largest difference where `seen` (None: everywhere), relative to the size there with a share of the largest, as what is compared
     may cancel."""
     size = size + 1e-2 * torch.where(torch.isfinite(size), size, 0.0).max()
-    off = difference.abs() / size.clamp(min=1e-30)
-    return float((off if seen is None else torch.where(seen, off, 0.0)).max())
+    size = size.clamp(min=1e-30)
+    off = _largest(difference) / size if seen is None else torch.where(seen, difference.abs() / size, 0.0)
+    return float(off.max())
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest size of an entry of each last dimension."""
+    return x.abs().amax(-1, keepdim=True)
 
 
 def _coarsest(*tensors: Tensor) -> torch.dtype:

@@ -66,12 +66,30 @@ class Operation:
         return working(self(*inputs)) @ direction
 
     def gradient(self, inputs: Tensors, upstream: Tensor) -> Coefficients:
-        """The plain gradient of the operation, recomputed from its inputs (used by the audit and the checks, never by the engine)."""
+        """The plain gradient of the operation, recomputed from its inputs (used by the audit, never by the engine)."""
+        return Traced(self, inputs).gradient(upstream)
+
+
+class Traced:
+    """An operation recomputed from its inputs on a graph of its own, once for its value and its gradient.
+
+    Attributes:
+        operation: The operation.
+        output: Its output, on the graph.
+    """
+
+    def __init__(self, operation: Operation, inputs: Sequence[Tensor]) -> None:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(True) for x in inputs[: self.n_relevant]]
-            output = self(*leaves, *inputs[len(leaves) :]).reshape(upstream.shape).to(upstream.dtype)
-            gradients = torch.autograd.grad(output, leaves, upstream, materialize_grads=True)
-            return (*gradients, *(None for _ in inputs[len(leaves) :]))
+            self._leaves = [x.detach().requires_grad_(True) for x in inputs[: operation.n_relevant]]
+            self._constants = inputs[len(self._leaves) :]
+            self.operation, self.output = operation, operation(*self._leaves, *self._constants)
+
+    def gradient(self, upstream: Tensor) -> Coefficients:
+        """The plain gradient, for coefficients at the output; the graph is gone afterwards."""
+        with torch.enable_grad():
+            output = self.output.reshape(upstream.shape).to(upstream.dtype)
+            gradients = torch.autograd.grad(output, self._leaves, upstream, materialize_grads=True)
+        return (*gradients, *(None for _ in self._constants))
 
 
 @runtime_checkable

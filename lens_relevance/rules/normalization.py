@@ -41,7 +41,10 @@ class Norm(Operation):
 
     def scale(self, x: Tensor) -> Tensor:
         """The standard deviation (RMS), eps included."""
-        return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return self._scale_of(self.centre(x))
+
+    def _scale_of(self, centred: Tensor) -> Tensor:
+        return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def weighted(self, upstream: Tensor) -> Tensor:
         upstream = working(upstream)
@@ -51,8 +54,8 @@ class Norm(Operation):
         return upstream * (weight + self.offset if self.offset else weight)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        x = working(inputs[0])
-        y = self.weighted(self.centre(x) / self.scale(x))
+        centred = self.centre(working(inputs[0]))
+        y = self.weighted(centred / self._scale_of(centred))
         return y if self.bias is None else y + self.bias.detach().to(y.dtype)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from lens_relevance.hooks.gradient_check import gradient_off_by
 from lens_relevance.hooks.linear_steps import edge_of, keeps_gradients_whole
 from lens_relevance.rules import Activation, Softmax
+from lens_relevance.rules.base import Traced
 
 W = torch.linspace(-1, 2, 8, dtype=torch.float64)
 
@@ -30,7 +31,7 @@ def half(x: Tensor) -> Tensor:
 def test_what_is_lost_is_measured_in_the_size_of_what_is_expected() -> None:
     """y = x^3 with the second half cut off: J^T r = 3 x^2 r, of which 3 x^2 r in the second half is missing."""
     x, r = leaf(2, 3, 8), torch.arange(1.0, 49, dtype=torch.float64).cos().reshape(2, 3, 8)
-    off = gradient_off_by(Activation(lambda x: x.pow(3)), half(x) ** 3, [x], r)
+    off = gradient_off_by(Traced(Activation(lambda x: x.pow(3)), [x]), half(x) ** 3, [x], r)
     gradient = 3 * x.detach() ** 2 * r
     natural = r.norm() * (x.detach() ** 3).norm() / x.detach().norm()
     assert natural < gradient.norm()
@@ -40,7 +41,7 @@ def test_what_is_lost_is_measured_in_the_size_of_what_is_expected() -> None:
 def test_a_function_of_next_to_no_slope_is_measured_in_its_natural_size() -> None:
     """y = 1 + x / 1000, with the second half cut off: r / 1000 is missing, against |r| |y| / |x|."""
     x, r = leaf(1, 1, 8), torch.ones(1, 1, 8, dtype=torch.float64)
-    off = gradient_off_by(Activation(lambda x: 1 + x / 1000), 1 + half(x) / 1000, [x], r)
+    off = gradient_off_by(Traced(Activation(lambda x: 1 + x / 1000), [x]), 1 + half(x) / 1000, [x], r)
     natural = r.norm() * (1 + x.detach() / 1000).norm() / x.detach().norm()
     assert off == pytest.approx(float((r / 1000)[..., 4:].norm() / natural), rel=1e-12)
 
@@ -49,7 +50,7 @@ def test_a_softmax_that_attends_to_one_position_is_measured_in_its_weights() -> 
     """J^T r = p (r - p . r), next to 0 where one weight is nearly 1, against |p r|; a masked score is no size."""
     scores = torch.tensor([[[[12.0, 3.0, 2.0, float("-inf")]]]], dtype=torch.float64).requires_grad_().view(1, 1, 1, 4)
     r = torch.tensor([[[[1.0, -1.0, 2.0, 5.0]]]], dtype=torch.float64)
-    off = gradient_off_by(Softmax(), half(scores).softmax(-1), [scores], r)
+    off = gradient_off_by(Traced(Softmax(), [scores]), half(scores).softmax(-1), [scores], r)
     p = scores.detach().softmax(-1)
     gradient = p * (r - (p * r).sum())
     assert off == pytest.approx(float(gradient[..., 2:].norm() / (p * r).norm()), rel=1e-9) and 1e-6 < off < 1e-3
@@ -57,13 +58,13 @@ def test_a_softmax_that_attends_to_one_position_is_measured_in_its_weights() -> 
 
 def test_an_honest_gradient_is_off_by_nothing() -> None:
     x, r = leaf(2, 3, 8), torch.ones(2, 3, 8, dtype=torch.float64)
-    assert gradient_off_by(Activation(lambda x: x.pow(3)), x * x * x + 0.0, [x], r) == pytest.approx(0.0, abs=1e-14)
+    assert gradient_off_by(Traced(Activation(lambda x: x.pow(3)), [x]), x * x * x + 0.0, [x], r) == pytest.approx(0.0, abs=1e-14)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_is_said_of_values_that_are_not_finite(value: float) -> None:
     x = leaf(1, 2, 8).index_fill(1, torch.tensor([1]), value)
-    assert gradient_off_by(Activation(lambda x: x.pow(3)), half(x) ** 3, [x], torch.ones(1, 2, 8, dtype=torch.float64)) is None
+    assert gradient_off_by(Traced(Activation(lambda x: x.pow(3)), [x]), half(x) ** 3, [x], torch.ones(1, 2, 8, dtype=torch.float64)) is None
 
 
 WHOLE: dict[str, Callable[[Tensor], Tensor]] = {

@@ -17,7 +17,6 @@ MUTATIONS = [
     *of(
         "lens_relevance/hooks/gradient_check.py",
         _GRADIENT,
-        ("nothing is compared", "if keeps_gradients_whole(edge_of(x), values):", "if True:"),
         (
             "what is cut off is taken as passed",
             "difference = gradient - working(passed[edge]).to(gradient.device) if edge in passed else gradient",
@@ -35,7 +34,7 @@ MUTATIONS = [
         ),
         ("values that are not finite are refused", "if not off_here.isfinite():", "if False:"),
         ("a softmax in units of its scores", "if isinstance(operation, Softmax):", "if False:"),
-        ("the other half of a natural size", "return r.norm() * y.norm() / torch", "return r.norm() / torch"),
+        ("the other half of a natural size", "return r.norm() * y.norm() / x", "return r.norm() / x"),
     ),
     *of(
         "lens_relevance/hooks/linear_steps.py",
@@ -51,6 +50,17 @@ MUTATIONS = [
         "lens_relevance/hooks/checks.py",
         "tests/attacks/test_attacks.py -k 'right and llama'",
         ("the gradient's difference is not noted", "self.note(site.name, off, _coarsest(x, *relevant), what)", "None"),
+        ("no gradient is compared", "whole = found != edges or keeps_gradients_whole(edge_of(x), edges)", "whole = True"),
+    ),
+    *of(
+        "lens_relevance/hooks/checks.py",
+        "tests/attacks/test_attacks.py -k 'right and gpt2'",
+        ("a value computed for its gradient is not compared", "else traced.output.detach()", "else x.detach()"),
+    ),
+    *of(
+        "lens_relevance/hooks/recording.py",
+        "tests/runs/test_not_finite.py -k overflow",
+        ("coefficients that are not finite pass", '["coefficients"].abs().amax().isfinite()', '["coefficients"].new_ones(()).isfinite()'),
     ),
     *of(
         "lens_relevance/sites/attention.py",

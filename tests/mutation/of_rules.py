@@ -86,8 +86,8 @@ MUTATIONS = [
         ("centring without a mean", "return x - x.mean(-1, keepdim=True) if self.centred else x", "return x"),
         (
             "eps outside the root",
-            "return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()",
-            "return self.centre(x).pow(2).mean(-1, keepdim=True).sqrt() + self.eps",
+            "return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()",
+            "return centred.pow(2).mean(-1, keepdim=True).sqrt() + self.eps",
         ),
         (
             "Gemma's weight without its offset",
