@@ -2,11 +2,12 @@
 
     python -m analyses.benchmarks.long_contexts --model FOLDER --results long_contexts.csv [--page docs/measurements/long_contexts.md]
 
-Each case runs once, in a process of its own: a text of so many tokens (against the same text with another token in its middle, where the
-ruleset compares two runs), the logit of one token at the last position, and all that `propagate` keeps by default (embeddings, residual
-stream, heads, neurons). Memory is the highest resident set of the process during the run less that before it; `estimated` is what
-`lens_relevance.estimate` says, of tensors alone. Cases of which the estimate is above --limit are not run, nor are those that the file of
-results has already.
+Each case runs twice in a process of its own, the first time for its memory and the second for its time (a model's first call compares
+the model with its sites, and the process has no pages yet). A case is a text of so many tokens (against the same text with another token
+in its middle, where the ruleset compares two runs), the logit of one token at the last position, and all that `propagate` keeps by
+default (embeddings, residual stream, heads, neurons). Memory is the highest resident set of the process during the run less that before
+it; `estimated` is what `lens_relevance.estimate` says, of tensors alone. Cases of which the estimate is above --limit are not run, nor
+are those that the file of results has already.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def case(folder: str, positions: int, rules: str, way: str, *, limit: float) -> 
             row.update({"value": float(cache.value), "explained": float(cache.tokens().sum())})
 
         row["peak"] = highest(run) / GIB
+        run()
     return row
 
 
@@ -104,7 +106,7 @@ Measured with version {version} on {date} on {model}, float32, one thread of a b
 
     python -m analyses.benchmarks.long_contexts --model FOLDER --results long_contexts.csv --page docs/measurements/long_contexts.md
 
-Peak memory beside the loaded model (GiB), with what `lens_relevance.estimate` says in brackets, and processor seconds of the run. One
+Peak memory beside the loaded model (GiB), with what `lens_relevance.estimate` says in brackets, and processor seconds of a second run. One
 prompt; the target is a logit at the last position; kept is what `propagate` keeps by default (embeddings, residual stream, heads, neurons
 of all layers). `deeplift` compares with the same text with another token in its middle. "not run": estimated alone. A dash: left
 out.
