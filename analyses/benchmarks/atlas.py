@@ -1,9 +1,9 @@
 """What an atlas costs beside a plain forward and gradient over the same batches.
 
-    python -m analyses.benchmarks.atlas --model FOLDER --layer 9 --tokens 3000
+    python -m analyses.benchmarks.atlas --model FOLDER --layers 9 --tokens 3000
 
 Both read the same windows in the same batches, compute logits at the last real position alone, and take the gradient of the prediction
-less its runner-up at the neurons of one layer. Plain means that nothing else is done: no rules, no ranking, no graph below that layer. Each
+less its runner-up at the neurons of the same layers. Plain: nothing else, no rules, no ranking, no graph below the lowest. Each
 is run once on a batch before it is timed (the atlas compares a model with its sites at the first run). Processor time, one thread.
 """
 
@@ -46,19 +46,23 @@ def texts_with(model: TransformerBridge, texts: Iterator[str], n_tokens: int, wi
 
 
 @left_as_found
-def plain(model: TransformerBridge, batches: Iterator[list[Window]], layer: int) -> int:
-    """A forward and a gradient at a layer's neurons for each batch; how many tokens these had."""
+def plain(model: TransformerBridge, batches: Iterator[list[Window]], layers: list[int]) -> int:
+    """A forward and a gradient at the neurons of some layers for each batch; how many tokens these had."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    point, n_tokens, neurons = anatomy(model).layout["neurons"][layer], 0, list[torch.Tensor]()
+    points, n_tokens, neurons = anatomy(model).layout["neurons"], 0, list[torch.Tensor]()
 
-    def start_here(x: torch.Tensor, hook: object) -> torch.Tensor:
-        neurons[:] = [x.detach().requires_grad_()]
-        return neurons[0]
+    def take(x: torch.Tensor, hook: object) -> torch.Tensor:
+        neurons.append(x if x.requires_grad else x.detach().requires_grad_())  # the lowest layer is where the graph begins
+        return neurons[-1]
 
     for batch in batches:
         tokens, mask = batch_of(batch)
-        with model.hooks(fwd_hooks=[(point, start_here)]), logits_at(model, mask.sum(1, keepdim=True) - 1, tokens.shape[1]):
+        neurons.clear()
+        with (
+            model.hooks(fwd_hooks=[(points[layer], take) for layer in layers]),
+            logits_at(model, mask.sum(1, keepdim=True) - 1, tokens.shape[1]),
+        ):
             best = model(tokens, attention_mask=mask)[:, -1].topk(2, -1).values
         torch.autograd.grad((best[:, 0] - best[:, 1]).sum(), neurons)
         n_tokens += int(mask.sum())
@@ -69,29 +73,29 @@ def main(
     *,
     model: Annotated[str, typer.Option(help="A hub name, a folder or a GGUF file.")] = "embedded",
     text: Annotated[Path | None, typer.Option(help="A corpus; the descriptions of the installed packages if left out.")] = None,
-    layer: Annotated[int, typer.Option(help="Whose neurons.")] = 0,
+    layers: Annotated[str, typer.Option(help="Whose neurons.")] = "0",
     tokens: Annotated[int, typer.Option(help="How many tokens, at least.")] = 3000,
     window: Annotated[int, typer.Option(help="Tokens in a window, BOS included.")] = 64,
 ) -> None:
     """Print what both cost."""
     torch.set_num_threads(1)
-    loaded = load_model(model)
+    loaded, chosen = load_model(model), [int(layer) for layer in layers.split(",")]
     texts, n_windows = texts_with(loaded, descriptions() if text is None else texts_of(text), tokens, window)
 
     def batches() -> Iterator[list[Window]]:
         return in_batches(windows(loaded, iter(texts), window), windows_per_pass(window))
 
-    build_atlas(loaded, texts, layers=[layer], window=window, limit=2)
-    plain(loaded, islice(batches(), 1), layer)
+    build_atlas(loaded, texts, layers=chosen, window=window, limit=2)
+    plain(loaded, islice(batches(), 1), chosen)
     began = time.process_time()
-    n_tokens = plain(loaded, batches(), layer)
+    n_tokens = plain(loaded, batches(), chosen)
     without = time.process_time() - began
     began = time.process_time()
-    atlas = build_atlas(loaded, texts, layers=[layer], window=window)
+    atlas = build_atlas(loaded, texts, layers=chosen, window=window)
     with_it = time.process_time() - began
     assert atlas.info["tokens"] == n_tokens
     print_line = Console(soft_wrap=True).print
-    print_line(f"{model}, neurons of layer {layer}, {n_windows} windows of up to {window} tokens, {n_tokens} tokens")
+    print_line(f"{model}, neurons of layers {layers}, {n_windows} windows of up to {window} tokens, {n_tokens} tokens")
     print_line(
         f"forward and gradient: {n_tokens / without:.0f} tokens a second; atlas: {n_tokens / with_it:.0f}; {without / with_it:.2f} of it"
     )

@@ -228,7 +228,7 @@ def _measures(cache: RelevanceCache, kind: str, name: str) -> dict[str, Tensor]:
     real = cache.mask.bool()[..., None]
     high, at_high = activations.masked_fill(~real, -torch.inf).max(1)
     low, at_low = activations.masked_fill(~real, torch.inf).min(1)
-    found = {"relevance": per_position.sum(1), "most at": per_position.abs().argmax(1)}
+    found = {"relevance": per_position.sum(1), "most at": per_position.abs().max(1).indices}
     found |= {"highest": high, "highest at": at_high, "lowest": low, "lowest at": at_low}
     return {measure: values.T for measure, values in found.items()}
 
