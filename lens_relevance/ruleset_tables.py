@@ -19,6 +19,7 @@ So a composite by depth and kind, as in zennit, takes three lines:
 | `relp` | LN-rule | identity | half | plain gradient | arXiv 2508.21258 |
 | `relp_ah` | LN-rule | identity | half | constant pattern | arXiv 2508.21258, the option with the AH-rule |
 | `gim` | LN-rule | - | half | softmax temperature 2, half on both products | arXiv 2505.17630, as its authors describe it |
+| `lrp_zplus` | unchanged | identity | half | softmax unchanged, half on both products | Chefer et al. 2021, arXiv 2012.09838; linear: z+ |
 | `deeplift` | pair form | rescale | pair form | pair form | DeepLIFT, SHAP, softmax derived here (docs/derivation.md); for two runs |
 | `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | the same; for two runs |
 
@@ -30,6 +31,10 @@ without such norms its entries match nothing, which is an error.
 examples (LXT): they register gamma for every linear layer, but torch.nn.MultiheadAttention does not call its projections as layers. Which
 gamma is our reading: the examples search 0, 0.01, 0.05, 0.1 and 1 by eye, and this is the middle one. The projection of the patches, a
 convolution to which they give a gamma of its own, lies below the embedding, where our relevance ends.
+
+`lrp_zplus` is the relevance of Chefer et al. 2021 (Transformer Interpretability Beyond Attention Visualization): in linear layers positive
+contributions alone, everywhere else relevance passes as it is. Their normalisation of sums (residual connections) is no operation of ours
+and not in it; token relevance by `chefer_2021a` has it. Matrices inside mixtures of experts have no entry and keep the plain gradient.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ from lens_relevance.rules import (
     Identity,
     LinearRule,
     LNRule,
+    NormIdentity,
     NormRule,
     PairLN,
     PairNorm,
@@ -54,8 +60,10 @@ from lens_relevance.rules import (
     ProductRule,
     Rescale,
     Rule,
+    SoftmaxIdentity,
     SoftmaxRule,
     SoftmaxTemperature,
+    ZPlusRule,
 )
 from lens_relevance.ruleset_keys import entry, read_key
 from lens_relevance.sites import Site
@@ -86,6 +94,7 @@ _PAIR = {
 
 _ATTNLRP = {**_LRP, "scores": Half, "z": Half}
 _CP_LRP = {**_LRP, "gate": ConstantFirstFactor(), "router": ConstantFirstFactor(), "pattern": ConstantOutput}
+_ZPLUS = {**_LRP, "norm": NormIdentity(), "scores": Half, "pattern": SoftmaxIdentity(), "z": Half, "linear": ZPlusRule()}
 _GAMMA = dict.fromkeys(("linear@mlp.in", "linear@mlp.out", "linear@unembed"), GammaRule(0.05))
 
 Table = Mapping[str, Rule]
@@ -99,6 +108,7 @@ _RULESETS: dict[str, Table] = {
     "relp": dict(_LRP),
     "relp_ah": {**_LRP, "pattern": ConstantOutput},
     "gim": {"norm": LNRule(), "gate": Half, "router": Half, "scores": Half, "pattern": SoftmaxTemperature(2.0), "z": Half},
+    "lrp_zplus": _ZPLUS,
     "deeplift": {"norm": PairNorm(), **_PAIR},
     "deeplift_ln": {"norm": PairLN(), **_PAIR},
 }

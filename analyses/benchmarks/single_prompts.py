@@ -46,6 +46,7 @@ METHODS: dict[str, str | Estimator | Attribution] = {
     "deeplift, 8 random": against(random_tokens(8)),
     "deeplift_ln, 8 random": against(random_tokens(8), rules="deeplift_ln"),
     "chefer_2021a": by_attention("chefer_2021a", rules="attnlrp"),
+    "chefer_2021a, lrp_zplus": "chefer_2021a",
     "chefer_2021b": "chefer_2021b",
     "weighted_accumulation": by_attention("weighted_accumulation", rules="relp"),
     "rollout": "rollout",

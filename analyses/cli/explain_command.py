@@ -77,4 +77,4 @@ def explain(
     else:
         pair = asked_question(loaded, answer=answer, wrong=wrong, task=task, pairs=pairs, n=n, seed=seed).example
         asked, target = pair.clean, pair.target
-    Console().print(explain_tokens(loaded, asked, target, method=method, rules=rules or "gradient"))
+    Console().print(explain_tokens(loaded, asked, target, method=method, rules=rules))

@@ -17,7 +17,7 @@ from lens_relevance.hooked_model import HookedModel
 from lens_relevance.ruleset_tables import Table, ruleset_name
 
 
-def by_attention(method: str, importance: str = "relevance", rules: str | Table = "gradient") -> Estimator:
+def by_attention(method: str, importance: str = "relevance", rules: str | Table | None = None) -> Estimator:
     """Token-to-token relevance (`lens_relevance.attention_methods`): the part of the explained token's scores that passes a head.
 
     These methods see the clean prompt alone and mostly have no sign: they can find the heads that matter, but not which way they push.
@@ -48,5 +48,7 @@ def by_attention(method: str, importance: str = "relevance", rules: str | Table 
             raise RelevanceError(f"this model has the token sets {', '.join(result.scores)}: say which is meant (stack=...)")
         return result.scores[stack]
 
-    runs = 2 if METHODS[ALIASES.get(method, method)].two_gradients and ruleset_name(rules) != "gradient" else 1
+    known = METHODS.get(ALIASES.get(method, method))
+    two = known is not None and known.two_gradients and ruleset_name(known.rules if rules is None else rules) != "gradient"
+    runs = 2 if two else 1
     return Estimator(method, scores, forwards=runs, backwards=runs, components=("heads",), single_run=True, tokens=tokens)

@@ -36,7 +36,7 @@ def target_of(answer: str | None, wrong: str | None) -> Target | None:
     return logit(answer) if wrong is None else logit_diff(answer, wrong)
 
 
-def explain_tokens(model: TransformerBridge, prompt: str | Tensor, target: Target | None, *, method: str, rules: str) -> Group:
+def explain_tokens(model: TransformerBridge, prompt: str | Tensor, target: Target | None, *, method: str, rules: str | None) -> Group:
     """Relevance of each word for the answer, and of each head, as rich renderables.
 
     Args:
@@ -45,7 +45,7 @@ def explain_tokens(model: TransformerBridge, prompt: str | Tensor, target: Targe
     """
     result = token_relevance(model, prompt, target, method=method, rules=rules)
     read = read_inputs(model, prompt)
-    head = Text(f"{result.method} ({rules}), target {result.value[0].item():.3f}; compare scores within a column", style="bold")
+    head = Text(f"{result.method} ({result.rules}), target {result.value[0].item():.3f}; compare scores within a column", style="bold")
     if isinstance(result, TokenRelevance):
         tables = [_table(model, "Words", read.tokens[0], result.scores[0], result.explained[0])]
     else:

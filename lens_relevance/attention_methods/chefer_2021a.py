@@ -12,8 +12,9 @@ from lens_relevance.rules.base import share
 def accumulate(run: AttentionRun) -> Accumulation:
     """R = product of (I + A-bar), A-bar the mean over heads of (dA * R_A)^+.
 
-    dA is the plain gradient and R_A the pattern's relevance under the ruleset (the paper has an LRP of its own there), so any ruleset but
-    `gradient` takes a second forward and backward. With two token sets the product is over the tokens of both (derived here).
+    dA is the plain gradient. R_A is the pattern's relevance: by the paper's own rules (`lrp_zplus`, with the sums and the start of
+    additions.py), unless another ruleset is named; any but `gradient` takes a second forward and backward. With two token sets the product
+    is over the tokens of both (derived here).
     """
     ones, chained = torch.ones_like(run.start), []
     for layer in range(run.n_layers):

@@ -21,15 +21,17 @@ from lens_relevance.attention_methods import (
     weighted_accumulation,
 )
 from lens_relevance.attention_methods.accumulation import Accumulation
+from lens_relevance.attention_methods.additions import FromOne, normalised_additions
 from lens_relevance.attention_methods.result import TokenRelevance, TokenSetsRelevance
 from lens_relevance.attention_methods.run import AttentionRun, check_patterns, read_masks, run_points, token_sets
 from lens_relevance.attention_methods.two_sets import check_groups
+from lens_relevance.cache import RelevanceCache
 from lens_relevance.engine import propagate
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import check_model, left_as_found
 from lens_relevance.inputs.prompt import Inputs
-from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.targets import Target, as_target
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy, anatomy
 
@@ -48,13 +50,14 @@ class Method:
     accumulate: Callable[[AttentionRun], Accumulation]
     points: Callable[[Anatomy, str], list[str]] = _nothing_more
     two_gradients: bool = False
+    rules: str = "gradient"
     one_set: str = ""
 
 
 METHODS: dict[str, Method] = {
     "weighted_accumulation": Method(weighted_accumulation.accumulate, weighted_accumulation.points),
     "chefer_2021b": Method(chefer_2021b.accumulate),
-    "chefer_2021a": Method(chefer_2021a.accumulate, two_gradients=True),
+    "chefer_2021a": Method(chefer_2021a.accumulate, two_gradients=True, rules="lrp_zplus"),
     "rollout": Method(rollout.accumulate),
     "attention_flow": Method(attention_flow.accumulate),
     "globenc": Method(globenc.accumulate, globenc.points, one_set="its decomposition is that of one residual stream"),
@@ -73,10 +76,10 @@ def token_relevance(
     *,
     method: str = "weighted_accumulation",
     importance: str = "relevance",
-    rules: str | Table = "gradient",
+    rules: str | Table | None = None,
     attention_mask: Tensor | Mapping[str, Tensor] | None = None,
 ) -> TokenRelevance | TokenSetsRelevance:
-    """Relevance of tokens for tokens from attention patterns and their gradients, in one forward and one backward pass.
+    """Relevance of tokens for tokens from attention patterns and their gradients, in one forward and one backward pass (chefer_2021a: two).
 
     model: a TransformerBridge in eval mode with live patterns, or a model whose sites and attentions are declared. inputs, target,
         attention_mask: as for `propagate`; the row that is explained is that of the position the target reads. A model with two token
@@ -86,7 +89,8 @@ def token_relevance(
         be checked), `chefer_2021b` (or `chefer`), `chefer_2021a`, `rollout`, `attention_flow`, `globenc`, `legrad`, `gradient_attention`,
         `raw_attention`. Sources are named in each one's module.
     importance: for weighted accumulation: `relevance`, `norm`, `grad_norm`, or `equal`, which is `chefer_2021b`.
-    rules: ruleset under which the backward pass delivers gradients (any that needs no reference run).
+    rules: ruleset under which the backward pass delivers gradients (any that needs no reference run). None: that of the method's paper,
+        `gradient`, and `lrp_zplus` for `chefer_2021a`, with the paper's normalised sums and its start at 1.
 
     These are scores of a single run: they say along which attention the target's relevance came, mostly without a sign, and do not add up
     to the target. For a pair of prompts `propagate(..., rules="deeplift", reference=...)` explains the difference of the two targets,
@@ -99,6 +103,7 @@ def token_relevance(
         raise RelevanceError(f"unknown method {method!r}; choose one of {', '.join([*METHODS, *ALIASES])}")
     if importance not in weighted_accumulation.IMPORTANCES:
         raise RelevanceError(f"unknown importance {importance!r}; choose one of {', '.join(weighted_accumulation.IMPORTANCES)}")
+    rules = chosen.rules if rules is None else rules
     table = ruleset(rules)
     if needs_reference(table):
         raise RelevanceError(
@@ -119,14 +124,20 @@ def token_relevance(
     names = list(dict.fromkeys([*run_points(body), *chosen.points(body, importance)]))
     mask = None if isinstance(attention_mask, Mapping) else attention_mask
     device = next(model.parameters()).device  # a model spread over several leaves its layers' tensors on each
-    cache = propagate(model, inputs, target, rules=rules, names_filter=names, attention_mask=mask, device=device)
-    plain = cache
-    if chosen.two_gradients and ruleset_name(rules) != "gradient":
-        plain = propagate(model, inputs, target, rules="gradient", names_filter=run_points(body), attention_mask=mask, device=device)
+
+    def run_under(table: str | Table, asked: Any) -> RelevanceCache:
+        return propagate(model, inputs, asked, rules=table, names_filter=names, attention_mask=mask, device=device)
+
+    plain = cache = run_under("gradient" if chosen.two_gradients else rules, target)
+    if chosen.two_gradients and ruleset_name(rules) == "lrp_zplus":
+        with normalised_additions(model, body):
+            cache = run_under(rules, FromOne(None if target is None else as_target(target)))
+    elif chosen.two_gradients and ruleset_name(rules) != "gradient":
+        cache = run_under(rules, target)
     known = dict(zip(sets, cache.masks.values(), strict=False)) if len(sets) == 1 else cache.masks  # none for an image
     masks = read_masks(body, cache, {**known, **(attention_mask if isinstance(attention_mask, Mapping) else {})})
     run = AttentionRun(body, cache, importance, plain, masks)
-    common = (ALIASES.get(method, method), importance, ruleset_name(rules), cache.value)
+    common = (ALIASES.get(method, method), importance, ruleset_name(rules), plain.value)
     if len(sets) == 1:
         # an image has no ids: its tokens are counted
         ids = cache.input_tokens if cache.masks else torch.arange(run.mask.shape[1]).expand_as(run.mask)

@@ -11,6 +11,7 @@ from lens_relevance.rules.normalization import (
     LNRule,
     Norm,
     NormDivide,
+    NormIdentity,
     NormRule,
     NormScale,
     NormWeight,
@@ -19,7 +20,7 @@ from lens_relevance.rules.normalization import (
     passes_steps,
 )
 from lens_relevance.rules.product import ConstantFirstFactor, ConstantOutput, Half, PairProduct, Product, ProductRule, Scale
-from lens_relevance.rules.softmax import PairSoftmax, Softmax, SoftmaxRule, SoftmaxTemperature
+from lens_relevance.rules.softmax import PairSoftmax, Softmax, SoftmaxIdentity, SoftmaxRule, SoftmaxTemperature
 
 __all__ = [
     "Activation",
@@ -47,6 +48,7 @@ __all__ = [
     "Mix",
     "Norm",
     "NormDivide",
+    "NormIdentity",
     "NormRule",
     "NormScale",
     "NormWeight",
@@ -65,6 +67,7 @@ __all__ = [
     "Scores",
     "SoftCap",
     "Softmax",
+    "SoftmaxIdentity",
     "SoftmaxRule",
     "SoftmaxTemperature",
     "ZPlusRule",

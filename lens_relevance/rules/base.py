@@ -41,6 +41,11 @@ def share(value: Tensor, coefficient: Tensor) -> Tensor:
     return torch.where(coefficient == 0, torch.zeros_like(coefficient), value * coefficient)
 
 
+def ratio(output: Tensor, value: Tensor) -> Tensor:
+    """output / value, by which relevance passes from the one to the other as it is; 0 where the value is 0."""
+    return torch.where(value == 0, torch.zeros_like(output), output / torch.where(value == 0, torch.ones_like(value), value))
+
+
 class Operation:
     """One step of a model, as a function of the raw tensors at its input HookPoints."""
 

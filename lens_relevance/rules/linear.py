@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, ratio, share, working
 
 
 class LinearOperation(Operation):
@@ -219,19 +219,21 @@ class ZPlusRule(LinearRule):
     """
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
-        """Per output y / (sum of its positive contributions), 0 where it has none; and the input, for its signs."""
-        assert isinstance(op, LinearOperation)
-        x, y = working(inputs[0]), working(output)
-        (above, below), (plus, minus) = _by_sign(x), _by_sign(op.weight.to(x.dtype))
-        positive = op.apply(above, plus) + op.apply(below, minus)
-        return torch.where(positive > 0, y / torch.where(positive > 0, positive, 1.0), 0.0), x.sign()
+        return inputs[0], output
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         assert isinstance(op, LinearOperation)
-        upstream, signs = working(upstream) * kept[0], kept[1]
-        plus, minus = _by_sign(op.weight.to(upstream.dtype))
-        at_positive, at_negative = op.transpose(upstream, plus, signs), op.transpose(upstream, minus, signs)
-        return (torch.where(signs > 0, at_positive, at_negative * (signs < 0)),)
+        upstream, (x, y) = working(upstream), map(working, kept)
+        weight = op.weight.to(x.dtype)
+        if isinstance(op, Linear):  # a target reads few of the logits of a large vocabulary
+            read = upstream.flatten(0, -2).any(0).nonzero().squeeze(1)
+            if len(read) <= len(weight) // 2:
+                upstream, y, weight = upstream[..., read], y[..., read], weight[read]
+        (above, below), (plus, minus) = _by_sign(x), _by_sign(weight)
+        positive = op.apply(above, plus) + op.apply(below, minus)
+        upstream = upstream * torch.where(positive > 0, ratio(y, positive), 0.0)
+        at_positive, at_negative = op.transpose(upstream, plus, x), op.transpose(upstream, minus, x)
+        return (torch.where(x > 0, at_positive, at_negative * (x < 0)),)
 
 
 def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:

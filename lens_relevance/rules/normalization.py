@@ -7,6 +7,7 @@ Where a run is flat (its variance within 10 eps, and the other run more than thr
 are huge and cancel. There the split is that of c = y s into y and s = 1 / r: dy = (dc - mean(y1, y2) ds) / mean(s1, s2), as exact, and
 bounded.
 `PairLN`: the same without the dr term, the LN-rule between two runs.
+`NormIdentity`: relevance stays where it is, feature by feature (Chefer et al. 2021, arXiv 2012.09838).
 
 The two-step form is used while something watches `hook_scale` or `hook_normalized`, so that it finds the right coefficient there. A
 `NormRule` of your own is asked for all three steps (`NormScale`, `NormDivide`, and `Norm` for the whole); any other rule with `keep` and
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, ratio, share, working
 from lens_relevance.rules.linear import ZeroRule
 
 
@@ -156,6 +157,19 @@ class LNRule(NormRule):
 
     def column(self, op: Operation, pair: bool) -> str:
         return op.column if pair else "norm_biases"
+
+
+class NormIdentity(Rule):
+    """Each feature of the input gets the relevance of the same feature of the output (Chefer et al. 2021).
+
+    A feature that is exactly 0 at the input can hold none. The rule knows norms whole alone.
+    """
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        return (ratio(op(*inputs), working(inputs[0])),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        return (working(upstream) * kept[0],)
 
 
 class PairNorm(NormRule):

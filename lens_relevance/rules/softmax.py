@@ -5,6 +5,7 @@
 | gradient | relevance x_i (R'_i - s_i sum_j R'_j) | AttnLRP (2402.05602) eq. 8 |
 | `ConstantOutput` | the pattern is a constant (AH-rule) | Ali et al. 2022 |
 | `SoftmaxTemperature(T)` | gradient of softmax(x / T) without the factor 1/T | GIM, arXiv 2505.17630 |
+| `SoftmaxIdentity` | relevance of a score is that of its entry of the pattern | Chefer et al. 2021, arXiv 2012.09838 |
 | `PairSoftmax` | dp_i = l_i (ds_i - sum_j l_j ds_j / sum_k l_k), l the logarithmic mean of the two patterns | derived here |
 
 Upstream tensors may carry leading dimensions before [batch, head, query, key]. See docs/derivation.md for the pair form.
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, ratio, working
 
 
 class Softmax(Operation):
@@ -66,6 +67,18 @@ class SoftmaxTemperature(SoftmaxRule):
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         flat, g = kept[0], working(upstream)
         return (flat * (g - (flat * g).sum(-1, keepdim=True)),)
+
+
+class SoftmaxIdentity(SoftmaxRule):
+    """Each score gets the relevance of its entry of the pattern (Chefer et al. 2021). A score of exactly 0 can hold none."""
+
+    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        scores, pattern = working(inputs[0]), working(output)
+        masked = is_masked(scores)
+        return (ratio(pattern.masked_fill(masked, 0.0), scores.masked_fill(masked, 0.0)),)
+
+    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+        return (working(upstream) * kept[0],)
 
 
 class PairSoftmax(SoftmaxRule):

@@ -17,6 +17,7 @@ class Block:
         path: its name among the model's components, "blocks.3".
         parallel: attention and MLP read the same residual stream (NeoX, GPT-J), and not the MLP what attention has added to.
         norms_follow: the norms take the stream after attention and MLP have been added to it (BERT, OPT-350m), and not before they read it.
+        adds_inside: the attention component does that itself: it gives the norm's output (BERT).
         has_mlp: whether there is an MLP.
         attention: what computes its attention, in words for messages.
     """
@@ -24,6 +25,7 @@ class Block:
     path: str
     parallel: bool
     norms_follow: bool
+    adds_inside: bool
     has_mlp: bool
     attention: str
 
@@ -38,7 +40,13 @@ def _block(path: str, block: Any) -> Block:
     return Block(
         path=path,
         parallel=isinstance(block, ParallelBlockBridge),
-        norms_follow=type(original).__name__ == "BertLayer" or not getattr(original, "do_layer_norm_before", True),
+        norms_follow=_adds_inside(original) or not getattr(original, "do_layer_norm_before", True),
+        adds_inside=_adds_inside(original),
         has_mlp="mlp" in block._modules,
         attention=type(getattr(block, "attn", None)).__name__,
     )
+
+
+def _adds_inside(original: Any) -> bool:
+    """Whether the attention of a Hugging Face layer adds its output to the stream and normalises the sum itself (BERT, RoBERTa)."""
+    return hasattr(getattr(getattr(original, "attention", None), "output", None), "LayerNorm")

@@ -62,8 +62,8 @@ def bridge_anatomy(model: TransformerBridge) -> Anatomy:
     except CoverageError as error:
         found.uncovered["output"] = str(error)
     found.stacks = bridge_stacks(model, embeddings)
-    found.attentions = block_attentions(found.points, found.aliases)
     found.blocks = bridge_blocks(model)
+    found.attentions = block_attentions(found.points, found.aliases, [block.path for block in found.blocks if block.adds_inside])
     return found
 
 

@@ -31,8 +31,11 @@ class TokenAttention:
     together: str = ""
 
 
-def block_attentions(points: Container[str], aliases: Mapping[str, str]) -> list[TokenAttention]:
-    """The attentions of a TransformerBridge by the names of its HookPoints: blocks, or encoder blocks and then decoder blocks."""
+def block_attentions(points: Container[str], aliases: Mapping[str, str], adding_inside: Container[str] = ()) -> list[TokenAttention]:
+    """The attentions of a TransformerBridge by the names of its HookPoints: blocks, or encoder blocks and then decoder blocks.
+
+    adding_inside: blocks whose attention component gives the sum with the stream, normalised; what it adds is its output projection's.
+    """
     found = []
     for tokens, stack, own in ((TOKENS, "blocks", "attn"), (ENCODER, "encoder_blocks", "attn"), (DECODER, "decoder_blocks", "self_attn")):
         for layer in itertools.count():
@@ -40,6 +43,7 @@ def block_attentions(points: Container[str], aliases: Mapping[str, str]) -> list
             if f"{block}.hook_in" not in points:
                 break
             written = aliases.get(f"{block}.hook_attn_out", f"{block}.{own}.hook_out")
+            written = f"{block}.{own}.o.hook_out" if block in adding_inside else written
             found.append(TokenAttention(f"{block}.{own}.hook_pattern", f"{block}.hook_in", written, tokens, tokens))
             if tokens == DECODER:
                 cross = f"{block}.cross_attn"

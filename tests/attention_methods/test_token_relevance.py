@@ -94,7 +94,7 @@ def test_chefer_2021a_multiplies_gradient_and_lrp_relevance(tokens):
         r = r + (gradient * lrp[name]).clamp(min=0).mean(1) @ r
     found = token_relevance(model, tokens, TARGET, method="chefer_2021a", rules="attnlrp")
     torch.testing.assert_close(found.matrix, r, rtol=0, atol=1e-12)
-    plain = token_relevance(model, tokens, TARGET, method="chefer_2021a").layers[:, 1]
+    plain = token_relevance(model, tokens, TARGET, method="chefer_2021a", rules="gradient").layers[:, 1]
     expected = (gradients[1] ** 2 * patterns[1]).mean(1) * ((patterns[1] > 0).any(1)) + torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(plain, expected, rtol=0, atol=1e-12)
 

@@ -71,11 +71,21 @@ def softmax_at_temperature_two(scores: Tensor) -> Tensor:
     return with_gradient_of(2 * softmax(scores / 2), softmax(scores))
 
 
+def kept_in_place(x: Tensor, y: Tensor) -> Tensor:
+    """Relevance of y goes to x entry by entry (Chefer et al. 2021)."""
+    return with_gradient_of(x * (y / x).detach(), y)
+
+
+def softmax_kept_in_place(scores: Tensor) -> Tensor:
+    finite = scores.masked_fill(scores.isinf(), 1.0)
+    return kept_in_place(finite, softmax(scores))
+
+
 @dataclass(frozen=True)
 class Published:
     """What a paper does at each operation; by default nothing, which is gradient x input.
 
-    gamma: of the two layers of an MLP and of the unembedding.
+    gamma: of the two layers of an MLP and of the unembedding. zplus: z+ in all matrices, and norms keep relevance in its place.
     """
 
     deviation: Callable[[Tensor], Tensor] = as_it_is  # of a norm: its standard deviation or root mean square
@@ -86,6 +96,7 @@ class Published:
     pattern: Callable[[Tensor], Tensor] = softmax
     z: Callable[[Tensor], Tensor] = as_it_is
     gamma: float = 0.0
+    zplus: bool = False
 
 
 _LN = Published(deviation=constant, deviation_of_queries_and_keys=constant)
@@ -100,6 +111,7 @@ PUBLISHED = {
     "attnlrp_plain_qk": replace(_ATTNLRP, deviation_of_queries_and_keys=as_it_is),
     "cp_lrp": _CP_LRP,
     "cp_lrp_gamma": replace(_CP_LRP, gamma=0.05),
+    "lrp_zplus": replace(_ATTNLRP, pattern=softmax_kept_in_place, zplus=True),
     "gim": replace(_LN, gate=half_product, scores=half, z=half, pattern=softmax_at_temperature_two),
 }
 
@@ -112,6 +124,18 @@ def gamma_linear(x: Tensor, weight: Tensor, bias: Tensor, gamma: float) -> Tenso
     share = counts / (parts * counts).sum(-1, keepdim=True)  # of y, per unit of contribution
     slopes = weight * share[..., :-1] * y.detach().unsqueeze(-1)
     return with_gradient_of((slopes.detach() * x.unsqueeze(-2)).sum(-1), y)
+
+
+def zplus_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Positive contributions in proportion, R_i = sum_j (x_i w_ji)^+ / sum_k (x_k w_jk)^+ R_j."""
+    y = x @ weight.T + bias
+    parts = (x.unsqueeze(-2) * weight).clamp(min=0)
+    slopes = parts / parts.sum(-1, keepdim=True) * y.unsqueeze(-1) / x.unsqueeze(-2)
+    return with_gradient_of((slopes.detach() * x.unsqueeze(-2)).sum(-1), y)
+
+
+def plain_or_zplus(x: Tensor, weight: Tensor, rules: Published) -> Tensor:
+    return zplus_linear(x, weight, torch.zeros_like(weight[:, 0])) if rules.zplus else x @ weight.T
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, rules: Published) -> Tensor:
@@ -155,10 +179,13 @@ def gpt2(w: Named, tokens: Tensor, n_heads: int, eps: float, rules: Published, a
     def norm(name: str, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         std = rules.deviation((centred.square().mean(-1, keepdim=True) + eps).sqrt())
-        return centred / std * w[f"{name}.weight"] + w[f"{name}.bias"]
+        y = centred / std * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return kept_in_place(x, y) if rules.zplus else y
 
     def linear(name: str, x: Tensor) -> Tensor:
         weight, bias = w[f"{name}.weight"].T, w[f"{name}.bias"]
+        if rules.zplus:
+            return zplus_linear(x, weight, bias)
         return gamma_linear(x, weight, bias, rules.gamma) if ".mlp." in name else x @ weight.T + bias
 
     points: Named = {
@@ -179,7 +206,8 @@ def gpt2(w: Named, tokens: Tensor, n_heads: int, eps: float, rules: Published, a
         after = points[f"{here}.mlp.out.hook_in"] = rules.activation(gelu_new, before)
         x = x + linear(f"{at}.mlp.c_proj", after)
     unembedding = w["transformer.wte.weight"]
-    logits = gamma_linear(norm("transformer.ln_f", x), unembedding, torch.zeros_like(unembedding[:, 0]), rules.gamma)
+    final, no_bias = norm("transformer.ln_f", x), torch.zeros_like(unembedding[:, 0])
+    logits = zplus_linear(final, unembedding, no_bias) if rules.zplus else gamma_linear(final, unembedding, no_bias, rules.gamma)
     return explained(logits, points, answer, wrong)
 
 
@@ -199,10 +227,11 @@ def llama(
         return torch.cat([turned.real, turned.imag], -1)
 
     def norm(name: str, x: Tensor, deviation: Callable[[Tensor], Tensor] = rules.deviation) -> Tensor:
-        return x / deviation((x.square().mean(-1, keepdim=True) + eps).sqrt()) * w[f"{name}.weight"]
+        y = x / deviation((x.square().mean(-1, keepdim=True) + eps).sqrt()) * w[f"{name}.weight"]
+        return kept_in_place(x, y) if rules.zplus else y
 
     def unbiased(x: Tensor, weight: Tensor) -> Tensor:
-        return gamma_linear(x, weight, torch.zeros_like(weight[:, 0]), rules.gamma)
+        return plain_or_zplus(x, weight, rules) if rules.zplus else gamma_linear(x, weight, torch.zeros_like(weight[:, 0]), rules.gamma)
 
     def mixture(at: str, x: Tensor) -> Tensor:
         scores = x @ w[f"{at}.gate.weight"].T
@@ -220,7 +249,9 @@ def llama(
         points[f"{here}.hook_in"] = x
         normed = norm(f"{at}.input_layernorm", x)
         q, k, v = (
-            points.setdefault(f"{here}.attn.{p}.hook_out", (normed @ w[f"{at}.self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, d_head)))
+            points.setdefault(
+                f"{here}.attn.{p}.hook_out", plain_or_zplus(normed, w[f"{at}.self_attn.{p}_proj.weight"], rules).unflatten(-1, (-1, d_head))
+            )
             for p in "qkv"
         )
         if f"{at}.self_attn.q_norm.weight" in w:
@@ -228,12 +259,12 @@ def llama(
         q, k = rotate(q), rotate(k)
         k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
         z = points[f"{here}.attn.o.hook_in"] = attention(q, k, v, 1 / math.sqrt(d_head), rules)
-        x = x + z.flatten(1) @ w[f"{at}.self_attn.o_proj.weight"].T
+        x = x + plain_or_zplus(z.flatten(1), w[f"{at}.self_attn.o_proj.weight"], rules)
         normed = points[f"{here}.mlp.hook_in"] = norm(f"{at}.post_attention_layernorm", x)
         if top_k:
             x = x + mixture(f"{at}.mlp", normed)
             continue
-        gate = points[f"{here}.mlp.gate.hook_out"] = normed @ w[f"{at}.mlp.gate_proj.weight"].T
+        gate = points[f"{here}.mlp.gate.hook_out"] = plain_or_zplus(normed, w[f"{at}.mlp.gate_proj.weight"], rules)
         up = points[f"{here}.mlp.in.hook_out"] = unbiased(normed, w[f"{at}.mlp.up_proj.weight"])
         neurons = points[f"{here}.mlp.out.hook_in"] = rules.gate(rules.activation(silu, gate), up)
         x = x + unbiased(neurons, w[f"{at}.mlp.down_proj.weight"])

@@ -22,12 +22,13 @@ FAMILIES = ("gpt2", "llama", "qwen3", "mixtral")
 ONLY_WITH_NORMS_ON_QUERIES = ("attnlrp_plain_qk",)
 HOLD_GATES = ("cp_lrp", "cp_lrp_gamma")
 HOLD_ATTENTION = (*HOLD_GATES, "relp_ah")
-# The two MLP layers of a mixture's experts are no operations of their own, so that gamma has no place there.
+# The two MLP layers of a mixture's experts are no operations of their own, so that gamma and z+ have no place there.
 CASES = [
     (family, rules)
     for family in FAMILIES
     for rules in PUBLISHED
-    if not (rules in ONLY_WITH_NORMS_ON_QUERIES and family != "qwen3") and not (rules == "cp_lrp_gamma" and family == "mixtral")
+    if not (rules in ONLY_WITH_NORMS_ON_QUERIES and family != "qwen3")
+    and not (rules in ("cp_lrp_gamma", "lrp_zplus") and family == "mixtral")
 ]
 
 
