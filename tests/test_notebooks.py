@@ -51,8 +51,8 @@ def same(shown: str, computed: str) -> None:
     assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.02)
 
 
-def test_all_seven_are_here() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_", "7_"]
+def test_all_eight_are_here() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_", "7_", "8_"]
 
 
 @each

@@ -48,7 +48,7 @@ PAGE = """# Token relevance, evaluated
 
 Measured with version {version} on {date}, float32, one processor thread, seed {seed}. This page is written by
 
-    python -m analyses.benchmarks.evaluation {names} --page docs/measurements/evaluation.md --n {n} --randomised {randomised}
+    python -m analyses.benchmarks.evaluation {names} --page docs/measurements/evaluation.md --n {n} --randomised {randomised}{limits}
 
 and `lens-relevance evaluate --model ... --n {n} --randomised {randomised}` prints the same for any model and task.
 
@@ -84,23 +84,31 @@ def main(
     page: Annotated[Path, typer.Option(help="A .md for the tables.")],
     n: Annotated[int, typer.Option(help="Prompts.")] = 16,
     randomised: Annotated[int, typer.Option(help="Prompts that are explained with random weights.")] = 4,
+    most_passes: Annotated[
+        list[int] | None, typer.Option(help="Methods that take more passes for a prompt are left out: one number, or one for each model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the task, of random subsets and of random weights.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="A folder, with one folder for each model.")] = None,
 ) -> None:
     """Write the page."""
     torch.set_num_threads(1)
     sections = []
-    for name in models:
+    limits: list[int | None] = [*(most_passes or [None])]
+    for name, limit in zip(models, limits * len(models) if len(limits) == 1 else limits, strict=True):
         model, short = load_model(name), Path(name).name
         pairs, words = answered_pairs(model, "question_answering", n, seed=seed)
         folder = None if checkpoint is None else checkpoint / short
-        found = evaluate_token_relevance(model, pairs, randomised_prompts=randomised, seed=seed, checkpoint=folder)
+        found = evaluate_token_relevance(model, pairs, randomised_prompts=randomised, most_passes=limit, seed=seed, checkpoint=folder)
         example = str(model.to_string(pairs.clean[0])).removeprefix(str(model.tokenizer.bos_token)).strip()
         sections.append(section(short, words, pairs, example=example, found=found, randomised=randomised))
         typer.echo(sections[-1])
     names, date = " ".join(Path(name).name for name in models), f"{datetime.now(UTC):%Y-%m-%d}"
     page.write_text(
-        PAGE.format(version=__version__, date=date, seed=seed, names=names, n=n, randomised=randomised, sections="\n\n".join(sections))
+        PAGE.format(
+            **dict(version=__version__, date=date, seed=seed, names=names, n=n, randomised=randomised),
+            limits="".join(f" --most-passes {limit}" for limit in most_passes or []),
+            sections="\n\n".join(sections),
+        )
     )
 
 

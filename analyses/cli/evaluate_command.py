@@ -28,6 +28,7 @@ def evaluate(
         str, typer.Option(help="What takes the place of a removed token: mean_embedding, zero_embedding, random_tokens, pad_token, delete.")
     ] = "mean_embedding",
     randomised: Annotated[int, typer.Option(min=0, help="Prompts that are explained again with random weights; 0: none.")] = 8,
+    most_passes: Annotated[int | None, typer.Option(help="Leave out methods that take more passes than this for a prompt.")] = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A .csv for the table.")] = None,
     force: Force = False,
@@ -74,6 +75,7 @@ def evaluate(
         None if methods is None else [name.strip() for name in methods.split(",")],
         baseline=baseline,
         randomised_prompts=randomised,
+        most_passes=most_passes,
         seed=seed,
         checkpoint=checkpoint,
     )

@@ -19,7 +19,7 @@ from analyses.evaluation.passes import counted
 from analyses.evaluation.randomised_relevance import RANDOMISED_COLUMNS, randomised_relevance
 from analyses.evaluation.removal_measures import average_precision, comprehensiveness, faithfulness_correlation, saco, sufficiency
 from analyses.methods import estimator, method_names
-from analyses.perturbation import Attribution, TextRemoval, attribution
+from analyses.perturbation import Attribution, TextRemoval, attribution, passes
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
 from lens_relevance import RelevanceError
@@ -82,6 +82,7 @@ def evaluate_token_relevance(
     *,
     baseline: str = "mean_embedding",
     randomised_prompts: int = 8,
+    most_passes: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
     checkpoint: str | Path | None = None,
@@ -97,6 +98,7 @@ def evaluate_token_relevance(
         methods: names (see `token_methods`); all of them if left out, but for those that this model does not allow.
         baseline: what stands where a token was removed, of `analyses.perturbation.BASELINES`.
         randomised_prompts: how many prompts are explained again on models whose weights are random; 0 for none.
+        most_passes: methods that take more passes through the model (forward and backward) for a prompt are left out.
         seed: of random subsets, tokens and weights.
         batch_size: prompts that are explained together.
         checkpoint: a folder; an interrupted run that is started again goes on from there, also with other methods.
@@ -106,7 +108,8 @@ def evaluate_token_relevance(
     """
     pairs = require_pairs(pairs)
     named = token_methods() if methods is None else list(methods)
-    chosen, left_out = _that_work(model, pairs, named, all_must=methods is not None)
+    cheap, left_out = _affordable(named, pairs.clean.shape[1], most_passes)
+    chosen, impossible = _that_work(model, pairs, cheap, all_must=methods is not None)
     stream = PairStream(model, pairs, batch_size, checkpoint=checkpoint, analysis="token relevance", baseline=baseline, seed=seed)
     step = _Step(model, baseline, seed, pairs.clean.shape[1])
     rows, scores = [], {}
@@ -124,7 +127,7 @@ def evaluate_token_relevance(
         randomised = randomised_relevance(model, few, by_gradient, known, seed=seed, batch_size=batch_size, checkpoint=folder)
     evidence, candidates = evidence_of(pairs), removable_of(pairs)
     chance = float((evidence.sum(1) / candidates.sum(1)).mean()) if bool(evidence.any()) else float("nan")
-    return TokenEvaluation(table, randomised, left_out, len(pairs), chance)
+    return TokenEvaluation(table, randomised, left_out | impossible, len(pairs), chance)
 
 
 def removable_of(pairs: PromptPairs) -> Bool[Tensor, "n pos"]:
@@ -136,6 +139,13 @@ def removable_of(pairs: PromptPairs) -> Bool[Tensor, "n pos"]:
 def evidence_of(pairs: PromptPairs) -> Bool[Tensor, "n pos"]:
     """Tokens in which a clean prompt differs from its counterpart."""
     return (pairs.clean != pairs.corrupt).cpu() & removable_of(pairs)
+
+
+def _affordable(names: Sequence[str], n_tokens: int, most_passes: int | None) -> tuple[list[str], dict[str, str]]:
+    """The methods that take no more passes, and why the others are left out."""
+    taken = {name: sum(passes(name, n_tokens)) for name in names} if most_passes is not None else {}
+    dear = {name: f"it takes {n} passes, and {most_passes} were allowed" for name, n in taken.items() if n > (most_passes or 0)}
+    return [name for name in names if name not in dear], dear
 
 
 def _that_work(

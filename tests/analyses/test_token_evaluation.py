@@ -22,7 +22,7 @@ from analyses.evaluation.removal_measures import saco
 from analyses.evaluation.token_relevance import evaluate_token_relevance, evidence_of, removable_of, token_methods
 from analyses.evaluation.token_tables import measures_frame, notes, randomised_frame
 from analyses.methods import estimator
-from analyses.perturbation import TextRemoval, attribution
+from analyses.perturbation import TextRemoval, attribution, passes
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff, propagate
 from tests.conftest import STORIES
@@ -140,6 +140,8 @@ def test_methods_that_a_model_does_not_allow_are_left_out_with_the_reason(
     found = evaluate_token_relevance(embedded, ioi(embedded, 2), randomised_prompts=0)
     assert found.table["method"].tolist() == ["gradient"] and "norm@q_norm" in found.left_out["attnlrp_plain_qk"]
     assert any(line.startswith("attnlrp_plain_qk is left out: ") for line in notes(found))
+    cheap = evaluate_token_relevance(embedded, ioi(embedded, 1), ["occlusion", "gradient"], randomised_prompts=0, most_passes=2)
+    assert cheap.table["method"].tolist() == ["gradient"] and list(cheap.left_out) == ["occlusion"]
 
 
 def test_passes_are_counted_in_tokens(gpt2: TransformerBridge, tokens: torch.Tensor) -> None:
@@ -195,3 +197,15 @@ def test_questions_have_one_span_of_evidence(stories: TransformerBridge) -> None
         assert all(piece and piece in place for piece, place in zip(pieces, places, strict=True)) and pieces[0] != pieces[1]
     spans = [row.nonzero().flatten().tolist() for row in evidence_of(pairs)]
     assert all(span[-1] - span[0] < 6 for span in spans)
+
+
+@pytest.mark.parametrize("method", ["deeplift", "atman", "smoothgrad"])
+def test_passes_as_declared_are_those_that_are_counted(embedded: TransformerBridge, method: str) -> None:
+    if method == "smoothgrad":
+        pytest.importorskip("captum")
+    pairs, explain = ioi(embedded, 1), attribution(method)
+    explain(embedded, pairs.clean, pairs.target, pairs.clean_mask)  # the first call compares the model with its sites
+    with counted(embedded) as cost:
+        explain(embedded, pairs.clean, pairs.target, pairs.clean_mask)
+    n = pairs.clean.numel()
+    assert (cost.forward_tokens / n, cost.backward_tokens / n) == pytest.approx(passes(method, n), rel=0.05)
