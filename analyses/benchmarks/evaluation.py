@@ -93,7 +93,7 @@ def main(
     """Write the page."""
     torch.set_num_threads(1)
     sections = []
-    limits: list[int | None] = [*(most_passes or [None])]
+    limits: list[int | None] = [*most_passes] if most_passes else [None]
     for name, limit in zip(models, limits * len(models) if len(limits) == 1 else limits, strict=True):
         model, short = load_model(name), Path(name).name
         pairs, words = answered_pairs(model, "question_answering", n, seed=seed)

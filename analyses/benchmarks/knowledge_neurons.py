@@ -103,7 +103,8 @@ def measure(model: TransformerBridge, *, k: int, factor: float, rules: str, seed
                 for units in sets:
                     with set_units(model, {unit: Scale(times) for unit in units}):
                         rows.append(outcome(model, tokens, answer, other=other))
-                yield {"fact": prompt, "choice": name, "factor": times, "units": " ".join(sets[0])} | pd.DataFrame(rows).mean().to_dict()
+                means = {what: sum(row[what] for row in rows) / len(rows) for what in rows[0]}
+                yield {"fact": prompt, "choice": name, "factor": times, "units": " ".join(sets[0])} | means
 
 
 def changes(rows: pd.DataFrame, what: str) -> pd.DataFrame:

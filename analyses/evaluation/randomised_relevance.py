@@ -19,18 +19,18 @@ from analyses.tasks import PromptPairs
 from lens_relevance.inputs.targets import as_target
 
 RANDOMISED_COLUMNS = ("method", "kind", "part", "spearman", "low", "high")
-LAYERS = 4
+LAYERS = 3
 """Layers that are looked at, evenly spread, the first and the last among them; cascading makes those in between random too."""
 
 
 def stages(parts: Parts) -> list[tuple[str, str, Parts]]:
-    """(kind, part, what is random) of every model that is looked at: from the logits down, then each part alone."""
+    """(kind, part, what is random) of every model that is looked at: from the logits down, then each part below the first alone."""
     names = list(parts)
     layers = [name for name in names if name not in (OUTPUT, EMBEDDINGS)]
     seen = {layers[i] for i in np.linspace(0, len(layers) - 1, min(LAYERS, len(layers))).round().astype(int)} | {OUTPUT, EMBEDDINGS}
     seen = {name for name in seen if len(parts[name])}
     down = [("cascading", name, {n: parts[n] for n in names[: i + 1] if len(parts[n])}) for i, name in enumerate(names) if name in seen]
-    alone = [("independent", name, {name: parts[name]}) for name in names if name in seen]
+    alone = [("independent", name, {name: parts[name]}) for name in names if name in seen][1:]  # the first is alone above, too
     return [*down, *alone]
 
 

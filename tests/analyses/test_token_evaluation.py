@@ -208,4 +208,5 @@ def test_passes_as_declared_are_those_that_are_counted(embedded: TransformerBrid
     with counted(embedded) as cost:
         explain(embedded, pairs.clean, pairs.target, pairs.clean_mask)
     n = pairs.clean.numel()
-    assert (cost.forward_tokens / n, cost.backward_tokens / n) == pytest.approx(passes(method, n), rel=0.05)
+    forwards, backwards = passes(method, n)
+    assert cost.backward_tokens == backwards * n and cost.forward_tokens / n in (forwards, forwards + 1)  # one more reads the embeddings
