@@ -174,7 +174,11 @@ class RelevanceCache(Mapping[str, Tensor]):
         return _stacked([self[name].sum(-1) for name in self._named("z", stack)], 2)
 
     def neurons(self, layer: int, stack: str | None = None) -> Float[Tensor, "batch pos d_mlp"]:
-        """Relevance of the MLP neurons (after the activation) of a layer."""
+        """Relevance of the MLP neurons (after the activation) of a layer.
+
+        Raises:
+            RelevanceError: the layer is out of range.
+        """
         names = self._named("neurons", stack)
         if not -len(names) <= layer < len(names):
             raise RelevanceError(f"layer {layer} is out of range: the model has {len(names)} layers")

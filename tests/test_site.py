@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,29 @@ def test_every_public_function_and_class_says_what_it_is(module: str) -> None:
     for name, value in names:
         if inspect.isclass(value) or inspect.isfunction(value):
             assert (inspect.getdoc(value) or "").strip(), f"{module}.{name} has no docstring"
+
+
+def public_functions() -> dict[str, Callable[..., object]]:
+    """Public functions, and the public methods that public classes define, by name."""
+    found: dict[str, Callable[..., object]] = {}
+    for module in PUBLIC:
+        for name, value in documented(module):
+            if inspect.isfunction(value):
+                found[f"{module}.{name}"] = value
+            elif inspect.isclass(value):
+                own = {key: item for key, item in vars(value).items() if not key.startswith("_")}
+                found |= {f"{module}.{name}.{key}": item for key, item in own.items() if inspect.isfunction(item)}
+    return {name: value for name, value in found.items() if value.__name__ != "<lambda>"}
+
+
+def test_what_public_functions_raise_is_in_their_docstrings() -> None:
+    functions = public_functions()
+    assert len(functions) > 250
+    silent = [name for name, function in functions.items() if not inspect.getdoc(function)]
+    assert not silent
+    raising = {name: function for name, function in functions.items() if "raise RelevanceError(" in inspect.getsource(function)}
+    assert len(raising) > 60
+    assert not [name for name, function in raising.items() if "RelevanceError" not in (inspect.getdoc(function) or "")]
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:

@@ -41,7 +41,11 @@ def ranking(scores: ItemScores, order: Order) -> np.ndarray:
 
 
 def top(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
-    """The n best items."""
+    """The n best items.
+
+    Raises:
+        RelevanceError: n is not among 1 and the number of items.
+    """
     if not 1 <= n <= len(scores.items):
         raise RelevanceError(f"a circuit has 1 to {len(scores.items)} items here, got n={n}")
     kept = np.zeros(len(scores.items), dtype=bool)
@@ -82,7 +86,11 @@ def frequent(scores: ItemScores, n: int, frequency: float = 0.9) -> Circuit:
 
 
 def greedy(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
-    """Up to n edges, the best one at a time among those that enter what is in the circuit already, from the logits down (as in EAP)."""
+    """Up to n edges, the best one at a time among those that enter what is in the circuit already, from the logits down (as in EAP).
+
+    Raises:
+        RelevanceError: items are nodes, which have no edges to follow, or n is not among 1 and the number of items.
+    """
     items = scores.items
     if items.level != "edge":
         raise RelevanceError("greedy choice follows edges from the logits; nodes have none, use top")

@@ -32,6 +32,9 @@ def mib_areas(faithfulness: Sequence[float] | Float[np.ndarray, " share"]) -> tu
     """CPR and CMD from the faithfulness at each of `MIB_SHARES`: the trapezoid rule over the shares (Mueller et al. 2025).
 
     CPR is the area under f, CMD that under |1 - f|. MIB takes the nominal shares; `circuits.areas` those that the rounded sizes have.
+
+    Raises:
+        RelevanceError: not one value per share.
     """
     f = np.asarray(faithfulness, dtype=float)
     if f.shape != (len(MIB_SHARES),):
@@ -111,6 +114,9 @@ def write_mib_submission(
 
     Returns:
         The files.
+
+    Raises:
+        RelevanceError: a folder cannot be made, and what `score_items` raises.
     """
     ablation, files = Ablation(model, pairs, level), []
     for method in methods:

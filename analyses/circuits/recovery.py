@@ -55,7 +55,11 @@ def known_circuit(items: Items, known: Collection[Key]) -> Circuit:
 
 
 def overlap(circuit: Circuit, known: Circuit) -> Overlap:
-    """Precision and recall of a circuit."""
+    """Precision and recall of a circuit.
+
+    Raises:
+        RelevanceError: the circuits choose among different items, or one is empty.
+    """
     if len(circuit.kept) != len(known.kept):
         raise RelevanceError(f"the circuits choose among {len(circuit.kept)} and {len(known.kept)} items")
     if len(circuit) == 0 or len(known) == 0:

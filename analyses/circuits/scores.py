@@ -60,7 +60,11 @@ class ItemScores:
                 )
 
     def values(self, order: Order) -> np.ndarray:
-        """What items are ordered by: `signed`, the score towards the full circuit's metric; `absolute`, |score|."""
+        """What items are ordered by: `signed`, the score towards the full circuit's metric; `absolute`, |score|.
+
+        Raises:
+            RelevanceError: no such order.
+        """
         if order not in ("signed", "absolute"):
             raise RelevanceError(f"order is 'signed' or 'absolute', got {order!r}")
         return np.abs(self.signed) if order == "absolute" else -self.signed if self.downwards else self.signed

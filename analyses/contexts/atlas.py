@@ -104,7 +104,11 @@ class Atlas:
         return self.tokens[at, : int(self.lengths[at])]
 
     def row(self, unit: str) -> int:
-        """A unit's row in the tensors."""
+        """A unit's row in the tensors.
+
+        Raises:
+            RelevanceError: the atlas does not hold the unit.
+        """
         node, start = parse_node(unit), 0
         index = node.neuron if node.neuron is not None else node.head
         for (component, layer), count in self.units.items():

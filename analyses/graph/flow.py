@@ -103,6 +103,9 @@ class FlowGraph(FlowTables):
         """What is inside a node: the strongest neurons of an MLP; for a head the edges from its q, k, v and source tokens.
 
         Of a node without an inside (a reader, a mixture of experts) the edges that enter it.
+
+        Raises:
+            RelevanceError: there is no such node.
         """
         if node not in set(self.nodes["node"]):
             raise RelevanceError(

@@ -64,6 +64,9 @@ def grad_cam() -> Estimator:
     Features are weighted by their gradient, averaged over patches, and what is left of their sum below zero is 0. The paper explains the
     last convolution; in a vision transformer whose class is read at one token the norm before the last attention is the last place where
     patches still act (our reading).
+
+    Raises:
+        RelevanceError: the model reads no picture.
     """
 
     def scores(model: HookedModel, one: SingleInput) -> Float[Tensor, " patch"]:

@@ -21,6 +21,9 @@ def direct_logit_attribution() -> Estimator:
 
     (a_clean - a_corrupt) . g_final at the component's own position, g_final the gradient at the final residual with the norm's scale held
     constant. Components that act through later ones get next to nothing: that is the point of showing it beside the others.
+
+    Raises:
+        RelevanceError: heads are asked for, and the model normalises what they write.
     """
 
     def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:

@@ -24,6 +24,9 @@ def by_attention(method: str, importance: str = "relevance", rules: str | Table 
 
     Args:
         method, importance, rules: as for `token_relevance`.
+
+    Raises:
+        RelevanceError: the model has several token sets, and it is not said which is meant.
     """
 
     def scores(model: TransformerBridge, pairs: PromptPairs, components: Sequence[str]) -> Scores:

@@ -110,6 +110,9 @@ def ablation(
         value: what a node is set to.
 
     Other arguments, what is returned and what is raised are those of `activation_patching`.
+
+    Raises:
+        RelevanceError: a value that is neither of the two.
     """
     if value not in ("zero", "mean"):
         raise RelevanceError(f'a node is ablated to "zero" or "mean", not {value!r}')

@@ -67,6 +67,9 @@ def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
 
     Args:
         references: what `propagate` takes: `mean_embedding()`, `random_tokens(8)`, token ids, ...
+
+    Raises:
+        RelevanceError: there are no references.
     """
     if not references:
         raise RelevanceError("against() needs at least one reference, such as mean_embedding() or random_tokens(8)")

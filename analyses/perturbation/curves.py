@@ -114,7 +114,11 @@ def curves_of(
 
 
 def curves_view(curves: pd.DataFrame, baseline: str | None = None) -> View:
-    """Mean curves over the share of tokens removed, MoRF and LeRF of every method, for one baseline (the first by default)."""
+    """Mean curves over the share of tokens removed, MoRF and LeRF of every method, for one baseline (the first by default).
+
+    Raises:
+        RelevanceError: no curves of that baseline.
+    """
     baseline = baseline if baseline is not None else str(curves["baseline"].iloc[0])
     shown = curves[curves["baseline"] == baseline]
     if shown.empty:

@@ -80,7 +80,11 @@ class PatchRemoval(_InputRemoval):
         self._filler = fillers(pictures, baseline, patch)
 
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n patch"]) -> tuple[Tensor, Tensor]:
-        """The target [n] and the most likely answer [n] of these pictures without these patches."""
+        """The target [n] and the most likely answer [n] of these pictures without these patches.
+
+        Raises:
+            RelevanceError: not one entry per patch.
+        """
         if removed.shape[1] != self.n_patches:
             raise RelevanceError(f"{removed.shape[1]} patches were named, the pictures have {self.n_patches}")
         grid = rearrange(removed, "n (y x) -> n 1 y x", x=self.pictures.shape[3] // self.patch).to(self.pictures.device)
@@ -130,7 +134,11 @@ class EmbeddingRemoval(_InputRemoval):
         }[baseline]
 
     def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n token"]) -> tuple[Tensor, Tensor]:
-        """The target [n] and the most likely answer [n] of these inputs without these tokens."""
+        """The target [n] and the most likely answer [n] of these inputs without these tokens.
+
+        Raises:
+            RelevanceError: not one entry per token.
+        """
         if removed.shape[1] != self.n_tokens:
             raise RelevanceError(f"{removed.shape[1]} tokens were named, the inputs have {self.n_tokens}")
         filler = self._filler[rows]

@@ -90,7 +90,11 @@ class PromptPairs:
         return as_target(self.target).metric(model, getattr(self, on), getattr(self, f"{on}_mask"))
 
     def batches(self, size: int) -> Iterator[PromptPairs]:
-        """Consecutive pieces of `size` rows; the last one may be shorter."""
+        """Consecutive pieces of `size` rows; the last one may be shorter.
+
+        Raises:
+            RelevanceError: a size below 1.
+        """
         if size < 1:
             raise RelevanceError(f"a batch has at least one row, got size {size}")
         for start in range(0, len(self), size):

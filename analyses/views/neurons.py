@@ -43,7 +43,11 @@ def neuron_view(
 
 
 def top_neurons(relevance: Mapping[int, Float[Tensor | np.ndarray, "pos d_mlp"]], top: int = 10) -> pd.DataFrame:
-    """The neurons with the largest |relevance| summed over positions: columns `layer`, `neuron`, `score` (that sum, signed), best first."""
+    """The neurons with the largest |relevance| summed over positions: columns `layer`, `neuron`, `score` (that sum, signed), best first.
+
+    Raises:
+        RelevanceError: no layers, or relevance of another shape than [pos, d_mlp].
+    """
     if not relevance:
         raise RelevanceError("relevance is empty: give at least one layer's neurons")
     frames = []

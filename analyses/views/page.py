@@ -101,7 +101,11 @@ class View:
         return Page(self.title).view(self).to_html()
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture as `.html`, `.png` or `.svg`, by the path's ending."""
+        """Write the picture as `.html`, `.png` or `.svg`, by the path's ending.
+
+        Raises:
+            RelevanceError: another ending.
+        """
         path = Path(path)
         content = {".html": lambda: self.to_html().encode(), ".png": self.png, ".svg": self.svg}.get(path.suffix.lower())
         if content is None:
@@ -151,7 +155,11 @@ class Page:
         self._scripts: list[str] = []
 
     def heading(self, text: str, level: int = 2) -> Page:
-        """A heading of level 2 or 3. Those of level 2 become the page's contents."""
+        """A heading of level 2 or 3. Those of level 2 become the page's contents.
+
+        Raises:
+            RelevanceError: another level.
+        """
         if level not in (2, 3):
             raise RelevanceError(f"a page has headings of level 2 and 3, not {level}; the title is level 1")
         anchor = f"{re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')}-{len(self._parts)}"

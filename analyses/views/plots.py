@@ -54,6 +54,9 @@ def scatter_view(frame: pd.DataFrame, x: str, y: str, *, label: str | None = Non
     Args:
         frame: one row per component (head, edge, token). Rows in which either number is missing are left out.
         label: column with the names of the points; those farthest from the origin are written beside their points.
+
+    Raises:
+        RelevanceError: fewer than two rows have both numbers.
     """
     _need_columns(frame, [x, y, *([label] if label else [])])
     shown = frame.dropna(subset=[x, y])
@@ -81,6 +84,9 @@ def curve_view(
             `relp, LeRF`) share a colour.
         log_x: logarithmic x axis, for shares from 0.1 % to 100 %; what is at 0 is then only in the table.
         baseline: y at which a dashed line is drawn, e.g. 1 for the whole model.
+
+    Raises:
+        RelevanceError: there are no curves.
     """
     if not curves:
         raise RelevanceError("there are no curves to draw: give at least one named Series")

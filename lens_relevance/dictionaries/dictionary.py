@@ -142,6 +142,9 @@ class Dictionary:
         """What features of these values write to the index-th HookPoint of point_out.
 
         x: what they were read from, which a skip connection and a normalization need.
+
+        Raises:
+            RelevanceError: no x, where a skip connection or a normalization needs it.
         """
         if x is None and index == 0 and (self.skip is not None or self.normalization != "none"):
             raise RelevanceError(f"{self.source}: with a skip connection or normalization, decode(values, x) needs what was read as well")

@@ -232,6 +232,9 @@ def latent(
     """Start from a unit, or a direction, at a HookPoint (of one head, where the layout is [.., head, d_head]) at a position.
 
     feature: Start from this feature of the dictionary that writes to the HookPoint: why did it fire? Units: those of the activation.
+
+    Raises:
+        RelevanceError: a feature together with a unit, head or direction.
     """
     if feature is not None and not (unit is None and head is None and direction is None):
         raise RelevanceError("latent: a feature goes without unit, head and direction")

@@ -52,9 +52,11 @@ class AttentionGeometry:
         return self.n_heads // self.n_key_value_heads
 
     def split(self, x: Tensor) -> Float[Tensor, "... head pos d_head"]:
+        """What a linear layer writes, head by head."""
         return working(x).unflatten(-1, (-1, self.d_head)).transpose(-2, -3)
 
     def merge(self, x: Tensor) -> Float[Tensor, "... pos head_x_d_head"]:
+        """The heads side by side again."""
         return x.transpose(-2, -3).flatten(-2)
 
     def expand(self, x: Tensor) -> Tensor:
@@ -66,9 +68,11 @@ class AttentionGeometry:
         return x if self.group == 1 else x.unflatten(-3, (self.n_key_value_heads, self.group)).sum(-3)
 
     def values(self, v: Tensor) -> Float[Tensor, "... head pos d_value"]:
+        """Values, head by head."""
         return working(v) if self.values_are_split else self.split(v)
 
     def split_z(self, z: Tensor) -> Float[Tensor, "... head pos d_value"]:
+        """The heads' outputs, head by head."""
         return working(z).unflatten(-1, (-1, self.d_value)).transpose(-2, -3)
 
     def queries_keys(self, inputs: Tensors) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class Expert:
         return _linear(x, self.gate, self.gate_bias), _linear(x, self.up, self.up_bias)
 
     def out(self, neurons: Float[Tensor, "tokens d_expert"]) -> Float[Tensor, "tokens d_model"]:
+        """What the expert writes, from its neurons."""
         return _linear(neurons, self.down, self.down_bias)
 
 
@@ -51,9 +52,11 @@ class Router:
     scale: float = 1.0
 
     def scores(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens expert"]:
+        """Logits of the experts."""
         return _linear(x, self.weight, self.bias)
 
     def chosen(self, x: Float[Tensor, "tokens d_model"]) -> Bool[Tensor, "tokens expert"]:
+        """Which experts each token goes to."""
         none = torch.zeros(len(x), len(self.weight), dtype=torch.bool, device=x.device)
         return none.scatter(1, self.choose(x).long(), True)
 
@@ -63,4 +66,5 @@ class Router:
         return logits if self.over_all else logits.masked_fill(~chosen, float("-inf"))
 
     def weights(self, logits: Float[Tensor, "tokens expert"], chosen: Bool[Tensor, "tokens expert"]) -> Float[Tensor, "tokens expert"]:
+        """The weights of the chosen experts, 0 for the others."""
         return self.scale * logits.softmax(-1) * chosen

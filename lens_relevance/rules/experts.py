@@ -58,6 +58,7 @@ class Experts(Operation):
         return any(bias is not None for bias in (self.router.bias, one.gate_bias, one.up_bias, one.down_bias))
 
     def flat(self, x: Tensor) -> Float[Tensor, "tokens d_model"]:
+        """One row per token."""
         return working(x).flatten(0, -2)
 
     def chosen(self, x: Tensor) -> Bool[Tensor, "tokens expert"]:
@@ -65,6 +66,7 @@ class Experts(Operation):
         return self.router.chosen(x.flatten(0, -2))
 
     def outs(self, x: Float[Tensor, "tokens d_model"], expert: Expert) -> Float[Tensor, "tokens d_model"]:
+        """What an expert makes of each token."""
         return expert.out(self.gated(*expert.parts(x)))
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Norm(Operation):
         self.weight, self.bias, self.eps, self.centred, self.offset = weight, bias, eps, centred, offset
 
     def centre(self, x: Tensor) -> Tensor:
+        """x less its mean, where the norm subtracts it."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def scale(self, x: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ class Norm(Operation):
         return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def weighted(self, upstream: Tensor) -> Tensor:
+        """Coefficients at the output as coefficients at what the weight multiplies."""
         upstream = working(upstream)
         if self.weight is None:
             return upstream

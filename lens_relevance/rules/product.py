@@ -94,6 +94,11 @@ class ProductRule(Rule, ABC):
         return _or_zeros(for_b, b), _or_zeros(for_a, a)
 
     def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+        """Tensors to save for `backward`.
+
+        Raises:
+            RelevanceError: the rule passes one step only of an operation that has several.
+        """
         assert isinstance(op, Product)
         if len(op.parts) > 1:
             raise RelevanceError(f"{self!r} passes only one of the steps {', '.join(op.parts)}; {type(op).__name__}.compose makes one rule")
