@@ -1,6 +1,6 @@
 """Rankings and a comparison in a process of their own, for tests that start several processes, or kill one.
 
-python -m tests.analyses.streamed_run share FOLDER          all analyses, and the command; every process writes what it got
+python -m tests.analyses.streamed_run share FOLDER          all analyses, an atlas, and the command; every process writes what it got
 python -m tests.analyses.streamed_run NAME CHECKPOINT       one analysis, batch by batch: says "batch" and waits for a line before each
 """
 
@@ -14,11 +14,14 @@ from typing import Any
 import pandas as pd
 import torch
 
+from analyses.contexts import Atlas, build_atlas
 from analyses.evaluation.comparison import compare
 from analyses.evaluation.ranking import rank_heads, rank_neurons
 from analyses.methods import Estimator, Scores, estimator
+from analyses.models.loading import load_model
 from analyses.tasks import PromptPairs
 from tests import models
+from tests.analyses.test_contexts import TEXTS
 from tests.analyses.test_ranking import random_pairs
 
 N_PAIRS = 23  # odd, so that shares and last batches differ in size
@@ -52,6 +55,10 @@ def comparison(method: Any = "relp", checkpoint: Path | None = None, n: int = N_
     return pd.concat([found.scores, found.table.drop(columns="seconds")], ignore_index=True)
 
 
+def atlas() -> Atlas:
+    return build_atlas(load_model("embedded"), TEXTS, layers=[1], k=3, window=16)
+
+
 ANALYSES: dict[str, Callable[..., pd.DataFrame]] = {"heads": heads, "neurons": neurons, "comparison": comparison}
 
 
@@ -66,9 +73,12 @@ def stepped(name: str, checkpoint: Path) -> None:
 
 def share(folder: Path) -> None:
     from analyses.cli import app
+    from analyses.contexts import build
     from analyses.datasets.processes import processes
 
     here = processes()
+    build._TOKENS_PER_PASS = 64  # several passes
+    atlas().save(folder / f"atlas-{here.index}")
     batches: list[int] = []
     for name, analysis in ANALYSES.items():
         options = {} if name == "comparison" else {"ablate": True}

@@ -226,14 +226,15 @@ def test_graph_of_a_prompt_in_all_three_forms(run: Callable[..., Result], tmp_pa
 
 
 def test_circuit_holds_methods_side_by_side(run: Callable[..., Result], tmp_path: Path) -> None:
-    result = run("circuit", "--n", "4", "--methods", "deeplift,random", "--out", str(tmp_path / "table.csv"))
+    mib = ("--task", "ioi", "--mib", str(tmp_path / "mib"))
+    result = run("circuit", "--n", "4", "--methods", "deeplift,random", "--out", str(tmp_path / "table.csv"), *mib)
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "table.csv")
     assert list(table["method"].unique()) == ["deeplift", "random"] and table["selection_cmd"].is_monotonic_increasing
-    result = run("circuit", "--n", "4", "--methods", "deeplift,random", "--level", "edge", "--task", "ioi", "--mib", str(tmp_path / "mib"))
+    result = run("circuit", "--n", "4", "--methods", "deeplift", "--level", "edge", *mib)
     assert result.exit_code == 0, result.output
-    assert [path.relative_to(tmp_path / "mib") for path in (tmp_path / "mib").rglob("*.json")] == [
-        Path("deeplift_patching_edge/ioi_embedded/importances.json")
+    assert sorted(path.relative_to(tmp_path / "mib").as_posix() for path in (tmp_path / "mib").rglob("*.json")) == [
+        f"deeplift_patching_{level}/ioi_embedded/importances.json" for level in ("edge", "node")
     ]
     graph = read_mib(tmp_path / "mib/deeplift_patching_edge/ioi_embedded/importances.json")
     model = load_model("embedded")

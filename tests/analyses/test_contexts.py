@@ -1,10 +1,8 @@
-"""Contexts by relevance: against a loop over all windows, whatever the batches; interrupted and shared runs; files."""
+"""Contexts by relevance: against a loop over all windows, whatever the batches; interrupted runs; files. Shared runs: test_streaming.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,25 +36,28 @@ def atlas(_embedded: TransformerBridge) -> Atlas:
     return build_atlas(_embedded, TEXTS, ["neurons", "heads"], layers=[1, 2], k=3, window=16)
 
 
-def by_hand(model: TransformerBridge, size: int) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def by_hand(_embedded: TransformerBridge) -> list[dict[str, Any]]:
     """Relevance and activation of every neuron and head of two layers, window by window, one run each."""
-    found = []
+    found, size = [], 16
     for text in TEXTS:
-        ids = model.to_tokens(text)[0]
+        ids = _embedded.to_tokens(text)[0]
         bos, rest = ids[:1], ids[1:]
         for start in range(0, len(rest), size - 1):
             piece = torch.cat([bos, rest[start : start + size - 1]])
-            cache = propagate(model, piece[None], rules="attnlrp", names_filter=["blocks.1.mlp.hook_post", "blocks.2.attn.hook_z"])
+            cache = propagate(_embedded, piece[None], rules="attnlrp", names_filter=["blocks.1.mlp.hook_post", "blocks.2.attn.hook_z"])
             neurons, z = cache["blocks.1.mlp.hook_post"][0], cache["blocks.2.attn.hook_z"][0].sum(-1)
             values = cache.activations["blocks.1.mlp.hook_post"][0], cache.activations["blocks.2.attn.hook_z"][0].norm(dim=-1)
-            predicted = model(piece[None])[0, -1].argmax()
+            predicted = _embedded(piece[None])[0, -1].argmax()
             found.append({"tokens": piece, "relevance": (neurons, z), "activation": values, "predicted": int(predicted)})
     return found
 
 
 @pytest.mark.parametrize(("unit", "which", "index"), [("L1N5", 0, 5), ("L1N77", 0, 77), ("L2H1", 1, 1)])
-def test_the_best_windows_are_those_of_a_loop(embedded: TransformerBridge, atlas: Atlas, unit: str, which: int, index: int) -> None:
-    found = by_hand(embedded, 16)
+def test_the_best_windows_are_those_of_a_loop(
+    embedded: TransformerBridge, by_hand: list[dict[str, Any]], atlas: Atlas, unit: str, which: int, index: int
+) -> None:
+    found = by_hand
     assert atlas.info["windows"] == len(found) and atlas.info["tokens"] == sum(len(one["tokens"]) for one in found)
     for by in ("relevance", "activation"):
         for lowest in (False, True):
@@ -153,30 +154,6 @@ def test_an_interrupted_run_goes_on_bit_by_bit(embedded: TransformerBridge, tmp_
     assert total == sum(1 for _ in in_batches(windows(embedded, texts_of(TEXTS), 8), 2)) - 8, "what was done is not done again"
     with pytest.raises(RelevanceError, match="checkpoint of another run"):
         build_atlas(embedded, TEXTS[1:], **arguments, checkpoint=tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(embedded: TransformerBridge, tmp_path: Path) -> None:
-    script = tmp_path / "shared.py"
-    script.write_text(
-        "import json, sys\nfrom analyses import load_model\nfrom analyses.contexts import build, build_atlas\n"
-        "build._TOKENS_PER_PASS = 64\n"
-        "atlas = build_atlas(load_model('embedded'), json.load(open(sys.argv[1])), layers=[1], k=3, window=16)\n"
-        "import os\natlas.save(sys.argv[2] + os.environ.get('RANK', '0'))\n"
-    )
-    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    arguments = [*command, str(script), str(tmp_path / "texts.json"), str(tmp_path / "atlas")]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = build_atlas(embedded, TEXTS, layers=[1], k=3, window=16)
-    for rank in "01":
-        found = Atlas.load(tmp_path / f"atlas{rank}")
-        assert found.info["windows"] == one.info["windows"] and found.info["tokens"] == one.info["tokens"]
-        for name in one.rankings:
-            torch.testing.assert_close(found.rankings[name]["score"], one.rankings[name]["score"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv", ".parquet"])

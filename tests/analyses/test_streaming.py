@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from analyses.cli import app
+from analyses.contexts import Atlas
 from analyses.datasets import progress
 from analyses.datasets.processes import Processes
 from analyses.evaluation.comparison import compare_with_patching
@@ -32,7 +33,7 @@ from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
-from tests.analyses.streamed_run import ANALYSES, BATCH, N_PAIRS, told
+from tests.analyses.streamed_run import ANALYSES, BATCH, N_PAIRS, atlas, told
 from tests.analyses.test_ranking import random_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,12 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         if name != "comparison":
             texts = [(tmp_path / f"{name}-{index}.txt").read_text() for index in (0, 1)]
             assert texts[0] == texts[1] and "gap" in texts[0]
+    one = atlas()
+    for index in (0, 1):
+        found = Atlas.load(tmp_path / f"atlas-{index}")
+        assert found.info["windows"] == one.info["windows"] and found.info["tokens"] == one.info["tokens"]
+        for name in one.rankings:
+            torch.testing.assert_close(found.rankings[name]["score"], one.rankings[name]["score"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
