@@ -12,7 +12,7 @@ The estimate of a component is sum of (a_clean - a_corrupt) * g, g the coefficie
 | `eap_ig` | gradient averaged over embeddings between corrupt and clean (EAP-IG-inputs, Hanna et al. 2024) | steps + 2, steps |
 | `conductance` | integrated gradients of hidden units: g and the change of a, step by step (Dhamdhere et al. 2018) | steps + 3, steps + 1 |
 | `direct_logit_attribution` | gradient at the final residual, norm held constant: what is written straight to the logits | 3, 1 |
-| `integrated_gradients`, `smoothgrad`, `kernel_shap`, `atman`, `grad_cam` | tokens of single prompts (the last: patches) only | many |
+| `integrated_gradients`, `smoothgrad`, `kernel_shap`, `atman`, `cd_t`, `grad_cam` | single prompts' tokens, patches | many |
 | `weighted_accumulation`, ... | heads only, no pair: what token-to-token relevance passes through a head of the clean prompt | 1, 1 |
 
 Positive: the component carries what makes the metric of the clean run larger. `run` chooses where g is taken: on the corrupt run (as
@@ -29,6 +29,7 @@ from analyses.methods.atman_method import atman
 from analyses.methods.atp_star_method import atp_star
 from analyses.methods.base import Estimator, Scores, TokenScores, collect, points
 from analyses.methods.captum_methods import grad_cam, integrated_gradients, smoothgrad
+from analyses.methods.cd_t_method import cd_t
 from analyses.methods.combined_method import combined
 from analyses.methods.conductance_method import conductance
 from analyses.methods.deeplift_shapley_method import deeplift_shapley
@@ -54,6 +55,7 @@ register_method("smoothgrad", smoothgrad)
 register_method("kernel_shap", kernel_shap)
 register_method("atman", atman)
 register_method("grad_cam", grad_cam)
+register_method("cd_t", cd_t)
 for _name in (*ATTENTION_METHODS, *ALIASES):
     register_method(_name, partial(by_attention, _name))
 
@@ -65,6 +67,7 @@ __all__ = [
     "atp_star",
     "by_attention",
     "by_ruleset",
+    "cd_t",
     "collect",
     "combined",
     "conductance",

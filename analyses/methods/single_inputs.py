@@ -35,6 +35,7 @@ class SingleInput:
         items: the token or patch that each value belongs to, in a shape that broadcasts over `values`.
         real: whether an item is a token or patch of the example and no padding.
         stack: the token set of the items.
+        explained: what is explained.
         target: (values of n copies, forward hooks) -> the target of each [n].
     """
 
@@ -43,6 +44,7 @@ class SingleInput:
     items: Int[Tensor, "1 ..."]
     real: Bool[Tensor, " item"]
     stack: str
+    explained: Target
     target: Callable[[Tensor, Hooks], Float[Tensor, " n"]]
 
     def __call__(self, values: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
@@ -98,7 +100,7 @@ def single_inputs(
     items = torch.arange(own.shape[1], device=own.device).reshape(1, -1, 1)
     for row in range(len(own)):
         of_row = _function(model, prompt, resolved, row, point)
-        yield SingleInput(own[row : row + 1], baseline[row : row + 1], items, real[row], stack, of_row)
+        yield SingleInput(own[row : row + 1], baseline[row : row + 1], items, real[row], stack, resolved, of_row)
 
 
 def token_set(body: Anatomy, stack: str | None) -> str:
@@ -189,4 +191,4 @@ def _pictures(model: HookedModel, body: Anatomy, prompt: Prompt, target: Target,
     real = torch.ones(grid[0] * grid[1], dtype=torch.bool, device=pictures.device)
     for row in range(len(pictures)):
         value = _function(model, prompt, target, row, None)
-        yield SingleInput(pictures[row : row + 1], baseline[row : row + 1], items, real, TOKENS, value)
+        yield SingleInput(pictures[row : row + 1], baseline[row : row + 1], items, real, TOKENS, target, value)
