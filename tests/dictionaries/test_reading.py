@@ -28,6 +28,7 @@ from tests.dictionaries.files import (
     unit_decoder,
     weights,
 )
+from tests.dictionaries.random_dictionaries import random_dictionary
 
 X = inputs()
 
@@ -317,3 +318,12 @@ def test_a_dictionary_of_ones_own() -> None:
         Dictionary(**parts, activation=ReLU(), point_in="a", point_out=("a", "b"))  # type: ignore[arg-type]
     with pytest.raises(RelevanceError, match="at least one"):
         TopK(0)
+
+
+def test_an_autoencoder_writes_to_where_it_reads_and_nowhere_else() -> None:
+    here, there = "blocks.0.hook_out", "blocks.1.hook_out"
+    assert random_dictionary(here, d_in=8, normalization="layer_norm").is_autoencoder
+    for outs in ((here, there), (there,)):
+        assert not random_dictionary(here, outs, d_in=8).is_autoencoder
+        with pytest.raises(RelevanceError, match="is for autoencoders"):
+            random_dictionary(here, outs, d_in=8, normalization="layer_norm")
