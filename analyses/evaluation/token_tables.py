@@ -58,6 +58,9 @@ def notes(found: TokenEvaluation) -> list[str]:
     if len(found.randomised):
         named = ", ".join(found.unchanged) or "none"
         lines.append(f"Much the same with all weights random (Spearman {UNCHANGED} or more), so they do not explain this model: {named}.")
+        whole = found.after_randomisation
+        if unknown := whole.loc[whole["spearman"].isna(), "method"].tolist():
+            lines.append(f"Not known of {', '.join(unknown)}: with all weights random the scores are not finite, or all the same.")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,9 @@ def test_random_weights_are_the_correlation_with_a_random_model_s_scores(embedde
     whole = found.after_randomisation.set_index("method")["spearman"]
     assert list(whole.index) == ["attnlrp", "rollout"]
     assert found.unchanged == [name for name in whole.index if whole[name] >= 0.5]
+    gone = found.randomised.assign(spearman=np.nan)
+    assert notes(dataclasses.replace(found, randomised=gone))[-1].startswith("Not known of attnlrp, rollout: ")
+    assert not any(line.startswith("Not known") for line in notes(found))
     assert randomised_frame(found, "cascading").columns.tolist() == [
         "method",
         *found.randomised.query("kind == 'cascading'")["part"].unique(),
