@@ -41,6 +41,10 @@ def cd_t() -> Estimator:
 
     For logits and their differences, on models with one stack of blocks and ungated MLPs (GPT-2, NeoX, OPT, BERT, ViT): the paper has no
     step for gates. A token is what enters the first block at its position.
+
+    Raises:
+        RelevanceError: another kind of target.
+        CoverageError: a model with several stacks, or an operation without a step.
     """
 
     def scores(model: HookedModel, one: SingleInput) -> Float[Tensor, " item"]:

@@ -302,7 +302,8 @@ def test_text_stays_text(model: TransformerBridge) -> None:
     """Prompts, counterparts, commands and file names are not markup."""
     pairs = ioi(model, n=2)
     found = find(model, from_pairs(PromptPairs(pairs.clean, pairs.corrupt, pairs.target), ATTACK))
-    frame = pd.DataFrame({"method": [ATTACK, "random"], "k": [0, 1], "share": 0.0, "metric": 0.0, "faithfulness": [0.0, 1.0]})
+    ends = {"k": [0, 1, 0, 1], "share": 0.0, "metric": 0.0, "faithfulness": [0.0, 1.0, 0.0, 1.0]}
+    frame = pd.DataFrame({"method": [ATTACK, ATTACK, "random", "random"], **ends})
     areas = pd.DataFrame({"method": [ATTACK, "random"], "cmd": 0.5, "cpr": 0.5, "edges_for_90": 1})
     hostile = replace(
         found,
