@@ -26,6 +26,7 @@ from analyses.benchmarks.single_prompts_texts import sampled, written
 from analyses.methods import Estimator, kernel_shap
 from analyses.models.loading import load_model
 from analyses.perturbation import Attribution, TextRemoval, against, areas, attribution, by_attention, curves_of
+from analyses.perturbation.removal import removable_tokens
 from lens_relevance import Target, logit, logit_diff, mean_embedding, random_tokens
 from lens_relevance.inputs.prompt import tokenize
 from lens_relevance.inputs.targets import top_prediction
@@ -80,7 +81,7 @@ def measured(model: TransformerBridge, inputs: list[str] | Tensor, *, seed: int,
         best = top_prediction(model(tokens, return_type="logits", use_cache=False), tokens, mask)
     targets: dict[str, Target] = {"logit": logit(best.answer), "difference": logit_diff(best.answer, best.wrong)}
     methods = {name: method for name, method in METHODS.items() if name != "attnlrp_plain_qk" or has_qk_norms(model)}
-    removable, frames = (mask.bool() & (mask.cumsum(1) > 1)).cpu(), []
+    removable, frames = removable_tokens(mask), []
     for name, target in targets.items():
         scores = {method: attribution(chosen)(model, tokens, target, mask).detach().cpu() for method, chosen in methods.items()}
         removals = [TextRemoval(model, tokens, mask, target=target, baseline=baseline, seed=seed) for baseline in BASELINES]

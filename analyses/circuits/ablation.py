@@ -19,7 +19,7 @@ from analyses.circuits.node_ablation import NodeHooks
 from analyses.circuits.runs import forward
 from analyses.datasets.batches import rows_together
 from analyses.edges.wiring import wiring
-from analyses.tasks.pairs import PromptPairs
+from analyses.tasks.pairs import PromptPairs, require_same_padding
 from lens_relevance.errors import CoverageError, RelevanceError
 from lens_relevance.finite import check_target
 from lens_relevance.hooks.model_state import as_found, check_model
@@ -71,8 +71,7 @@ class Ablation:
             raise RelevanceError("mean_tokens go with replacement='mean', which needs them")
         if len(pairs) == 0:
             raise RelevanceError("there are no prompt pairs to evaluate on")
-        if not torch.equal(pairs.clean_mask, pairs.corrupt_mask):
-            raise RelevanceError("clean and corrupt prompts differ in their padding, so positions do not correspond")
+        require_same_padding(pairs)
         check_model(model)
         self.model, self.pairs, self.wiring = model, pairs, wiring(model)
         if level == "edge" and any(layer.attn_after is not None for layer in self.wiring.layers):
@@ -102,8 +101,7 @@ class Ablation:
         Args:
             kept: True at the items of each circuit.
         """
-        if kept.ndim != 2 or kept.shape[1] != len(self.items):
-            raise RelevanceError(f"masks must have shape [circuit, {len(self.items)}], got {tuple(kept.shape)}")
+        self.items.check_masks(kept)
         columns = []
         with as_found(self.model), torch.no_grad():
             for run in self._runs:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from analyses.edges.wiring import Wiring
+from lens_relevance.errors import RelevanceError
 
 Level = Literal["node", "edge"]
 _SAME_IN_BOTH = ("pos_embed", "bias")
@@ -41,6 +42,15 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    def check_masks(self, kept: Tensor) -> None:
+        """Refuse masks that do not have an entry for each item.
+
+        Raises:
+            RelevanceError: they have another shape than [circuit, item].
+        """
+        if kept.ndim != 2 or kept.shape[1] != len(self):
+            raise RelevanceError(f"masks must have shape [circuit, {len(self)}], got {tuple(kept.shape)}")
 
     def spread(self, kept: Bool[Tensor, "circuit item"]) -> Bool[Tensor, "circuit pos writer ..."]:
         """Masks over items as masks over [pos, writer] or [pos, writer, reader]; False where there is no item."""

@@ -103,8 +103,7 @@ def score_items(ablation: Ablation, method: str | Table | Estimator = "deeplift"
     """
     items, downwards = ablation.items, bool(ablation.full.mean() < ablation.empty.mean())
     if method == RANDOM:
-        drawn = np.random.default_rng(seed).standard_normal(len(items))
-        return ItemScores(items, RANDOM, drawn, np.abs(drawn))
+        return random_scores(items, seed)
     if method == PATCHING:
         name, per_example = PATCHING, _patching(ablation)
     else:
@@ -112,6 +111,12 @@ def score_items(ablation: Ablation, method: str | Table | Estimator = "deeplift"
         name, per_example = chosen.name, _estimates(ablation, chosen, run)
     values = per_example.double().cpu().numpy()
     return ItemScores(items, name, values.mean(0), np.abs(values).mean(0), downwards, values)
+
+
+def random_scores(items: Items, seed: int) -> ItemScores:
+    """Normal numbers, whatever the model does."""
+    drawn = np.random.default_rng(seed).standard_normal(len(items))
+    return ItemScores(items, RANDOM, drawn, np.abs(drawn))
 
 
 def _estimates(ablation: Ablation, method: Estimator, run: Run) -> Float[Tensor, "example item"]:

@@ -97,9 +97,7 @@ def feature_values(
     for dictionary, (reads, _) in zip(dictionaries, points, strict=True):
         x = found[reads].float() if found[reads].dtype != torch.float64 else found[reads]
         x = x.flatten(2)
-        here = dictionary.to(x)
-        scales = here.scales(x)
-        values.append(here.encode(x) if scales is None else here.encode(x) * scales.out)
+        values.append(dictionary.to(x).written(x))
     return values
 
 

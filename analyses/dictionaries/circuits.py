@@ -14,11 +14,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.circuits.items import Items
 from analyses.circuits.runs import forward
-from analyses.circuits.scores import RANDOM, ItemScores
+from analyses.circuits.scores import RANDOM, ItemScores, random_scores
 from analyses.dictionaries.ablation import feature_values
 from analyses.dictionaries.comparison import estimates, points_of
 from analyses.tasks import PromptPairs
-from analyses.tasks.pairs import require_pairs
+from analyses.tasks.pairs import require_pairs, require_same_padding
 from lens_relevance import Dictionary, RelevanceError
 from lens_relevance.hooks.model_state import as_found
 from lens_relevance.logit_reading import LogitReading
@@ -47,8 +47,7 @@ class FeatureAblation:
         self.pairs = require_pairs(pairs)
         if not dictionaries or not len(pairs):
             raise RelevanceError("a circuit of features needs at least one dictionary and one pair")
-        if not torch.equal(pairs.clean_mask, pairs.corrupt_mask):
-            raise RelevanceError("clean and corrupt prompts differ in their padding, so positions do not correspond")
+        require_same_padding(pairs)
         if wide := [one for one in dictionaries if len(one.point_out) > 1]:
             raise RelevanceError(f"{wide[0]!r} writes to several HookPoints, and its features are not set one by one")
         self.model, self.dictionaries = model, list(dictionaries)
@@ -74,8 +73,7 @@ class FeatureAblation:
         Args:
             kept: True at the features of each circuit.
         """
-        if kept.ndim != 2 or kept.shape[1] != len(self.items):
-            raise RelevanceError(f"masks must have shape [circuit, {len(self.items)}], got {tuple(kept.shape)}")
+        self.items.check_masks(kept)
         n_pos, n = self.pairs.clean.shape[1], len(self.pairs)
         per_circuit = 4 * n * n_pos * sum(2 * one.n_features for one in self.dictionaries)
         step = max(1, _BYTES_AT_ONCE // per_circuit)
@@ -99,8 +97,7 @@ class FeatureAblation:
             RelevanceError: an unknown method.
         """
         if method == RANDOM:
-            drawn = np.random.default_rng(seed).standard_normal(len(self.items))
-            return ItemScores(self.items, RANDOM, drawn, np.abs(drawn))
+            return random_scores(self.items, seed)
         found = estimates(self.model, self.pairs, self.dictionaries, method)
         values = torch.stack([found[index][:, feature] for index, feature in self._at], 1).double().cpu().numpy()
         downwards = bool(self.full.mean() < self.empty.mean())
@@ -133,9 +130,7 @@ class FeatureAblation:
         def move(y: Tensor, hook: Any) -> Tensor:
             x = taken.pop().flatten(2).to(corrupt.dtype)
             here = dictionary.to(x)
-            scales = here.scales(x)
-            now = here.encode(x) if scales is None else here.encode(x) * scales.out
-            change = corrupt.repeat(len(inside), 1, 1) - now
+            change = corrupt.repeat(len(inside), 1, 1) - here.written(x)
             change.masked_fill_(inside.to(x.device).repeat_interleave(len(corrupt), 0).unsqueeze(1), 0.0)
             return y + (change @ here.decoder[0]).reshape(y.shape).to(y)
 

@@ -15,6 +15,7 @@ from analyses.datasets.streaming import PairStream
 from analyses.evaluation.agreement import mean_with_interval, rank_correlation
 from analyses.evaluation.randomised_weights import EMBEDDINGS, OUTPUT, Parts, randomised_weights, weight_parts
 from analyses.perturbation.attributions import Attribution
+from analyses.perturbation.removal import removable_tokens
 from analyses.tasks import PromptPairs
 from lens_relevance.inputs.targets import as_target
 
@@ -53,8 +54,7 @@ def randomised_relevance(
         See `TokenEvaluation.randomised`.
     """
     stream = PairStream(model, pairs, batch_size, checkpoint=checkpoint, analysis="token relevance, random weights", seed=seed)
-    mask = pairs.clean_mask.cpu()
-    seen = (mask.bool() & (mask.cumsum(1) > 1)).numpy()
+    seen = removable_tokens(pairs.clean_mask).numpy()
     rows = []
     for kind, part, random in stages(weight_parts(model)):
         with randomised_weights(random, seed=seed):

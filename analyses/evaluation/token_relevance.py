@@ -20,6 +20,7 @@ from analyses.evaluation.randomised_relevance import RANDOMISED_COLUMNS, randomi
 from analyses.evaluation.removal_measures import average_precision, comprehensiveness, faithfulness_correlation, saco, sufficiency
 from analyses.methods import estimator, method_names
 from analyses.perturbation import Attribution, TextRemoval, attribution, passes
+from analyses.perturbation.removal import removable_tokens
 from analyses.tasks import PromptPairs
 from analyses.tasks.pairs import require_pairs
 from lens_relevance import RelevanceError
@@ -132,8 +133,7 @@ def evaluate_token_relevance(
 
 def removable_of(pairs: PromptPairs) -> Bool[Tensor, "n pos"]:
     """Tokens of the clean prompts that may be removed: all real ones but the first."""
-    mask = pairs.clean_mask.cpu()
-    return mask.bool() & (mask.cumsum(1) > 1)
+    return removable_tokens(pairs.clean_mask)
 
 
 def evidence_of(pairs: PromptPairs) -> Bool[Tensor, "n pos"]:

@@ -33,9 +33,7 @@ class DictionaryOfLayer:
     def values(self, x: Tensor) -> Float[Tensor, "batch pos feature"]:
         """What each feature writes, times its decoder row, for an activation at point_in."""
         rows = as_rows(x, self.dictionary.d_in, f"{self.dictionary!r} reads", self.point_in)
-        dictionary = self.dictionary.to(rows)
-        values, scales = dictionary.encode(rows), dictionary.scales(rows)
-        return (values if scales is None else values * scales.out).unflatten(0, x.shape[:2])
+        return self.dictionary.to(rows).written(rows).unflatten(0, x.shape[:2])
 
     def hooks(self, features: Sequence[int], new_values: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Callable[..., Tensor | None]]]:
         """Hooks that hold features at `new_values(values [batch, pos, n])`, in the order in which their HookPoints fire."""

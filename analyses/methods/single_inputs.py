@@ -90,8 +90,8 @@ def single_inputs(
     other = reference_run(model, mean_embedding() if reference is None else reference, given if tail == 0 else prompt, tail=tail)
     if other.n > 1:
         raise RelevanceError(f"{reference} is {other.n} references, and these methods compare with one")
-    own = embeddings_of(model, prompt, point)
-    baseline = own if other.prompt is prompt or other.prompt is given else embeddings_of(model, other.prompt, point)
+    own = values_at(model, prompt, point)
+    baseline = own if other.prompt is prompt or other.prompt is given else values_at(model, other.prompt, point)
     if stack in other.embeddings:
         where, value = other.embeddings[stack]
         baseline = torch.where(where.unsqueeze(-1), value.to(baseline), baseline)
@@ -140,7 +140,7 @@ def target_values(model: HookedModel, prompt: Prompt, target: Target) -> Float[T
 
 
 @torch.no_grad()
-def embeddings_of(model: Any, prompt: Prompt, point: str) -> Float[Tensor, "batch pos d_model"]:
+def values_at(model: Any, prompt: Prompt, point: str) -> Float[Tensor, "batch pos d_model"]:
     """What passes a HookPoint in the forward of these prompts."""
     kept: dict[str, Tensor] = {}
     with model.hooks(fwd_hooks=[(point, lambda x, hook: kept.update(x=x.detach().clone()))]):

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from analyses.datasets.progress import progress_bar
 from analyses.methods import Estimator
 from analyses.perturbation.attributions import Attribution, attribution
-from analyses.perturbation.removal import ORDERS, removal_curves, removal_steps
+from analyses.perturbation.removal import ORDERS, removable_tokens, removal_curves, removal_steps
 from analyses.perturbation.removal_runs import Removal
 from analyses.perturbation.text import TextRemoval
 from analyses.views.page import View
@@ -72,7 +72,7 @@ def perturbation_curves(
             resolved: Target = top_prediction(model(tokens, return_type="logits", use_cache=False, **padded), tokens, mask)
     else:
         resolved = as_target(target)
-    removable = (mask.bool() & (mask.cumsum(1) > 1)).cpu()
+    removable = removable_tokens(mask)
     with progress_bar() as bar:
         scores = {n: chosen[n](model, tokens, resolved, mask).detach().cpu() for n in bar.track(chosen, description="attributions")}
     removals = [

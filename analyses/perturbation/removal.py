@@ -23,6 +23,11 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows [n], removed [n, item]) -> (target [n], whether the prediction is still that of the whole input [n])."""
 
 
+def removable_tokens(mask: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Tokens that may be removed, on the CPU: all real ones but each prompt's first (BOS)."""
+    return (mask.bool() & (mask.cumsum(1) > 1)).cpu()
+
+
 def removal_ranks(scores: Tensor, removable: Bool[Tensor, "batch item"], order: Literal["MoRF", "LeRF"]) -> Int[Tensor, "batch item"]:
     """When each item is removed, by scores [batch, item], 0 first; what may not be removed comes last. Ties go by position.
 

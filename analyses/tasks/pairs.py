@@ -204,3 +204,9 @@ def require_pairs(pairs: Any) -> PromptPairs:
             "PromptPairs.from_file(model, path)"
         )
     return pairs
+
+
+def require_same_padding(pairs: PromptPairs) -> None:
+    """Raises RelevanceError for pairs whose two prompts are padded differently, so that position by position they cannot be compared."""
+    if not torch.equal(pairs.clean_mask, pairs.corrupt_mask):
+        raise RelevanceError("clean and corrupt prompts differ in their padding, so positions do not correspond")

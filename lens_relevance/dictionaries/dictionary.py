@@ -136,6 +136,11 @@ class Dictionary:
         """Values of all features for an activation at point_in."""
         return self.activation(self.before_activation(x))
 
+    def written(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token feature"]:
+        """What each feature writes, times its decoder row: its value, by the scale of the normalization where there is one."""
+        values, scales = self.encode(x), self.scales(x)
+        return values if scales is None else values * scales.out
+
     def decode(
         self, values: Float[Tensor, "*token feature"], x: Float[Tensor, "*token d_in"] | None = None, *, index: int = 0
     ) -> Float[Tensor, "*token d_out"]:

@@ -157,11 +157,8 @@ class FewOutputsRule(ZeroRule):
 
     def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
         assert isinstance(op, Linear)
-        read = upstream.flatten(0, -2).any(0).nonzero().squeeze(1)
-        weight = op.weight
-        if len(read) <= len(weight) // 2:
-            upstream, weight = upstream[..., read], weight[read]
-        return (op.transpose(upstream, weight.to(upstream.dtype), kept[0]),)
+        read = _few_read(upstream)
+        return (op.transpose(upstream[..., read], op.weight[read].to(upstream.dtype), kept[0]),)
 
 
 class EpsilonRule(LinearRule):
@@ -225,15 +222,20 @@ class ZPlusRule(LinearRule):
         assert isinstance(op, LinearOperation)
         upstream, (x, y) = working(upstream), map(working, kept)
         weight = op.weight.to(x.dtype)
-        if isinstance(op, Linear):  # a target reads few of the logits of a large vocabulary
-            read = upstream.flatten(0, -2).any(0).nonzero().squeeze(1)
-            if len(read) <= len(weight) // 2:
-                upstream, y, weight = upstream[..., read], y[..., read], weight[read]
+        if isinstance(op, Linear):
+            read = _few_read(upstream)
+            upstream, y, weight = upstream[..., read], y[..., read], weight[read]
         (above, below), (plus, minus) = _by_sign(x), _by_sign(weight)
         positive = op.apply(above, plus) + op.apply(below, minus)
         upstream = upstream * torch.where(positive > 0, ratio(y, positive), 0.0)
         at_positive, at_negative = op.transpose(upstream, plus, x), op.transpose(upstream, minus, x)
         return (torch.where(x > 0, at_positive, at_negative * (x < 0)),)
+
+
+def _few_read(upstream: Tensor) -> Tensor | slice:
+    """Which outputs have a coefficient, where they are at most half (a target reads few of the logits of a large vocabulary); else all."""
+    read = upstream.flatten(0, -2).any(0).nonzero().squeeze(1)
+    return read if len(read) <= upstream.shape[-1] // 2 else slice(None)
 
 
 def _by_sign(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -392,8 +392,8 @@ MUTATIONS = [
         ("an error over the estimate", "total = np.abs(effect).sum()", "total = np.abs(estimate).sum()"),
         (
             "Spearman is Pearson",
-            "spearman=float(correlation(_ranks(estimate[None]), _ranks(effect[None]))[0])",
-            "spearman=float(correlation(estimate[None], effect[None])[0])",
+            "return correlation(_ranks(x), _ranks(y))",
+            "return correlation(x, y)",
         ),
         (
             "pairs are not drawn together",
@@ -467,9 +467,9 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "analyses/perturbation/curves.py",
+        "analyses/perturbation/removal.py",
         _PERTURBATION,
-        ("the first token may go", "removable = (mask.bool() & (mask.cumsum(1) > 1)).cpu()", "removable = mask.bool().cpu()"),
+        ("the first token may go", "return (mask.bool() & (mask.cumsum(1) > 1)).cpu()", "return mask.bool().cpu()"),
     ),
     *of(
         "analyses/datasets/checkpoint.py",

@@ -42,8 +42,8 @@ MUTATIONS = [
         ("outputs that the first token reads, for all tokens", "upstream.flatten(0, -2).any(0)", "upstream.flatten(0, -2)[0].bool()"),
         (
             "weights of the first outputs",
-            "upstream[..., read], weight[read]",
-            "upstream[..., read], weight[: len(read)]",
+            "upstream[..., read], op.weight[read].to",
+            "upstream[..., read], op.weight[: len(read)].to",
         ),
         ("epsilon doubles", "return size / (size + self.epsilon)", "return size / (size + 2 * self.epsilon)"),
         (
