@@ -68,7 +68,8 @@ the place in that sentence exchanged, the other place is. So the evidence is kno
 
 A removed token's embedding is replaced by the mean embedding of the vocabulary (`analyses.perturbation`, `mean_embedding`). The first token
 is never removed, and is no candidate. In brackets: 95 % bootstrap intervals over prompts. `random` is a random order, which every method
-must beat; `occlusion` removes each token alone, with the operator that the measures use too, and so is not to be beaten in SaCo.
+must beat; `occlusion` removes each token alone, with the operator that the measures use too, and so is hard to
+beat in SaCo; a method that puts nearly all on one important token can be above it.
 
 **Random weights** (Adebayo et al. 2018): the same prompts are explained on the model with weights drawn anew (normal, with mean and
 deviation of each tensor). Spearman's correlation over tokens with the scores of the model as it is: near 0, if an explanation depends on
