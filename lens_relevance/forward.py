@@ -17,7 +17,7 @@ from lens_relevance.hooks.conditional import AnyCondition, backward_through
 from lens_relevance.hooks.read_positions import ReadPositions
 from lens_relevance.hooks.recording import Part, Taps
 from lens_relevance.hooks.session import Session
-from lens_relevance.inputs.metrics import Metric, gradient_at
+from lens_relevance.inputs.metrics import Metric, by_position, gradient_at
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import ReferenceRun
 from lens_relevance.inputs.targets import Target
@@ -74,7 +74,7 @@ def one_pass(model: HookedModel, prompt: Prompt, taps: Taps, *, point: str | Non
     logits = prompt.call(model)
     tensors = taps.take()
     if point is None:
-        return Run(tensors, logits, logits if logits.ndim > 2 else logits.unsqueeze(1))
+        return Run(tensors, logits, by_position(logits))
     if point not in tensors:
         raise RelevanceError(f"the target's HookPoint {point} did not fire in this forward")
     return Run(tensors, logits, taps.convert(point, tensors[point]))

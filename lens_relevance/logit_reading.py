@@ -6,19 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.read_positions import ReadPositions, can_take, reading_at
 from lens_relevance.inputs.class_labels import class_names
-from lens_relevance.inputs.metrics import Metric
+from lens_relevance.inputs.metrics import Metric, by_position
 
 
 def can_read_some(model: HookedModel) -> bool:
     """Whether logits can be computed at some positions alone; those of a classifier have none."""
     return can_take(model) and class_names(model) is None
+
+
+def logits_with_positions(
+    logits: Tensor, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch at d_vocab"], Int[Tensor, "batch at"], Int[Tensor, "batch at"]]:
+    """Logits, tokens and mask of the positions that a target chooses from: those of the text, or the one of a classifier."""
+    logits = by_position(logits)
+    if logits.shape[1] != tokens.shape[1]:
+        tokens = tokens.new_zeros(logits.shape[:2])
+        mask = torch.ones_like(tokens)
+    return logits, tokens, mask
 
 
 class LogitReading:

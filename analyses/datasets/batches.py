@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, Target
+from lens_relevance.inputs.metrics import by_position
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.targets import CallableTarget, as_target
 
@@ -70,9 +71,7 @@ def rows_together(
     hidden = torch.ones_like(tokens) if mask is None else mask
     with torch.no_grad():
         logits = Prompt(tokens[:1], hidden[:1]).call(model)
-    apart = (
-        target.select(half).metric(model, tokens[half], hidden[half]).gives_rows_apart(logits if logits.ndim > 2 else logits.unsqueeze(1))
-    )
+    apart = target.select(half).metric(model, tokens[half], hidden[half]).gives_rows_apart(by_position(logits))
     return size if apart else n
 
 

@@ -16,6 +16,7 @@ from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, __version__, propagate
 from lens_relevance.hooked_model import root
 from lens_relevance.inputs.functions import random_logits
+from lens_relevance.inputs.metrics import by_position
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.targets import CallableTarget, as_target
 
@@ -69,10 +70,7 @@ def _numbers(model: Any, pairs: PromptPairs, size: int) -> Iterator[tuple[str, T
         with torch.no_grad():
             logits = Prompt(tokens, mask).call(model)
             if target.point is None:
-                yield (
-                    f"the target on {name} prompts",
-                    target.metric(model, tokens, mask)(logits if logits.ndim > 2 else logits.unsqueeze(1)),
-                )
+                yield f"the target on {name} prompts", target.metric(model, tokens, mask)(by_position(logits))
         real = logits[mask.bool()] if logits.shape[:2] == mask.shape else logits  # padding may hold anything
         drawn = torch.randint(real.numel(), (_DRAWN,), generator=torch.Generator().manual_seed(0))
         yield f"logits of {name} prompts", real.flatten()[drawn.to(real.device)]

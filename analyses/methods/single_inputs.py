@@ -15,7 +15,7 @@ from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.prompt import Prompt, read_inputs
 from lens_relevance.inputs.references import reference_inputs, reference_run
 from lens_relevance.inputs.targets import as_target, top_prediction
-from lens_relevance.logit_reading import LogitReading, can_read_some
+from lens_relevance.logit_reading import LogitReading, can_read_some, logits_with_positions
 from lens_relevance.sites import Anatomy, anatomy
 from lens_relevance.sites.token_sets import TOKENS
 
@@ -126,17 +126,13 @@ def rows_of(prompt: Prompt, rows: Int[Tensor, " n"]) -> Prompt:
 def target_values(model: HookedModel, prompt: Prompt, target: Target) -> Float[Tensor, " n"]:
     """The target of each row; logits are computed only where it reads them."""
     tokens, mask = prompt.tokens, prompt.mask
-    if can_read_some(model):
-        reading = LogitReading(model, target.metric(model, tokens, mask), tokens.shape[1])
-        with reading.narrow():
-            logits = prompt.call(model)
-        return reading.metric(logits).expand(len(tokens))
-    logits = prompt.call(model)
-    logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
-    if logits.shape[1] != tokens.shape[1]:  # a classifier has one position
-        tokens = tokens.new_zeros(logits.shape[:2])
-        mask = torch.ones_like(tokens)
-    return target.metric(model, tokens, mask)(logits).expand(len(tokens))
+    if not can_read_some(model):
+        logits, tokens, mask = logits_with_positions(prompt.call(model), tokens, mask)
+        return target.metric(model, tokens, mask)(logits).expand(len(tokens))
+    reading = LogitReading(model, target.metric(model, tokens, mask), tokens.shape[1])
+    with reading.narrow():
+        logits = prompt.call(model)
+    return reading.metric(logits).expand(len(tokens))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from analyses.components import COMPONENTS
 from lens_relevance.errors import RelevanceError
+from lens_relevance.inputs.metrics import by_position
 from lens_relevance.logit_reading import logits_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -111,7 +112,7 @@ def forward(
     kwargs.setdefault("use_cache", False)
     with logits_at(model, None if columns is None else columns.expand(len(tokens), -1), tokens.shape[1]):
         logits = model(tokens, **kwargs)
-    return logits if logits.ndim > 2 else logits.unsqueeze(1)
+    return by_position(logits)
 
 
 def record(

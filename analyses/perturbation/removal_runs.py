@@ -13,7 +13,7 @@ from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.metrics import read_at
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.token_ids import positions
-from lens_relevance.logit_reading import can_read_some, logits_at
+from lens_relevance.logit_reading import can_read_some, logits_at, logits_with_positions
 
 
 class Removal(ABC):
@@ -70,13 +70,9 @@ def target_and_answer(model: HookedModel, target: Target, prompt: Prompt) -> tup
                 logits = prompt.call(model)
             value = metric.of_read()(logits[:, : at.shape[1]])
             return value.expand(len(tokens)).double(), logits[:, -1].argmax(-1)
-    logits = prompt.call(model)
-    logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
-    if logits.shape[1] != tokens.shape[1]:  # a classifier has one position
-        tokens = tokens.new_zeros(logits.shape[:2])
-        mask = torch.ones_like(tokens)
-    value = target.metric(model, tokens, mask)(logits)
-    return value.expand(len(tokens)).double(), read_at(logits, read_last(target, tokens, mask))[:, 0].argmax(-1)
+    logits, tokens, mask = logits_with_positions(prompt.call(model), tokens, mask)
+    value = target.metric(model, tokens, mask)(logits).expand(len(tokens))
+    return value.double(), read_at(logits, read_last(target, tokens, mask))[:, 0].argmax(-1)
 
 
 def read_last(target: Target, tokens: Tensor, mask: Tensor) -> Int[Tensor, "n 1"]:

@@ -112,9 +112,14 @@ class LogProbs(Metric):
         return (onehot - weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
 
 
+def by_position(logits: Tensor) -> Float[Tensor, "batch pos vocab"]:
+    """Logits with an axis of positions; those of a classifier, [batch, class], are at one position."""
+    return logits if logits.ndim > 2 else logits.unsqueeze(1)
+
+
 def read_at(logits: Tensor, at: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
     """The logits at these positions; those of a classifier, [batch, class] or [batch, 1, class], are at one position, whatever the text."""
-    logits = logits if logits.ndim > 2 else logits.unsqueeze(1)
+    logits = by_position(logits)
     at = at.to(logits.device) if logits.shape[1] > 1 else torch.zeros_like(at, device=logits.device)
     return logits[torch.arange(len(at), device=logits.device).unsqueeze(1), at]
 
