@@ -110,7 +110,13 @@ def check_model(model: HookedModel) -> None:
         raise RelevanceError(
             "relevance needs autograd, which torch.inference_mode() forbids; use torch.no_grad() instead, or leave the block"
         )
-    if any(module.training for module in modules_of(model)):
+    modules = modules_of(model)
+    if any(map(_is_compiled, [root(model), *modules])):
+        raise RelevanceError(
+            "the model is compiled (torch.compile): rules act on its modules, which compiled code does not call. Give the model "
+            "as it was before: what torch.compile was called with, or a model loaded anew"
+        )
+    if any(module.training for module in modules):
         training = next((name for name, module in model.named_modules() if module.training), "")
         raise RelevanceError(
             f"the model is in train mode ({training or 'the model itself'}), where dropout makes relevance random; call model.eval()"
@@ -121,6 +127,15 @@ def check_model(model: HookedModel) -> None:
             "centred, so raw logits are shifted and relevance is that of the processed model",
             stacklevel=4,
         )
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    # torch.compile(module), module.compile(), and a forward that was replaced by its compiled form
+    return (
+        "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 def check_forward(model: HookedModel, kwargs: dict[str, Any]) -> None:

@@ -165,6 +165,20 @@ def test_works_where_gradients_are_off(off: Callable[[], Any]) -> None:
         assert not model(TOKENS).requires_grad
 
 
+@pytest.mark.parametrize("way", ["torch.compile", "compile", "forward"])
+def test_a_compiled_model_is_refused(way: str) -> None:
+    model = build_gpt2()
+    if way == "compile":
+        model.blocks[0].mlp.compile(backend="eager")
+    elif way == "forward":
+        model.original_model.forward = torch.compile(model.original_model.forward, backend="eager")
+    given = torch.compile(model, backend="eager") if way == "torch.compile" else model
+    with pytest.raises(RelevanceError, match=r"is compiled \(torch.compile\)"):
+        propagate(given, TOKENS, TARGET)
+    with pytest.raises(RelevanceError, match=r"is compiled \(torch.compile\)"), attach(given, "attnlrp"):
+        pass
+
+
 def test_inference_mode_is_refused() -> None:
     model = build_gpt2()
     with torch.inference_mode(), pytest.raises(RelevanceError, match="inference_mode"):
