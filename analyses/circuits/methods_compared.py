@@ -19,7 +19,7 @@ from analyses.datasets.checkpoint import Checkpoint
 from analyses.datasets.fingerprint import fingerprint
 from analyses.datasets.progress import progress_bar
 from analyses.methods import Estimator, estimator
-from analyses.tasks.pairs import PromptPairs
+from analyses.tasks.pairs import PromptPairs, require_pairs
 from lens_relevance.hooks.model_state import left_as_found
 
 METHODS = ("deeplift", "deeplift_ln", "relp", "attnlrp", "cp_lrp", "gim", "gradient", "eap_ig", PATCHING, RANDOM)
@@ -58,6 +58,7 @@ def faithfulness_table(
     Raises:
         RelevanceError: an unknown method, or the checkpoint is one of another run.
     """
+    pairs = require_pairs(pairs)
     tried = [m if m in (RANDOM, PATCHING) else estimator(m) for m in methods if (m, level) != (PATCHING, "edge")]
     names = [m if isinstance(m, str) else m.name for m in tried]
     remembered: Remembered = _computed

@@ -17,7 +17,7 @@ from analyses.patching.plan import Patch, Values, edits_of, rows_of
 from analyses.patching.readout import Metric, Readout, evaluate
 from analyses.patching.recording import Recording, forward
 from analyses.patching.sweep import Shortcut, run_rows, to_logits
-from analyses.tasks import PromptPairs
+from analyses.tasks.pairs import require_pairs
 from lens_relevance.errors import RelevanceError
 from lens_relevance.finite import check_target
 from lens_relevance.inputs.prompt import Prompt
@@ -34,8 +34,9 @@ def check_eval(model: TransformerBridge) -> None:
                 raise RelevanceError(f"patching compares runs, but {name or 'the model'} is in train mode; call model.eval() first")
 
 
-def check_pairs(pairs: PromptPairs) -> None:
-    """Refuse pairs whose prompts differ in length: a position would mean two things."""
+def check_pairs(pairs: Any) -> None:
+    """Refuse what is no pairs, and pairs whose prompts differ in length: a position would mean two things."""
+    pairs = require_pairs(pairs)
     if pairs.clean.shape != pairs.corrupt.shape or pairs.clean.ndim != 2:
         raise RelevanceError(
             f"clean and corrupt must be token ids of one shape [n, pos], got {tuple(pairs.clean.shape)} and {tuple(pairs.corrupt.shape)}; "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_relevance.errors import RelevanceError
 from lens_relevance.forward import metric_before
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import left_as_found
@@ -55,8 +56,14 @@ def estimate(
         Bytes beside the loaded model, at once and block by block, what is free, and the passes.
 
     Raises:
-        RelevanceError: The model reads no tokens, or the run is none that `propagate` would take.
+        RelevanceError: Tokens or batch are no numbers from 1 on, the model reads no tokens, or the run is none that `propagate` would take.
     """
+    for name, number in (("tokens", tokens), ("batch", batch)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise RelevanceError(
+                f"estimate: {name} is a number, at least 1, not {type(number).__name__ if not isinstance(number, int) else number}; "
+                "a prompt has model.to_tokens(prompt).shape[1] tokens"
+            )
     from lens_relevance.engine import propagate  # which asks for estimates itself
 
     table, body = ruleset(rules), anatomy(model)

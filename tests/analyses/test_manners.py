@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from html import unescape
+from inspect import unwrap
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from analyses import load_model, rank_heads, rank_neurons
+from analyses import (
+    ablation,
+    activation_patching,
+    faithfulness_table,
+    load_model,
+    rank_heads,
+    rank_neurons,
+    rank_positions,
+)
+from analyses.evaluation.comparison import compare
 from analyses.graph import flow_graph
+from analyses.patching import path_patching
 from analyses.tasks import PromptPairs, ioi
 from analyses.tasks.pairs import require_pairs
 from analyses.views import head_heatmap_view, token_view
@@ -51,6 +63,11 @@ def test_prompts_where_pairs_are_needed(model) -> None:
     assert require_pairs(pairs) is pairs
     with pytest.raises(RelevanceError, match=r"not str: PromptPairs.of\(model, prompt, against, target="):
         require_pairs(PROMPT)
+    by_path = partial(unwrap(path_patching), senders="heads", receivers="v")
+    others = (activation_patching, ablation, faithfulness_table, compare, rank_positions)
+    for analysis in (by_path, *map(unwrap, others)):  # without the tests' own checks of types
+        with pytest.raises(RelevanceError, match="pairs of prompts are needed, not str"):
+            analysis(model, PROMPT)
 
 
 def test_one_pair_in_parts(model) -> None:

@@ -88,6 +88,12 @@ def test_what_is_kept_in_a_folder_takes_no_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("size", [("a prompt", 1), (POSITIONS, 0), (POSITIONS, True), (2.0, 1)])
+def test_sizes_are_numbers(size: tuple[Any, Any]) -> None:
+    with pytest.raises(RelevanceError, match="is a number, at least 1"):
+        estimate(build("gpt2", torch.float32), *size)
+
+
 def test_the_table() -> None:
     found = estimate(build("gpt2", torch.float32), POSITIONS, 2, rules="deeplift")
     frame = found.to_frame()
