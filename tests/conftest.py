@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from tests import shape_checks
@@ -18,11 +18,35 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
-from tests import models  # noqa: E402
+from tests import models, shared_models  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits, and the machine is shared
 
+shared_models.install()
+
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260k"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Types are checked anew in each test. Models are shared between tests, not between what is made for more than one test."""
+    shape_checks.begin_test()
+    shared_models.SHARED.is_open = True
+    try:
+        return (yield)
+    finally:
+        shared_models.SHARED.is_open = False
+        shared_models.SHARED.end_of_test()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    was_open = shared_models.SHARED.is_open
+    shared_models.SHARED.is_open = was_open and fixturedef.scope == "function"
+    try:
+        return (yield)
+    finally:
+        shared_models.SHARED.is_open = was_open
 
 
 @pytest.fixture(autouse=True)

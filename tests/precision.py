@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_CASTS = (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type)
 
-class _NoUpcasts(TorchFunctionMode):
+
+class NoUpcasts(TorchFunctionMode):
     """Answers a request to turn a float64 tensor into float32 with the tensor as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not kwargs and func not in _CASTS:  # almost always
+            return func(*args)
         kwargs = dict(kwargs or {})
         tensor = args[0] if args else None
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
@@ -35,5 +39,5 @@ def no_upcasts() -> Iterator[None]:
     Hugging Face's RMSNorm, rotary tables and some softmaxes compute in float32 whatever the model's dtype, for the sake of bf16.
     In a float64 model that is a loss of nine digits, which would hide an error of 1e-8 in a rule.
     """
-    with _NoUpcasts():
+    with NoUpcasts():
         yield

@@ -3,19 +3,29 @@
 pytest's option `--jaxtyping-packages` decorates every function of the packages with `jaxtyping.jaxtyped`, which binds the arguments,
 opens a scope for the sizes of axes and checks the arguments twice: 40 % of the time of these tests, mostly for functions that name no
 shape. `install` leaves the scope to the functions that do; beartype checks the types of all of them, as before, once.
+
+Shapes are a matter of the code, not of how often it runs: of each function the first calls in each test are checked. A function inside
+another one is made anew whenever the outer one is called, and to decorate it takes longer than most of its calls: the first one that is
+made is checked.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import is_dataclass
-from functools import partial
+from functools import partial, wraps
 from inspect import isfunction, isgeneratorfunction
+from types import CodeType
 from typing import Any, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
 _LIBRARYS_OWN = jaxtyping.jaxtyped
+_CHECKED_INSIDE: set[CodeType] = set()
+CHECKED_CALLS = 3  # of each function in each test
+_checked_calls: Counter[int] = Counter()  # of this test, by function
 _CHECKED = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
@@ -41,10 +51,33 @@ def jaxtyped(decorated: Any = None, *, typechecker: Any) -> Any:
         return decorated
     if not isfunction(decorated) or isgeneratorfunction(decorated):  # what a generator is given is checked when it begins, elsewhere
         return _LIBRARYS_OWN(decorated, typechecker=typechecker)
+    if "<locals>" in decorated.__qualname__:
+        if decorated.__code__ in _CHECKED_INSIDE:
+            return decorated
+        _CHECKED_INSIDE.add(decorated.__code__)
     decorated.__annotations__ = {name: resolved(said, decorated.__globals__) for name, said in decorated.__annotations__.items()}
     checked = _CHECKED(decorated)
     names_a_shape = any("jaxtyping." in repr(said) for said in decorated.__annotations__.values())
-    return _LIBRARYS_OWN(checked, typechecker=None) if names_a_shape else checked
+    return first_calls(_LIBRARYS_OWN(checked, typechecker=None) if names_a_shape else checked, decorated)
+
+
+def first_calls(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is checked in its first calls of each test, and is then called as it is."""
+    number = id(unchecked)
+
+    @wraps(unchecked)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _checked_calls[number] >= CHECKED_CALLS:
+            return unchecked(*args, **kwargs)
+        _checked_calls[number] += 1
+        return checked(*args, **kwargs)
+
+    return call
+
+
+def begin_test() -> None:
+    """The first calls are those from here on."""
+    _checked_calls.clear()
 
 
 def install() -> None:

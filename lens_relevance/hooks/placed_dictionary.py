@@ -88,9 +88,10 @@ class PlacedDictionary:
         self.sent: dict[str, Tensor] = {}  # by HookPoint that it writes to, what each token's features have there, in the last backward
 
     def forget(self) -> None:
-        """Let go of what the last passage left, the reference run's tensors among it."""
+        """Let go of what the last passage left, the reference run's tensors among it, and of the session, which holds the model."""
         self.reset()
         self.recorded = None
+        self.session, self.tap = None, untapped
 
     def read(self, x: Tensor) -> None:
         """Take what passes the HookPoint that is read, after its hooks."""

@@ -55,9 +55,10 @@ class WrittenPoint:
         self.bias_change: Tensor | None = None
 
     def forget(self) -> None:
-        """Let go of what the last passage left, the reference run's tensors among it."""
+        """Let go of what the last passage left, the reference run's tensors among it, and of the session, which holds the model."""
         self.reset()
         self.recorded = None
+        self.session, self.tap = None, untapped
 
     def write(self, y: Tensor) -> Tensor:
         """The same tensor, as the sum of what features write and an error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,8 @@ def bridge_anatomy(model: TransformerBridge) -> Anatomy:
         found.points[str(point.name)] = point
     for name in found.points:
         found.aliases.setdefault(name, name)
-    for name, component in _components(model):
+    below_the_start = ("vision_encoder", "vision_projector") if reads_images(model) else ()  # of the graph
+    for name, component in _components(model, without=below_the_start):
         try:
             sites = _sites_of(name, component)
             fed |= fed_by(name, component)
@@ -67,26 +69,18 @@ def bridge_anatomy(model: TransformerBridge) -> Anatomy:
     return found
 
 
-def _components(model: TransformerBridge) -> list[tuple[str, Any]]:
-    """Bridge components by path, parents first, without what they wrap."""
-    listed: list[tuple[str, Any]] = []
-
-    def walk(module: nn.Module, path: str) -> None:
-        for name, child in module.named_children():
-            if name == "_original_component" or isinstance(child, HookPoint):
-                continue
-            if name in ("vision_encoder", "vision_projector") and reads_images(model):  # below the start of the graph
-                continue
-            here = f"{path}.{name}" if path else name
-            if isinstance(child, components.base.GeneralizedComponent):
-                listed.append((here, child))
-                if not isinstance(child, components.MoEBridge) or child.bound_dense:  # a mixture of experts is one operation
-                    walk(child, here)
-            elif isinstance(child, nn.ModuleList):
-                walk(child, here)
-
-    walk(model, "")
-    return listed
+def _components(module: nn.Module, *, path: str = "", without: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Bridge components by path, parents first, without what they wrap and without what has one of these names."""
+    for name, child in module.named_children():
+        if name == "_original_component" or name in without or isinstance(child, HookPoint):
+            continue
+        here = f"{path}.{name}" if path else name
+        if isinstance(child, components.base.GeneralizedComponent):
+            yield here, child
+            if not isinstance(child, components.MoEBridge) or child.bound_dense:  # a mixture of experts is one operation
+                yield from _components(child, path=here, without=without)
+        elif isinstance(child, nn.ModuleList):
+            yield from _components(child, path=here, without=without)
 
 
 def _sites_of(name: str, component: Any) -> list[Site]:
