@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
@@ -85,6 +86,13 @@ def native(request: pytest.FixtureRequest) -> TransformerBridge:
 def tokens() -> torch.Tensor:
     """Token ids [2, 6] that fit every model of tests/models.py."""
     return models.random_tokens()
+
+
+@pytest.fixture
+def pictures_as_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of pages are made, and in place of their pixels, a third of the time of a report, is one dot: for tests of a page's text."""
+    dot = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+    monkeypatch.setattr("analyses.views.page.small_png", lambda figure: dot)
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,7 @@ def test_circuit_lists_what_is_frequent(run: Callable[..., Result]) -> None:
     assert "of the 4 strongest nodes by relp, those in at least 50%" in " ".join(result.stdout.split()) and "frequency" in result.stdout
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_pairs_of_your_own(run: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     pd.DataFrame([dict(clean=PROMPT, corrupt=AGAINST, answer="Mary", wrong="John")] * 2).to_csv(path, index=False)
@@ -172,6 +173,7 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_a_model_of_another_family(run: Callable[..., Result], tmp_path: Path) -> None:
     if not STORIES.is_dir():
         pytest.skip("needs the trained model ../shared/models/stories260k beside the checkout, which is not there")

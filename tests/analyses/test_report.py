@@ -72,6 +72,7 @@ def test_the_page_asks_its_question_in_plain_words(found: Findings, page: str) -
     assert odds(replace(found, value=50.0)) == f"“{right}” is more than a billion times as likely"
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_a_target_that_is_no_question_has_a_page_too(model: TransformerBridge, found: Findings) -> None:
     pairs = ioi(model, n=2)
     several = PromptPairs(pairs.clean, pairs.corrupt, logit([[1, 2], [3, 4]]))
@@ -121,6 +122,7 @@ def test_where_no_part_of_the_edges_is_enough_that_is_said(found: Findings) -> N
     assert "No part that was tried brings back nine tenths of it</strong>: the strongest 5 of 10 edges bring back 88%" in page
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_what_a_model_does_not_allow_is_said(found: Findings) -> None:
     reasons = {"flow": "no live pattern <here>", "graph": "edges & all", "circuit": "no difference"}
     without = replace(found, flow=None, graph=None, circuit=None, missing=reasons)
@@ -341,6 +343,7 @@ def test_the_page_in_a_browser(found: Findings, page: str, browser: Browser, tmp
         tab.close()
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_the_comparison_page(model: TransformerBridge, tmp_path: Path) -> None:
     compared = compare(model, ioi(model, n=6), ["deeplift", "relp"], resamples=20)
     page = comparison_page(compared, "embedded", "logit(a) - logit(b)", words="6 pairs", command="lens-relevance compare").to_html()

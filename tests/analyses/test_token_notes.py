@@ -34,6 +34,7 @@ def test_a_first_token_that_dominates() -> None:
     assert token_notes(WORDS[:1], [3.0], None, rules="rollout") == []  # there is no other
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_explain_and_report_say_both(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_embedded()
     assert find(model, from_prompt(model, PROMPT)).notes("deeplift: against the mean embedding") == []

@@ -64,6 +64,7 @@ def test_where_the_unembedding_cannot_be_read_the_reason_is_told() -> None:
     assert list(table.columns) == ["unit"] and note.startswith("what they write is left out: ") and "not linear" in note
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_rank_and_report_show_them_within_80_columns(
     embedded: TransformerBridge, atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
