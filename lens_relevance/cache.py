@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
@@ -22,7 +22,7 @@ from lens_relevance.rules.base import difference, share
 
 
 @dataclass
-class RelevanceCache(Mapping[str, Tensor]):
+class RelevanceCache(Mapping[str, Float[Tensor, "*_hook"]]):
     """What one backward pass delivered at the HookPoints that were asked for.
 
     `cache[name]` is relevance: activation x coefficient, or (activation - reference activation) x coefficient where there is a reference;
@@ -41,26 +41,27 @@ class RelevanceCache(Mapping[str, Tensor]):
     dictionaries: relevance of features, errors and skip connections, which `features`, `error` and `skip` read.
     """
 
-    activations: dict[str, Tensor]
-    coefficients: dict[str, Tensor]
+    activations: dict[str, Shaped[Tensor, "*_hook"]]
+    coefficients: dict[str, Float[Tensor, "*_hook"]]
     value: Float[Tensor, " batch"]
-    logits: Float[Tensor, "batch *read vocab"]
+    logits: Float[Tensor, "batch *read d_vocab"]
     input_tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     stacks: dict[str, dict[str, list[str]]]
     aliases: dict[str, str]
     info: dict[str, str]
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    arguments: dict[str, Tensor] = field(default_factory=dict)
-    reference_activations: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Int[Tensor, "batch _pos"]] = field(default_factory=dict)
+    arguments: dict[str, Shaped[Tensor, "*_input"]] = field(default_factory=dict)
+    reference_activations: dict[str, Shaped[Tensor, "*_hook"]] = field(default_factory=dict)
     reference_value: Float[Tensor, " batch"] | None = None
-    averaged: dict[str, Tensor] = field(default_factory=dict)  # relevance averaged over several references, where a product would be wrong
+    # relevance averaged over several references, where a product would be wrong
+    averaged: dict[str, Float[Tensor, "*_hook"]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)  # why a HookPoint that was asked for by a predicate is not here
     account: pd.DataFrame | None = None
     logit_positions: Int[Tensor, "batch read"] | None = None
     grid: tuple[int, int] | None = None
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    dictionaries: dict[str, Tensor] = field(default_factory=dict)
+    dictionaries: dict[str, Float[Tensor, "*_written"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("activations", "coefficients", "reference_activations"):
@@ -102,7 +103,7 @@ class RelevanceCache(Mapping[str, Tensor]):
             f"{full} was not kept; add names_filter={full!r} (or a list, or a predicate that holds for {canonical!r}) to propagate"
         )
 
-    def __getitem__(self, name: str | tuple[Any, ...]) -> Tensor:
+    def __getitem__(self, name: str | tuple[Any, ...]) -> Float[Tensor, "*_hook"]:
         canonical = self.canonical(name)
         if canonical in self.averaged:
             return self.averaged[canonical]
@@ -162,7 +163,7 @@ class RelevanceCache(Mapping[str, Tensor]):
             raise NotKeptError("this model has no learned position embeddings of their own; those of an image are part of `tokens`")
         return torch.stack([self[name].sum(-1) for name in names[1:]]).sum(0)
 
-    def residual(self, stack: str | None = None) -> Float[Tensor, "batch pos layers"]:
+    def residual(self, stack: str | None = None) -> Float[Tensor, "batch pos cut"]:
         """Relevance at each block's resid_pre and at the final residual; its sum over positions accounts for the target layer by layer.
 
         In an encoder-decoder a stack's residual is a part of a cut: see lens_relevance.sites.stacks.

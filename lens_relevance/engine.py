@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from lens_relevance.blockwise import Blockwise
@@ -33,7 +34,7 @@ from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, averag
 from lens_relevance.hooks.session import session as session_on
 from lens_relevance.hooks.storage import Storage
 from lens_relevance.inputs.prompt import Inputs, read_inputs
-from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.targets import AnyTarget
 from lens_relevance.memory.estimate_of_run import block_by_block
 from lens_relevance.memory.estimation import work_of
 from lens_relevance.memory.trial import trial
@@ -51,12 +52,12 @@ CHECKED = Checked()
 def propagate(
     model: HookedModel,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     rules: str | Table | None = None,
     names_filter: NamesFilter = None,
     reference: Any = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     device: torch.device | str | Path | None = None,
     audit: bool = False,
     through: Through = None,
@@ -73,7 +74,7 @@ def propagate(
         inputs: A prompt, prompts, token ids [batch, pos], an image [batch, channel, height, width], or a dict of the model's own keyword
             arguments ({"input_ids": ..., "decoder_input_ids": ...}). Text given to an encoder-decoder is read by its encoder; its decoder
             holds the start token.
-        target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, vocab]
+        target: `logit`, `logit_diff`, `log_prob`, `continuation`, `latent`, `similarity`, or a function from logits [batch, pos, d_vocab]
             (of a classifier: [batch, 1, class], and classes go by name or number; of an encoder without a head: its output) to a scalar
             or [batch]. None explains each row's top prediction against its runner-up.
         rules: A ruleset's name or table. None means `deeplift`; `attnlrp` for inputs that are not tokens alone (an image, speech) and have

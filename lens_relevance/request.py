@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from lens_relevance.defaults import with_defaults
@@ -21,7 +22,7 @@ from lens_relevance.hooks.recording import NamesFilter, wanted
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import Inputs, Prompt, read_inputs
 from lens_relevance.inputs.references import ReferenceRun, is_inputs, reference_inputs, reference_run
-from lens_relevance.inputs.targets import Latent, Target, as_target, top_prediction
+from lens_relevance.inputs.targets import AnyTarget, Latent, Target, as_target, top_prediction
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy
 
@@ -82,11 +83,11 @@ def read_request(
     anatomy: Anatomy,
     inputs: Inputs,
     *,
-    target: Target | Callable[[Tensor], Tensor] | None,
+    target: AnyTarget | None,
     rules: str | Table | None,
     names_filter: NamesFilter,
     reference: Any,
-    attention_mask: Tensor | None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None,
     through: Through,
     dictionaries: Sequence[Dictionary] = (),
     dictionary_path: DictionaryPath = "features",

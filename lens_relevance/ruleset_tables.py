@@ -15,13 +15,13 @@ So a composite by depth and kind, as in zennit, takes three lines:
 | `attnlrp` | LN-rule | identity | half | softmax gradient, half on both products | arXiv 2402.05602 |
 | `attnlrp_plain_qk` | LN-rule, none on queries and keys | identity | half | as `attnlrp` | derived here (see below) |
 | `cp_lrp` | LN-rule | identity | constant gate | constant pattern (AH-rule) | Ali et al. 2022; as LXT applies it to gated MLPs |
-| `cp_lrp_gamma` | LN-rule | identity | constant gate | constant pattern | as LXT explains vision transformers (see below) |
+| `cp_lrp_gamma` | LN-rule | identity | constant gate | constant pattern | Ali et al. 2022; gamma as LXT has it on images (see below) |
 | `relp` | LN-rule | identity | half | plain gradient | arXiv 2508.21258 |
 | `relp_ah` | LN-rule | identity | half | constant pattern | arXiv 2508.21258, the option with the AH-rule |
 | `gim` | LN-rule | - | half | softmax temperature 2, half on both products | arXiv 2505.17630, as its authors describe it |
 | `lrp_zplus` | unchanged | identity | half | softmax unchanged, half on both products | Chefer et al. 2021, arXiv 2012.09838; linear: z+ |
 | `deeplift` | pair form | rescale | pair form | pair form | DeepLIFT, SHAP, softmax derived here (docs/derivation.md); for two runs |
-| `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | the same; for two runs |
+| `deeplift_ln` | LN-rule in pair form | rescale | pair form | pair form | derived here from the LN-rule, otherwise the same; for two runs |
 
 `attnlrp_plain_qk` is for models with norms on queries and keys (Qwen3, OLMo 2, Gemma 3), on which AttnLRP gives the first token, where
 attention rests, too much; analyses/benchmarks/first_token.py says why the plain gradient of these norms helps, and by how much. On a model

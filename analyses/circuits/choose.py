@@ -88,6 +88,8 @@ def frequent(scores: ItemScores, n: int, frequency: float = 0.9) -> Circuit:
 def greedy(scores: ItemScores, n: int, order: Order = "absolute") -> Circuit:
     """Up to n edges, the best one at a time among those that enter what is in the circuit already, from the logits down (as in EAP).
 
+    Source: the search of EAP (Syed et al. 2023, arXiv 2310.10348).
+
     Raises:
         RelevanceError: items are nodes, which have no edges to follow, or n is not among 1 and the number of items.
     """

@@ -81,7 +81,10 @@ def faithfulness(ablation: Evaluated, circuits: Sequence[Circuit]) -> np.ndarray
 
 
 def faithfulness_curve(ablation: Evaluated, scores: ItemScores, order: Order = "absolute") -> FaithfulnessCurve:
-    """f over circuits of growing size: every size under 1,000 items, else 0.1 to 100 %."""
+    """f over circuits of growing size: every size under 1,000 items, else 0.1 to 100 %.
+
+    Source: MIB (Mueller et al. 2025, arXiv 2504.13151).
+    """
     counts = sizes(len(ablation.items))
     frame = faithfulness_frame(ablation, scores, order, counts=counts)
     cpr, cmd = areas(counts / len(ablation.items), frame["faithfulness"].to_numpy())

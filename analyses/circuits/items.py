@@ -43,7 +43,7 @@ class Items:
     def __len__(self) -> int:
         return len(self.frame)
 
-    def check_masks(self, kept: Tensor) -> None:
+    def check_masks(self, kept: Bool[Tensor, "*_shape"]) -> None:
         """Refuse masks that do not have an entry for each item.
 
         Raises:
@@ -52,14 +52,14 @@ class Items:
         if kept.ndim != 2 or kept.shape[1] != len(self):
             raise RelevanceError(f"masks must have shape [circuit, {len(self)}], got {tuple(kept.shape)}")
 
-    def spread(self, kept: Bool[Tensor, "circuit item"]) -> Bool[Tensor, "circuit pos writer ..."]:
+    def spread(self, kept: Bool[Tensor, "circuit item"]) -> Bool[Tensor, "circuit pos writer *reader"]:
         """Masks over items as masks over [pos, writer] or [pos, writer, reader]; False where there is no item."""
         shape = (len(kept), self.pos, len(self.writers), *([len(self.readers)] if self.level == "edge" else []))
         result = torch.zeros(shape, dtype=torch.bool)
         result.movedim(0, -1)[tuple(torch.from_numpy(column) for column in self.index.T)] = kept.T
         return result
 
-    def gather(self, scores: Float[Tensor, "batch pos ..."], names: list[str]) -> Float[Tensor, "batch item"]:
+    def gather(self, scores: Float[Tensor, "batch pos writer *reader"], names: list[str]) -> Float[Tensor, "batch item"]:
         """Scores item by item, summed over positions where these have no items of their own.
 
         Args:

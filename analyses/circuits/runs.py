@@ -15,7 +15,7 @@ Recorded = dict[str, Tensor]
 
 
 def forward(model: TransformerBridge, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]) -> Tensor:
-    """Logits [row, pos, vocab]."""
+    """Logits [row, pos, d_vocab]."""
     hidden = {} if bool((mask == 1).all()) else {"attention_mask": mask}
     logits = model(tokens, return_type="logits", use_cache=False, **hidden)
     assert isinstance(logits, Tensor)

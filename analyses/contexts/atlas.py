@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Num
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Atlas:
     """
 
     units: dict[tuple[str, int], int]
-    rankings: dict[str, dict[str, Tensor]]
+    rankings: dict[str, dict[str, Num[Tensor, "unit k"]]]
     numbers: Int[Tensor, " n"]
     tokens: Int[Tensor, "n pos"]
     lengths: Int[Tensor, " n"]

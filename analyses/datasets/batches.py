@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,9 @@ from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, Target
 from lens_relevance.inputs.metrics import by_position
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
-from lens_relevance.inputs.targets import CallableTarget, as_target
+from lens_relevance.inputs.targets import AnyTarget, CallableTarget, as_target
 
 _TOKENS_PER_PASS = 2048
-AnyTarget = Target | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,7 +45,9 @@ class DirectLogits:
         return [str(site.inputs[0].name) for site in self._way]
 
     @torch.no_grad()
-    def __call__(self, written: Float[Tensor, "n d_model"], norm_inputs: dict[str, Tensor]) -> Float[Tensor, "n vocab"]:
+    def __call__(
+        self, written: Float[Tensor, "n d_model"], norm_inputs: dict[str, Float[Tensor, "n d_model"]]
+    ) -> Float[Tensor, "n d_vocab"]:
         """Direct logits of n vectors; norm_inputs: [n, d_model] at each of `norms`, at the position where the vector was written."""
         parts = working(written)
         for site in self._way:

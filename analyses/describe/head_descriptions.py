@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.datasets.batches import AnyTarget, Batch, batches, text_of
+from analyses.datasets.batches import Batch, batches, text_of
 from analyses.describe.attention_patterns import KINDS, pattern_scores
 from analyses.describe.direct_logits import DirectLogits, head_output_weight
 from analyses.describe.strongest import Strongest, check_top, effects_in_words, extremes
@@ -23,6 +23,7 @@ from lens_relevance import RelevanceError
 from lens_relevance.attention_methods import head_flow
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.inputs.targets import AnyTarget
 from lens_relevance.logit_reading import without_logits
 from lens_relevance.ruleset_tables import Table
 

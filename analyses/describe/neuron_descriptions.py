@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.datasets.batches import AnyTarget, Batch, batches, text_of
+from analyses.datasets.batches import Batch, batches, text_of
 from analyses.describe.direct_logits import DirectLogits, neuron_output_weight
 from analyses.describe.strongest import Strongest, check_top, effects_in_words, extremes
 from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError, propagate
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
+from lens_relevance.inputs.targets import AnyTarget
 from lens_relevance.ruleset_tables import Table
 from lens_relevance.sites import anatomy
 
@@ -61,6 +62,8 @@ def describe_neuron(
     by: Literal["relevance", "activation"] = "relevance",
 ) -> NeuronDescription:
     """Describe one MLP neuron by the contexts in which it matters (`by` relevance) or fires (`by` activation) most.
+
+    Source: naming a unit by where it is relevant is from AttnLRP (arXiv 2402.05602, section 4).
 
     Args:
         layer, neuron: which one, counted from 0.

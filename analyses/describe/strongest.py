@@ -41,7 +41,7 @@ def check_top(top_k: int) -> None:
         raise RelevanceError(f"top_k is a number of rows, at least 1, not {top_k}")
 
 
-def extremes(model: TransformerBridge, logits: Float[Tensor, " vocab"]) -> list[dict[str, Any]]:
+def extremes(model: TransformerBridge, logits: Float[Tensor, " d_vocab"]) -> list[dict[str, Any]]:
     """The tokens at both ends."""
     rows = []
     for effect, sign in (("promotes", 1), ("suppresses", -1)):

@@ -43,7 +43,7 @@ def label_features(model: TransformerBridge, dictionary: Dictionary, features: S
     return pd.DataFrame(rows, columns=["feature", "raises", "lowers"])
 
 
-def _logits(model: TransformerBridge, written: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+def _logits(model: TransformerBridge, written: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """What vectors of the residual stream add to the logits, up to the norm's size, less their mean."""
     sites = {site.name: site.operation for site in anatomy(model).sites}
     unembed, norm = sites.get("unembed"), sites.get("ln_final")

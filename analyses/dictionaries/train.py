@@ -53,6 +53,8 @@ def train_dictionary(
 ) -> Trained:
     """Train a TopK autoencoder, or with point_out a transcoder, on the activations of a model.
 
+    Source: Gao et al. 2024, arXiv 2406.04093; transcoders: Dunefsky et al. 2024, arXiv 2406.11944.
+
     Args:
         rows: Tokens of text (see `token_rows`); one in twenty rows is held out for the quality.
         point_in: HookPoint that is read.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -27,7 +27,7 @@ from lens_relevance.errors import CoverageError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import reference_run
-from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.targets import AnyTarget
 from lens_relevance.rules.base import working
 from lens_relevance.ruleset_tables import Table, rule_for, ruleset
 
@@ -86,11 +86,11 @@ class EdgeAttribution:
 def attribute_edges(
     model: TransformerBridge,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     rules: str | Table | None = None,
     reference: Any = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> EdgeAttribution:
     """The relevance of every edge of the residual stream: u . g_v, or (u - u_reference) . g_v where there is a reference.
 
@@ -101,6 +101,9 @@ def attribute_edges(
 
     With a post-norm (Gemma2, OLMo2) a contribution is the writer's part of the norm's output under the norm's rule; where the stream itself
     passes norms (BERT), every contribution in it does.
+
+    Source: EAP (Syed et al. 2023, arXiv 2310.10348), with coefficients of a ruleset in place of gradients; that the scores add up exactly
+    is ours.
 
     Args:
         inputs, target, rules, reference, attention_mask: as for `propagate`.
@@ -124,10 +127,10 @@ def passes(
     streams: Wiring,
     inputs: Inputs,
     *,
-    target: Target | Callable[[Tensor], Tensor] | None,
+    target: AnyTarget | None,
     rules: str | Table,
     reference: Any,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     flows: bool = False,
 ) -> Iterator[tuple[RelevanceCache, Constants]]:
     """One backward pass per reference run, with everything kept that edges need, through the dictionaries that stand in the stream.

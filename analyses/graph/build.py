@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, Prompt, tokenize
 from lens_relevance.inputs.references import is_inputs, reference_run
-from lens_relevance.inputs.targets import Target, as_target
+from lens_relevance.inputs.targets import AnyTarget, as_target
 from lens_relevance.ruleset_tables import Table, ruleset
 
 NEURONS_KEPT = 10
@@ -41,7 +41,7 @@ Run = tuple[RelevanceCache, Constants]
 def flow_graph(
     model: TransformerBridge,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     kind: str = "relevance",
     rules: str | Table | None = None,
@@ -52,6 +52,8 @@ def flow_graph(
     n_features: int = 100,
 ) -> FlowGraph:
     """The graph over which relevance flows from the embeddings of one prompt to the target, exact on every edge.
+
+    Source: ours; edges as `attribute_edges` gives them.
 
     Args:
         inputs: a single prompt, as for `propagate`.
@@ -102,7 +104,7 @@ def _graph(
     model: TransformerBridge,
     tokens: Tensor,
     mask: Tensor,
-    target: Target | Callable[[Tensor], Tensor] | None,
+    target: AnyTarget | None,
     *,
     kind: str,
     rules: str | Table | None,
@@ -144,7 +146,7 @@ def _graph(
 def flow_graphs(
     model: TransformerBridge,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     kind: str = "relevance",
     rules: str | Table | None = None,
@@ -175,7 +177,7 @@ def flow_graphs(
 
 
 def each_graph(
-    model: TransformerBridge, inputs: Inputs, target: Target | Callable[[Tensor], Tensor] | None, *, reference: Any = None, **settings: Any
+    model: TransformerBridge, inputs: Inputs, target: AnyTarget | None, *, reference: Any = None, **settings: Any
 ) -> Iterator[FlowGraph]:
     """The graphs of `flow_graphs` one by one, so that one is in memory at a time; settings are its other arguments, all of them."""
     tokens, mask = tokenize(model, inputs)

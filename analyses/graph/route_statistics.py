@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pandas as pd
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.components import find_node
@@ -14,18 +11,20 @@ from analyses.graph.build import each_graph
 from analyses.graph.flow import FlowGraph
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs
-from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.targets import AnyTarget
 
 
 @left_as_found
 def head_routes(
     model: TransformerBridge,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     threshold: float = 0.04,
 ) -> pd.DataFrame:
     """Statistics of heads over the routes of prompts; the graph of one prompt is in memory at a time.
+
+    Source: Ferrando and Voita 2024, arXiv 2403.00824.
 
     Args:
         inputs: prompts, as for `propagate`.

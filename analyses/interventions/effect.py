@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from lens_relevance.dictionaries import Dictionary
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
-from lens_relevance.inputs.targets import Target, as_target, describe, top_prediction
+from lens_relevance.inputs.targets import AnyTarget, as_target, describe, top_prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def intervene(
     inputs: Inputs,
     settings: Mapping[str, Any],
     *,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     prompts: Inputs | None = None,
     dictionaries: Sequence[Dictionary] = (),
     new_tokens: int = 0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -37,7 +37,7 @@ class TokenScores(Protocol):
         inputs: Any,
         target: Any,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "batch pos"] | None = None,
         reference: Any = None,
         stack: str | None = None,
     ) -> Float[Tensor, "batch pos"]:
@@ -161,7 +161,7 @@ def points(model: TransformerBridge, components: Sequence[str]) -> list[str]:
 _AXES = {"position": "pos", "head": "head", "neuron": "neuron"}
 
 
-def collect(model: TransformerBridge, components: Sequence[str], relevance: Callable[[str], Tensor]) -> Scores:
+def collect(model: TransformerBridge, components: Sequence[str], relevance: Callable[[str], Float[Tensor, " batch *_hook"]]) -> Scores:
     """Relevance by HookPoint as scores by component."""
     scores: Scores = {}
     for name in components:

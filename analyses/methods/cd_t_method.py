@@ -42,6 +42,8 @@ def cd_t() -> Estimator:
     For logits and their differences, on models with one stack of blocks and ungated MLPs (GPT-2, NeoX, OPT, BERT, ViT): the paper has no
     step for gates. A token is what enters the first block at its position.
 
+    Source: CD-T (Hsu et al. 2024, arXiv 2407.00886), as its code does it for the tokens of a prompt.
+
     Raises:
         RelevanceError: another kind of target.
         CoverageError: a model with several stacks, or an operation without a step.

@@ -56,6 +56,8 @@ def eap_ig(steps: int = DEFAULT_STEPS) -> Estimator:
 def integrated_edges(model: TransformerBridge, pairs: PromptPairs, steps: int = DEFAULT_STEPS) -> EdgeAttribution:
     """Edges (u_clean - u_corrupt) . g_v, g_v averaged as `eap_ig` does. One forward and backward per step.
 
+    Source: EAP-IG (Hanna et al. 2024, arXiv 2403.17806).
+
     Raises:
         RelevanceError: fewer than one step.
     """

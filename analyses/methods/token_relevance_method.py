@@ -22,6 +22,8 @@ def by_attention(method: str, importance: str = "relevance", rules: str | Table 
 
     These methods see the clean prompt alone and mostly have no sign: they can find the heads that matter, but not which way they push.
 
+    Source: that of the method, see `token_relevance`; what part of the scores passes a head is derived here.
+
     Args:
         method, importance, rules: as for `token_relevance`.
 

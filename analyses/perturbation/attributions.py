@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -17,7 +17,7 @@ from analyses.perturbation.text import TextRemoval
 from lens_relevance import RelevanceError, Target
 from lens_relevance.ruleset_tables import Table
 
-Attribution = Callable[[Any, Tensor, Target, Tensor], Tensor]
+Attribution = Callable[[Any, Int[Tensor, "batch pos"], Target, Int[Tensor, "batch pos"]], Float[Tensor, "batch pos"]]
 
 
 def attribution(method: str | Estimator | Attribution) -> Attribution:
@@ -65,6 +65,8 @@ def token_scores(method: str | Estimator) -> TokenScores:
 def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
     """Relevance at the token embeddings under a pair ruleset, against one reference or averaged over several.
 
+    Source: ours; the pair rules have sources of their own.
+
     Args:
         references: what `propagate` takes: `mean_embedding()`, `random_tokens(8)`, token ids, ...
 
@@ -82,7 +84,10 @@ def against(*references: Any, rules: str | Table = "deeplift") -> Attribution:
 
 
 def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
-    """Fall of the target when one token alone is removed: one forward per token."""
+    """Fall of the target when one token alone is removed: one forward per token.
+
+    Source: Zeiler and Fergus 2014 (arXiv 1311.2901), for tokens.
+    """
 
     def scores(model: TransformerBridge, tokens: Tensor, target: Target, mask: Tensor) -> Float[Tensor, "batch pos"]:
         return one_by_one(TextRemoval(model, tokens, mask, target=target, baseline=baseline, seed=seed), mask.bool())
@@ -91,7 +96,10 @@ def occlusion(baseline: str = "mean_embedding", seed: int = 0) -> Attribution:
 
 
 def random_order(seed: int = 0) -> Attribution:
-    """Scores without meaning: what every method must beat. Each prompt has an order of its own, whatever batch it comes in."""
+    """Scores without meaning: what every method must beat. Each prompt has an order of its own, whatever batch it comes in.
+
+    Source: ours.
+    """
 
     def scores(model: TransformerBridge, tokens: Tensor, target: Target, mask: Tensor) -> Tensor:
         rows = []

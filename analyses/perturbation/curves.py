@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -22,7 +22,7 @@ from analyses.views.plots import curve_view
 from lens_relevance import RelevanceError, Target
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, tokenize
-from lens_relevance.inputs.targets import as_target, top_prediction
+from lens_relevance.inputs.targets import AnyTarget, as_target, top_prediction
 
 AT_ONCE = 1024  # removals that are evaluated together
 
@@ -31,11 +31,11 @@ AT_ONCE = 1024  # removals that are evaluated together
 def perturbation_curves(
     model: TransformerBridge,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | Attribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_embedding",),
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     steps: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -43,6 +43,8 @@ def perturbation_curves(
     """MoRF and LeRF curves of each method with each baseline, and of a random order on the same prompts.
 
     Each prompt's first token (BOS) is never removed.
+
+    Source: Samek et al. 2017, arXiv 1509.06321; the area between the two orders as in AttnLRP (arXiv 2402.05602).
 
     Args:
         inputs, target, attention_mask: as for `propagate`; without a target each prompt's top prediction is explained against the
@@ -89,7 +91,11 @@ def named_methods(methods: Sequence[str | Estimator] | Mapping[str, Any]) -> dic
 
 
 def curves_of(
-    scores: Mapping[str, Tensor], removable: Bool[Tensor, "batch item"], removals: Sequence[Removal], *, steps: int | None = None
+    scores: Mapping[str, Float[Tensor, "batch item"]],
+    removable: Bool[Tensor, "batch item"],
+    removals: Sequence[Removal],
+    *,
+    steps: int | None = None,
 ) -> pd.DataFrame:
     """MoRF and LeRF curves of scores [batch, item] by name, with every evaluator of removals: text tokens, image patches, embeddings.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from analyses.methods import Estimator
@@ -17,15 +18,15 @@ from analyses.perturbation.removal_runs import one_by_one
 from lens_relevance import RelevanceError, Target
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.inputs.prompt import read_inputs
-from lens_relevance.inputs.targets import as_target, top_prediction
+from lens_relevance.inputs.targets import AnyTarget, as_target, top_prediction
 
-ImageAttribution = Callable[[Any, Mapping[str, Tensor], Target], Tensor]
+ImageAttribution = Callable[[Any, Mapping[str, Shaped[Tensor, "*_input"]], Target], Float[Tensor, "batch patch"]]
 
 
 def image_curves(
     model: HookedModel,
-    inputs: Tensor | Mapping[str, Tensor],
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    inputs: Float[Tensor, "batch channel height width"] | Mapping[str, Shaped[Tensor, "*_input"]],
+    target: AnyTarget | None = None,
     *,
     methods: Sequence[str | Estimator] | Mapping[str, str | Estimator | ImageAttribution] = ("attnlrp",),
     baselines: Sequence[str] = ("mean_patch",),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -27,7 +27,13 @@ class _InputRemoval(Removal):
     """Holds the call whose parts are removed."""
 
     def __init__(
-        self, model: HookedModel, inputs: Mapping[str, Tensor], target: Target, baseline: str, known: tuple[str, ...], batch: int
+        self,
+        model: HookedModel,
+        inputs: Mapping[str, Shaped[Tensor, "*_input"]],
+        target: Target,
+        baseline: str,
+        known: tuple[str, ...],
+        batch: int,
     ) -> None:
         if baseline not in known:
             raise RelevanceError(f"unknown baseline {baseline!r}; choose one of {', '.join(known)}")
@@ -36,18 +42,20 @@ class _InputRemoval(Removal):
         self.prompt = read_inputs(model, inputs)
         self.target = as_target(target).made_for(len(self.prompt.tokens))
 
-    def rows(self, rows: Tensor, **changed: Tensor) -> Prompt:
+    def rows(self, rows: Int[Tensor, " n"], **changed: Shaped[Tensor, " n *_input"]) -> Prompt:
         """The call for some examples, with other values for some arguments."""
         arguments = {name: value[rows] for name, value in self.prompt.arguments.items()} | changed
         return replace(self.prompt, tokens=self.prompt.tokens[rows], mask=self.prompt.mask[rows], arguments=arguments)
 
-    def answers(self, prompt: Prompt, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def answers(self, prompt: Prompt, rows: Int[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
         """(target [n], most likely answer [n])."""
         return target_and_answer(self.model, self.target.select(rows), prompt)
 
 
 class PatchRemoval(_InputRemoval):
     """Evaluates pictures without some of their square patches, row by row.
+
+    Source: ours; which of these baselines a paper has used differs from paper to paper.
 
     Args:
         inputs: keyword arguments of the model.
@@ -59,7 +67,7 @@ class PatchRemoval(_InputRemoval):
     def __init__(
         self,
         model: HookedModel,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Shaped[Tensor, "*_input"]],
         target: Target,
         *,
         baseline: str,
@@ -79,7 +87,7 @@ class PatchRemoval(_InputRemoval):
         self.n_patches = (pictures.shape[2] // patch) * (pictures.shape[3] // patch)
         self._filler = fillers(pictures, baseline, patch)
 
-    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n patch"]) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n patch"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
         """The target [n] and the most likely answer [n] of these pictures without these patches.
 
         Raises:
@@ -108,6 +116,8 @@ def fillers(pictures: Float[Tensor, "batch c h w"], baseline: str, patch: int) -
 class EmbeddingRemoval(_InputRemoval):
     """Evaluates inputs without some tokens of one stack: their embeddings are replaced, their positions stay.
 
+    Source: ours; which of these baselines a paper has used differs from paper to paper.
+
     Args:
         baseline: `mean_embedding` (over the tokens of all examples), `zero_embedding`, or `other_example` (the same position of the example
             before).
@@ -115,7 +125,14 @@ class EmbeddingRemoval(_InputRemoval):
     """
 
     def __init__(
-        self, model: HookedModel, inputs: Mapping[str, Tensor], target: Target, *, baseline: str, stack: str, batch_size: int = 512
+        self,
+        model: HookedModel,
+        inputs: Mapping[str, Shaped[Tensor, "*_input"]],
+        target: Target,
+        *,
+        baseline: str,
+        stack: str,
+        batch_size: int = 512,
     ) -> None:
         super().__init__(model, inputs, target, baseline, EMBEDDING_BASELINES, batch_size)
         stacks = anatomy(model).stacks.roles
@@ -133,7 +150,7 @@ class EmbeddingRemoval(_InputRemoval):
             "other_example": embeddings.roll(1, 0),
         }[baseline]
 
-    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n token"]) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n token"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
         """The target [n] and the most likely answer [n] of these inputs without these tokens.
 
         Raises:

@@ -12,14 +12,14 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lens_relevance import RelevanceError
 
 ORDERS: tuple[Literal["MoRF", "LeRF"], ...] = ("MoRF", "LeRF")
 
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Evaluate = Callable[[Int[Tensor, " n"], Bool[Tensor, "n item"]], tuple[Float[Tensor, " n"], Shaped[Tensor, " n"]]]
 """(rows [n], removed [n, item]) -> (target [n], whether the prediction is still that of the whole input [n])."""
 
 
@@ -42,8 +42,12 @@ def removal_ranks(scores: Tensor, removable: Bool[Tensor, "batch item"], order: 
     return signed.masked_fill(~removable, float("inf")).sort(dim=-1, stable=True).indices.argsort(-1)
 
 
-def removal_curves(scores: Tensor, removable: Bool[Tensor, "batch item"], evaluate: Evaluate, *, steps: int | None = None) -> pd.DataFrame:
+def removal_curves(
+    scores: Float[Tensor, "batch item"], removable: Bool[Tensor, "batch item"], evaluate: Evaluate, *, steps: int | None = None
+) -> pd.DataFrame:
     """Both curves of every example.
+
+    Source: Samek et al. 2017, arXiv 1509.06321.
 
     Args:
         scores: [batch, item].

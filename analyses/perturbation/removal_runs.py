@@ -29,7 +29,7 @@ class Removal(ABC):
         # methods often agree on what goes first and last, so that many removals recur
         self._known: dict[tuple[int, bytes], tuple[float, int]] = {}
 
-    def __call__(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """(target [n], whether the most likely answer is still that of the whole input [n])."""
         keys = [(row, gone.tobytes()) for row, gone in zip(rows.tolist(), removed.cpu().numpy(), strict=True)]
         whole = {row: (row, bytes(removed.shape[1])) for row in rows.unique().tolist()}
@@ -50,12 +50,12 @@ class Removal(ABC):
                 value[part], predicted[part] = (x.cpu() for x in self.run(rows[part], removed[part]))
         return value, predicted
 
-    def parts(self, rows: Tensor, removed: Tensor) -> list[Tensor]:
+    def parts(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> list[Int[Tensor, " _part"]]:
         """Indices of rows to run together."""
         return list(torch.arange(len(rows)).split(self.batch_size))
 
     @abstractmethod
-    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n item"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
         """The target [n] and the most likely answer [n] of these inputs without these items."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -25,6 +25,8 @@ BASELINES = ("mean_embedding", "zero_embedding", "random_tokens", "pad_token", "
 
 class TextRemoval(Removal):
     """Evaluates prompts without some of their tokens.
+
+    Source: ours; which of these baselines a paper has used differs from paper to paper.
 
     Args:
         baseline: what stands where a token was removed: the mean embedding of the vocabulary, a zero embedding, a random token (one draw
@@ -58,7 +60,7 @@ class TextRemoval(Removal):
         self._shares = can_share(model)
         self._compared = False
 
-    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
         """The target [n] and the most likely answer [n] of these prompts without these tokens, run as they are."""
         left = self._without(rows, removed)
 
@@ -68,7 +70,7 @@ class TextRemoval(Removal):
         with self.model.hooks(fwd_hooks=[(self._embedding, replace)]):
             return target_and_answer(self.model, self.target.select(rows), Prompt(left.tokens, left.mask))
 
-    def parts(self, rows: Tensor, removed: Tensor) -> list[Tensor]:
+    def parts(self, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n pos"]) -> list[Int[Tensor, " _part"]]:
         """Rows that close up must be of one length."""
         if self.baseline != "delete":
             return super().parts(rows, removed)

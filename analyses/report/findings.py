@@ -75,7 +75,7 @@ class Findings:
     tokens: list[str]
     predictions: list[tuple[str, float]]
     words: dict[str, Float[Tensor, " pos"]]
-    residual: Float[Tensor, "pos layers"]
+    residual: Float[Tensor, "pos cut"]
     flow: Float[Tensor, "layer head query key"] | None
     graph: FlowGraph | None
     circuit: CircuitCheck | None
@@ -264,7 +264,7 @@ def _expected(ranking: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
     return both[["name", "score", "low", "high", "reliable", "patching"]]
 
 
-def _predictions(model: TransformerBridge, logits: Float[Tensor, "*pos vocab"], k: int = 5) -> list[tuple[str, float]]:
+def _predictions(model: TransformerBridge, logits: Float[Tensor, "*pos d_vocab"], k: int = 5) -> list[tuple[str, float]]:
     last = logits if logits.ndim == 1 else logits[-1]
     top = last.float().softmax(-1).topk(min(k, len(last)))
     return [(answer_text(model, int(token)), float(p)) for p, token in zip(top.values, top.indices, strict=True)]

@@ -30,6 +30,8 @@ def agreement(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPai
 
     The target is logit(verb that agrees with the clean subject) - logit(the verb's other form). Half of the clean subjects are plural.
 
+    Source: Linzen et al. 2016, arXiv 1611.01368; words and templates are ours.
+
     Raises:
         RelevanceError: fewer than two nouns, or no verb, are single tokens in both numbers.
     """

@@ -24,6 +24,8 @@ def arithmetic_addition(model: TransformerBridge, n: int = 32, seed: int = 0) ->
     The target is logit(first token of the sum in which the two sums differ) - logit(the corrupt sum's). Sums have two digits and differ in
     the first, so that they differ at their first token also where each digit is a token.
 
+    Source: MIB (Mueller et al. 2025, arXiv 2504.13151); the wording is ours.
+
     Raises:
         RelevanceError: the tokenizer splits numbers in ways that give the prompts different lengths.
     """
@@ -31,7 +33,10 @@ def arithmetic_addition(model: TransformerBridge, n: int = 32, seed: int = 0) ->
 
 
 def arithmetic_subtraction(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPairs:
-    """Differences of two numbers of two digits, otherwise as `arithmetic_addition`."""
+    """Differences of two numbers of two digits, otherwise as `arithmetic_addition`.
+
+    Source: MIB (Mueller et al. 2025, arXiv 2504.13151); the wording is ours.
+    """
     return _pairs(model, n, seed, name="arithmetic_subtraction", sign="-", result=operator.sub)
 
 

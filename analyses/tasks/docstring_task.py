@@ -39,6 +39,8 @@ def docstring(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPai
 
     Words that are not a single token for this tokenizer are left out and listed in `PromptPairs.dropped`.
 
+    Source: Heimersheim and Janiak 2023; the corrupt prompt is ours.
+
     Raises:
         RelevanceError: fewer than four arguments or six other words are single tokens, or the tokenizer lacks what Python is written in.
     """

@@ -21,6 +21,8 @@ CORRUPT_YEAR = 1  # every possible end year is later
 def greater_than(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPairs:
     """Pairs of prompts that end in a century and ask for a year after the one named; the corrupt prompt names the year 01.
 
+    Source: Hanna et al. 2023, arXiv 2305.00586.
+
     Raises:
         RelevanceError: the tokenizer does not split a year into its century and its last two digits (as GPT-2's does).
     """

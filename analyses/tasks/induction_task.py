@@ -22,6 +22,8 @@ def induction(model: TransformerBridge, n: int = 32, seed: int = 0, *, length: i
     A. Both the head that looks for the previous token and the one that copies see a difference, and both answers occur in both prompts.
     The target is logit(B) - logit(C). Rows have BOS (where the model uses one) and length + length // 2 tokens. Works without a tokenizer.
 
+    Source: Olsson et al. 2022, arXiv 2209.11895; the corrupt prompt is ours.
+
     Raises:
         RelevanceError: `length` is under 6, over what the context holds, or over the size of the vocabulary.
     """

@@ -63,6 +63,8 @@ def ioi(
 
     Half of the rows have the indirect object first (ABBA: "Mary and John ..., John gave ... to"), half the subject (BABA).
 
+    Source: Wang et al. 2022, arXiv 2211.00593; words and templates are ours.
+
     Args:
         corruption: "swap" repeats the other name in the second clause, which turns the right answer round; "abc" replaces the three names
             by three different ones, which leaves no right answer (p_ABC of Wang et al.).

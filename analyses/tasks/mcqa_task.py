@@ -28,6 +28,8 @@ def mcqa(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPairs:
 
     The target is logit(letter of the right answer) - logit(letter it has in the corrupt prompt).
 
+    Source: MIB (Mueller et al. 2025, arXiv 2504.13151); the wording is ours.
+
     Raises:
         RelevanceError: fewer than four colours, or no object, are single tokens.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,12 @@ from analyses.tasks import prompts, storage
 from lens_relevance.errors import OutOfRangeError, RelevanceError
 from lens_relevance.inputs.metrics import Metric
 from lens_relevance.inputs.prompt import read_mask
-from lens_relevance.inputs.targets import CallableTarget, Target, TokenTarget, as_target, logit_diff
+from lens_relevance.inputs.targets import AnyTarget, CallableTarget, TokenTarget, as_target, logit_diff
 from lens_relevance.inputs.token_ids import token_ids
 
 _WINDOW = 256  # rows: few enough that the shares of several processes are alike
 
-Rows = int | slice | Sequence[int] | Sequence[bool] | Tensor
+Rows = int | slice | Sequence[int] | Sequence[bool] | Shaped[Tensor, ""] | Shaped[Tensor, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class PromptPairs:
 
     clean: Int[Tensor, "n pos"]
     corrupt: Int[Tensor, "n pos"]
-    target: Target | Callable[[Tensor], Tensor]  # a Target after __post_init__
+    target: AnyTarget  # a Target after __post_init__
     clean_mask: Shaped[Tensor, "n pos"] = None  # type: ignore[assignment]  # a tensor after __post_init__
     corrupt_mask: Shaped[Tensor, "n pos"] = None  # type: ignore[assignment]
     dropped: tuple[str, ...] = ()
@@ -161,7 +161,7 @@ class PromptPairs:
         prompt: str | Int[Tensor, "n pos"],
         against: str | Int[Tensor, "n pos"],
         *,
-        target: Target | Callable[[Tensor], Tensor],
+        target: AnyTarget,
     ) -> PromptPairs:
         """One pair (or rows of ids) with any target.
 

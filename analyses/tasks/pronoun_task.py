@@ -36,6 +36,8 @@ def pronoun(model: TransformerBridge, n: int = 32, seed: int = 0) -> PromptPairs
     Names may have several tokens: of all stories, those are taken whose girl's and boy's version have the same number of tokens, and among
     them those of the most common length. Half of the clean stories are of a girl. Rows do not repeat.
 
+    Source: ours.
+
     Raises:
         RelevanceError: " she" or " he" is not a single token, or fewer than `n` pairs of stories have equal length.
     """

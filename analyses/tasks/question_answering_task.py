@@ -33,6 +33,8 @@ def question_answering(model: TransformerBridge, n: int = 32, seed: int = 0) -> 
     target is logit(place) - logit(place of the corrupt prompt), at the first token in which the two differ. Words may have several tokens:
     the first `n` questions of one length are taken.
 
+    Source: ours.
+
     Raises:
         RelevanceError: too few questions have one length, or the tokenizer splits a text otherwise when it goes on.
     """

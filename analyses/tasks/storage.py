@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analyses.tasks.later_years import LaterYears
 from lens_relevance.errors import RelevanceError
-from lens_relevance.inputs.targets import Kind, Target, TokenTarget, describe
+from lens_relevance.inputs.targets import AnyTarget, Kind, Target, TokenTarget, describe
 from lens_relevance.tensor_files import read_tensors
 from lens_relevance.whole_files import write_whole
 
@@ -21,7 +21,7 @@ _FORMAT = "lens_relevance prompt pairs 1"
 TENSORS = ("clean", "corrupt", "clean_mask", "corrupt_mask")
 
 
-def save(path: Path, tensors: dict[str, Tensor], target: Target | Callable[[Tensor], Tensor], *, dropped: Sequence[str]) -> None:
+def save(path: Path, tensors: dict[str, Tensor], target: AnyTarget, *, dropped: Sequence[str]) -> None:
     """Writes the parts of `PromptPairs`; a RelevanceError names a target that cannot be written."""
     if isinstance(target, TokenTarget):
         described = {"kind": target.kind, "answer": _plain(target.answer), "wrong": _plain(target.wrong), "position": target.position}

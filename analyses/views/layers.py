@@ -17,7 +17,7 @@ from lens_relevance.errors import RelevanceError
 
 def layer_view(
     tokens: Sequence[str],
-    residual: Float[Tensor | np.ndarray, "pos layers"],
+    residual: Float[Tensor | np.ndarray, "pos cut"],
     labels: Sequence[str] | None = None,
     *,
     title: str = "Relevance through the layers",

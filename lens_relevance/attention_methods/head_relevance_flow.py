@@ -5,11 +5,11 @@ The picture to show for a head: unlike its pattern, it says what the attended to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lens_relevance.attention_methods.key_flow import key_flow, key_points, rotary_constants
@@ -21,7 +21,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import left_as_found
 from lens_relevance.inputs.prompt import Inputs, read_inputs
-from lens_relevance.inputs.targets import Target
+from lens_relevance.inputs.targets import AnyTarget
 from lens_relevance.rules.base import share, working
 from lens_relevance.ruleset_tables import Table
 from lens_relevance.sites import anatomy
@@ -31,23 +31,34 @@ from lens_relevance.sites import anatomy
 def head_flow(
     model: HookedModel,
     inputs: Inputs,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     rules: str | Table | None = None,
     path: Literal["value", "key"] = "value",
     layers: Sequence[int] | None = None,
     reference: Any = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch layer head query key"]:
     """F_h[t, s]: relevance that head h at token t takes from token s, in units of the target.
 
-    path "value": A[t, s] v[s] . g_z[t]; a row sums to the head's relevance at t, `propagate(...).heads()`.
-    path "key": k[s] . (what query t adds to the coefficient at the keys); a column sums to the key relevance of s in this head, and over
-        the heads that share a key-value head to the relevance at `k.hook_out` (`hook_rot_k` where the model has it).
-    With a reference (of one run): (A[t, s] v[s] - A'[t, s] v'[s]) . g_z[t], and k[s] - k'[s] in place of k[s].
-    layers: which, in this order (all by default). Other arguments as for `propagate`.
+    With path "value" it is A[t, s] v[s] . g_z[t]; a row sums to the head's relevance at t, `propagate(...).heads()`. With path "key" it is
+    k[s] . (what query t adds to the coefficient at the keys); a column sums to the key relevance of s in this head, and over the heads that
+    share a key-value head to the relevance at `k.hook_out` (`hook_rot_k` where the model has it). With a reference the terms are
+    (A[t, s] v[s] - A'[t, s] v'[s]) . g_z[t], and k[s] - k'[s] stands in place of k[s].
 
-    Raises CoverageError for a model without live patterns, RelevanceError for a layer out of range, several references, or bad input.
+    Source: ours: the terms of the sums that the rules for z, and for scores, distribute.
+
+    Args:
+        path: Through the values, or through the keys.
+        layers: Which, in this order; all by default.
+        model, inputs, target, rules, reference, attention_mask: As for `propagate`; of references one.
+
+    Returns:
+        F[example, i, h, t, s] for the i-th of `layers`.
+
+    Raises:
+        CoverageError: A model without live patterns.
+        RelevanceError: A layer out of range, several references, or bad input.
     """
     body = anatomy(model)
     check_patterns(body, model)

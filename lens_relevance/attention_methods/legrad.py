@@ -1,4 +1,4 @@
-"""LeGrad: the positive gradients at the patterns, without the patterns themselves."""
+"""LeGrad (Bousselham et al. 2024, arXiv 2404.03214): the positive gradients at the patterns, without the patterns themselves."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from lens_relevance.attention_methods import (
@@ -31,7 +32,7 @@ from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel
 from lens_relevance.hooks.model_state import check_model, left_as_found
 from lens_relevance.inputs.prompt import Inputs
-from lens_relevance.inputs.targets import Target, as_target
+from lens_relevance.inputs.targets import AnyTarget, as_target
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset, ruleset_name
 from lens_relevance.sites import Anatomy, anatomy
 
@@ -72,31 +73,48 @@ ALIASES = {"chefer": "chefer_2021b"}
 def token_relevance(
     model: HookedModel,
     inputs: Inputs | Mapping[str, Any],
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     *,
     method: str = "weighted_accumulation",
     importance: str = "relevance",
     rules: str | Table | None = None,
-    attention_mask: Tensor | Mapping[str, Tensor] | None = None,
+    attention_mask: Shaped[Tensor, "batch token"] | Mapping[str, Shaped[Tensor, "batch _token"]] | None = None,
 ) -> TokenRelevance | TokenSetsRelevance:
     """Relevance of tokens for tokens from attention patterns and their gradients, in one forward and one backward pass (chefer_2021a: two).
 
-    model: a TransformerBridge in eval mode with live patterns, or a model whose sites and attentions are declared. inputs, target,
-        attention_mask: as for `propagate`; the row that is explained is that of the position the target reads. A model with two token
-        sets (encoder and decoder, or declared ones) takes a dict of its keyword arguments and gives a TokenSetsRelevance; its masks are
-        named by token set, {"encoder": [batch, token]}.
-    method: `weighted_accumulation` (our reading of Huang et al. 2023: only the paper's abstract was at hand, and its own weights could not
-        be checked), `chefer_2021b` (or `chefer`), `chefer_2021a`, `rollout`, `attention_flow`, `globenc`, `legrad`, `gradient_attention`,
-        `raw_attention`. Sources are named in each one's module.
-    importance: for weighted accumulation: `relevance`, `norm`, `grad_norm`, or `equal`, which is `chefer_2021b`.
-    rules: ruleset under which the backward pass delivers gradients (any that needs no reference run). None: that of the method's paper,
-        `gradient`, and `lrp_zplus` for `chefer_2021a`, with the paper's normalised sums and its start at 1.
+    | method | source |
+    |---|---|
+    | `weighted_accumulation` | our reading of Huang et al. 2023 (arXiv 2308.10240), read from its abstract alone; the weights are ours |
+    | `chefer_2021b` (or `chefer`) | Chefer et al. 2021, ICCV (arXiv 2103.15679) |
+    | `chefer_2021a` | Chefer et al. 2021, CVPR (arXiv 2012.09838) |
+    | `rollout` | Abnar and Zuidema 2020 (arXiv 2005.00928) |
+    | `attention_flow` | Abnar and Zuidema 2020 (arXiv 2005.00928) |
+    | `globenc` | Modarressi et al. 2022 (arXiv 2205.03286) |
+    | `legrad` | Bousselham et al. 2024 (arXiv 2404.03214) |
+    | `gradient_attention` | gradient x input, taken at the patterns |
+    | `raw_attention` | the last pattern itself |
 
     These are scores of a single run: they say along which attention the target's relevance came, mostly without a sign, and do not add up
     to the target. For a pair of prompts `propagate(..., rules="deeplift", reference=...)` explains the difference of the two targets,
     signed and adding up exactly.
 
-    Raises RelevanceError for an unknown method, importance or ruleset and for bad inputs; CoverageError for a model without live patterns.
+    Args:
+        model: A TransformerBridge in eval mode with live patterns, or a model whose sites and attentions are declared.
+        inputs: As for `propagate`. A model with two token sets (encoder and decoder, or declared ones) takes a dict of its keyword
+            arguments.
+        target: As for `propagate`; the row that is explained is that of the position that the target reads.
+        method: One of the table.
+        importance: For weighted accumulation: `relevance`, `norm`, `grad_norm`, or `equal`, which is `chefer_2021b`.
+        rules: Ruleset under which the backward pass delivers gradients (any that needs no reference run). None: that of the method's
+            paper, `gradient`, and `lrp_zplus` for `chefer_2021a`, with the paper's normalised sums and its start at 1.
+        attention_mask: 1 where a token is real; of a model with two token sets one by name, {"encoder": mask}.
+
+    Returns:
+        The scores; a TokenSetsRelevance for a model with two token sets.
+
+    Raises:
+        RelevanceError: An unknown method, importance or ruleset, or bad inputs.
+        CoverageError: A model without live patterns.
     """
     chosen = METHODS.get(ALIASES.get(method, method))
     if chosen is None:

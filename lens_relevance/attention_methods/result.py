@@ -102,8 +102,8 @@ class TokenSetsRelevance:
     importance: str
     rules: str
     value: Float[Tensor, " batch"]
-    explained: Mapping[str, Float[Tensor, "batch _"]]
-    masks: Mapping[str, Bool[Tensor, "batch _"]]
+    explained: Mapping[str, Float[Tensor, "batch _token"]]
+    masks: Mapping[str, Bool[Tensor, "batch _token"]]
     attentions: tuple[str, ...]
     accumulation: Accumulation
 
@@ -113,17 +113,17 @@ class TokenSetsRelevance:
         return f"TokenSetsRelevance({self.method}, rules {self.rules}, {len(self.value)} example(s): {sets})"
 
     @cached_property
-    def scores(self) -> dict[str, Float[Tensor, "batch _"]]:
+    def scores(self) -> dict[str, Float[Tensor, "batch _token"]]:
         """Relevance of each token of each set for the explained one."""
         return self._split(self.accumulation.scores(), 1)
 
     @cached_property
-    def matrix(self) -> dict[str, Float[Tensor, "batch _ _"]]:
+    def matrix(self) -> dict[str, Float[Tensor, "batch _token _source"]]:
         """Relevance of a set's tokens for each other: R_ss and R_qq."""
         return {name: self._all[name, name] for name in self.masks}
 
     @cached_property
-    def across(self) -> dict[tuple[str, str], Float[Tensor, "batch _ _"]]:
+    def across(self) -> dict[tuple[str, str], Float[Tensor, "batch _token _source"]]:
         """Relevance of one set's tokens for the other's, by (explained set, source set): R_sq and R_qs."""
         return {names: block for names, block in self._all.items() if names[0] != names[1]}
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 
 
 class FeatureActivation(ABC):
@@ -35,14 +35,17 @@ class FeatureActivation(ABC):
         """How many features its parameters are for, by the parameter's name."""
         return {}
 
-    def to(self, like: Tensor) -> FeatureActivation:
+    def to(self, like: Float[Tensor, "*_shape"]) -> FeatureActivation:
         """The same with its parameters in the dtype and on the device of a tensor."""
         return self
 
 
 @dataclass(frozen=True)
 class ReLU(FeatureActivation):
-    """max(x, 0)."""
+    """max(x, 0).
+
+    Source: Cunningham et al. 2023, arXiv 2309.08600.
+    """
 
     def __call__(self, before: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
         return before.relu()
@@ -69,7 +72,7 @@ class JumpReLU(FeatureActivation):
     def sizes(self) -> dict[str, int]:
         return {"threshold": len(self.threshold)}
 
-    def to(self, like: Tensor) -> JumpReLU:
+    def to(self, like: Float[Tensor, "*_shape"]) -> JumpReLU:
         return JumpReLU(self.threshold.to(like))
 
 
@@ -110,14 +113,14 @@ class Gated(FeatureActivation):
     def at(self, before: Float[Tensor, "token feature"], token: Int[Tensor, " n"], feature: Int[Tensor, " n"]) -> Function:
         return self.of_part(feature)
 
-    def of_part(self, chosen: Tensor) -> Gated:
+    def of_part(self, chosen: Int[Tensor, " n"] | Bool[Tensor, " feature"]) -> Gated:
         """The function of some of the features."""
         return Gated(self.gate_bias[chosen], self.magnitude_bias[chosen], self.scale[chosen])
 
     def sizes(self) -> dict[str, int]:
         return {name: len(getattr(self, name)) for name in ("gate_bias", "magnitude_bias", "scale")}
 
-    def to(self, like: Tensor) -> Gated:
+    def to(self, like: Float[Tensor, "*_shape"]) -> Gated:
         return Gated(self.gate_bias.to(like), self.magnitude_bias.to(like), self.scale.to(like))
 
 

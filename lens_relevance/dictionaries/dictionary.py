@@ -19,9 +19,9 @@ _LAYER_NORM_EPS = 1e-5
 class Scales(NamedTuple):
     """How tokens are normalised: (x - mean) / into goes to the encoder, and the decoder's y becomes y * out + mean. Each [token, 1]."""
 
-    mean: Tensor
-    into: Tensor
-    out: Tensor
+    mean: Float[Tensor, "*token 1"]
+    into: Float[Tensor, "*token 1"]
+    out: Float[Tensor, "*token 1"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +48,13 @@ class Dictionary:
 
     encoder: Float[Tensor, "feature d_in"]
     encoder_bias: Float[Tensor, " feature"]
-    decoder: tuple[Tensor, ...]
+    decoder: tuple[Float[Tensor, "feature d_out"], ...]
     decoder_bias: Float[Tensor, " d_out"]
     activation: FeatureActivation
     point_in: str
     point_out: tuple[str, ...]
-    input_bias: Tensor | None = None
-    skip: Tensor | None = None
+    input_bias: Float[Tensor, " d_in"] | None = None
+    skip: Float[Tensor, "d_out d_in"] | None = None
     normalization: Normalization = "none"
     set_name: str = ""
     source: str = "a dictionary"
@@ -163,7 +163,7 @@ class Dictionary:
             y = y if self.skip is None else y + x @ self.skip.T
         return y
 
-    def to(self, like: Tensor) -> Dictionary:
+    def to(self, like: Float[Tensor, "*_shape"]) -> Dictionary:
         """The same in the dtype and on the device of a tensor; itself where it is so already."""
         if self.encoder.dtype == like.dtype and self.encoder.device == like.device:
             return self

@@ -44,7 +44,7 @@ class FunctionMetric(Metric):
         function: Callable[[Any], Tensor],
         n: int,
         rows: Int[Tensor, " row"] | None = None,
-        like: Float[Tensor, "0 pos vocab"] | None = None,
+        like: Float[Tensor, "0 pos d_vocab"] | None = None,
     ) -> None:
         super().__init__(function)
         self.n, self.like = n, like

@@ -13,11 +13,11 @@ from torch import Tensor
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules.softmax import logarithmic_mean
 
-Logits = Float[Tensor, "batch pos vocab"]
+Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 class Metric:
-    """A function from logits [batch, pos, vocab] to [batch] (or a scalar), for the tokens it was made for."""
+    """A function from logits [batch, pos, d_vocab] to [batch] (or a scalar), for the tokens it was made for."""
 
     def __init__(self, function: Callable[[Any], Tensor]) -> None:
         self.function = function
@@ -31,7 +31,7 @@ class Metric:
         return None
 
     def of_read(self) -> Metric:
-        """The same as a function of the logits [batch, n, vocab] at these positions."""
+        """The same as a function of the logits [batch, n, d_vocab] at these positions."""
         return self
 
     def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
@@ -60,7 +60,7 @@ class Metric:
 
 
 class AtPositions(Metric):
-    """A metric of the logits [batch, n, vocab] at n positions of each row, as a function of the logits at all positions."""
+    """A metric of the logits [batch, n, d_vocab] at n positions of each row, as a function of the logits at all positions."""
 
     def __init__(self, at: Int[Tensor, "batch n"], metric: Metric) -> None:
         self._at, self.metric = at, metric
@@ -87,7 +87,7 @@ class LogitCombination(Metric):
     def __init__(self, answer: Int[Tensor, "batch n"], wrong: Int[Tensor, "batch m"] | None) -> None:
         self.answer, self.wrong = answer, wrong
 
-    def __call__(self, logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
+    def __call__(self, logits: Float[Tensor, "batch 1 d_vocab"]) -> Float[Tensor, " batch"]:
         last = _upcast(logits[:, 0])
         value = last.gather(1, self.answer.to(last.device)).mean(1)
         return value if self.wrong is None else value - last.gather(1, self.wrong.to(last.device)).mean(1)
@@ -102,7 +102,7 @@ class LogProbs(Metric):
     def __init__(self, tokens: Int[Tensor, "batch n"]) -> None:
         self.tokens = tokens
 
-    def __call__(self, logits: Float[Tensor, "batch n vocab"]) -> Float[Tensor, " batch"]:
+    def __call__(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, " batch"]:
         return _upcast(logits).log_softmax(-1).gather(2, self.tokens.to(logits.device).unsqueeze(2)).sum((1, 2))
 
     def pair_coefficients(self, logits: Logits, reference: Logits) -> Logits:
@@ -112,12 +112,12 @@ class LogProbs(Metric):
         return (onehot - weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
 
 
-def by_position(logits: Tensor) -> Float[Tensor, "batch pos vocab"]:
+def by_position(logits: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits with an axis of positions; those of a classifier, [batch, class], are at one position."""
     return logits if logits.ndim > 2 else logits.unsqueeze(1)
 
 
-def read_at(logits: Tensor, at: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n vocab"]:
+def read_at(logits: Tensor, at: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n d_vocab"]:
     """The logits at these positions; those of a classifier, [batch, class] or [batch, 1, class], are at one position, whatever the text."""
     logits = by_position(logits)
     at = at.to(logits.device) if logits.shape[1] > 1 else torch.zeros_like(at, device=logits.device)

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, has_tokenizer, is_bridge, root
 from lens_relevance.sites.token_sets import DECODER, ENCODER, TOKENS
 
-Inputs = str | Sequence[str] | Tensor | Mapping[str, Any]
+Inputs = str | Sequence[str] | Shaped[Tensor, "*_input"] | Mapping[str, Any]
+"""Text, token ids [batch, pos] or [pos], images [batch, channel, height, width], or keyword arguments of the model's own."""
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 _STACKS = {ENCODER: "input_ids", DECODER: "decoder_input_ids"}
 _FIRST = ("input_ids", "input", "pixel_values")  # what TransformerBridge takes as its first argument
@@ -93,7 +94,7 @@ class Prompt:
         return logits
 
 
-def read_inputs(model: HookedModel, inputs: Inputs, attention_mask: Tensor | None = None) -> Prompt:
+def read_inputs(model: HookedModel, inputs: Inputs, attention_mask: Shaped[Tensor, "batch pos"] | None = None) -> Prompt:
     """A Prompt from text, token ids, an image or keyword arguments.
 
     An encoder-decoder given text or ids alone reads them in its encoder, and its decoder starts with the start token. Raises
@@ -115,7 +116,7 @@ def read_inputs(model: HookedModel, inputs: Inputs, attention_mask: Tensor | Non
     return Prompt(begun, torch.ones_like(begun), {"input_ids": tokens, "decoder_input_ids": begun, **hidden})
 
 
-def _read_arguments(model: HookedModel, inputs: Mapping[str, Any], attention_mask: Tensor | None) -> Prompt:
+def _read_arguments(model: HookedModel, inputs: Mapping[str, Any], attention_mask: Shaped[Tensor, "batch pos"] | None) -> Prompt:
     device = next(model.parameters()).device
     known = inspect.signature(root(model).forward).parameters
     arguments: dict[str, Tensor] = {}
@@ -170,7 +171,7 @@ def _explained(arguments: Mapping[str, Any]) -> str:
 
 
 def tokenize(
-    model: HookedModel, inputs: Inputs, attention_mask: Tensor | None = None
+    model: HookedModel, inputs: Inputs, attention_mask: Shaped[Tensor, "batch pos"] | None = None
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Token ids and mask (1 = real) of a prompt, several prompts, or ids [batch, pos] ([pos] is taken as one row).
 

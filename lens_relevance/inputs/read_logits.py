@@ -27,11 +27,11 @@ class AllLogitsNeededError(RelevanceError):
 
 
 class ReadLogits:
-    """Logits [batch, pos, vocab] that can be indexed, at the positions `columns`; None: at all of them. `read`: positions asked for."""
+    """Logits [batch, pos, d_vocab] that can be indexed, at the positions `columns`; None: at all of them. `read`: positions asked for."""
 
     ndim = 3
 
-    def __init__(self, logits: Float[Tensor, "batch column vocab"], columns: Int[Tensor, " column"] | None, n_pos: int) -> None:
+    def __init__(self, logits: Float[Tensor, "batch column d_vocab"], columns: Int[Tensor, " column"] | None, n_pos: int) -> None:
         self.read: set[int] = set()
         self._logits, self._columns, self._n_pos = logits, columns, n_pos
 

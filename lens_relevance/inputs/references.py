@@ -83,17 +83,25 @@ class Baseline:
 
 
 def mean_embedding() -> Baseline:
-    """Every token embedding but BOS replaced by the mean over the vocabulary."""
+    """Every token embedding but BOS replaced by the mean over the vocabulary.
+
+    Source: ours. DeepLIFT leaves the choice of a reference to its user; docs/measurements/single_prompts.md compares several.
+    """
     return Baseline("mean_embedding")
 
 
 def zero_embedding() -> Baseline:
-    """Every token embedding but BOS replaced by zeros, which no text has; `mean_embedding` explains single prompts better."""
+    """Every token embedding but BOS replaced by zeros, which no text has; `mean_embedding` explains single prompts better.
+
+    Source: the baseline of integrated gradients for text (Sundararajan et al. 2017, arXiv 1703.01365).
+    """
     return Baseline("zero_embedding")
 
 
 def random_tokens(n: int = 8, seed: int = 0) -> Baseline:
     """Every token but BOS replaced by a random one. Relevance is the average over n such references: n times the work, in one batch.
+
+    Source: references drawn at random and averaged, as in expected gradients (Erion et al. 2021, arXiv 1906.10670), here for pair rules.
 
     Args:
         n: Number of references.

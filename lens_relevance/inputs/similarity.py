@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
@@ -31,10 +31,15 @@ Embeddings = Float[Tensor, "*batch d_model"]
 
 
 @torch.no_grad()
-def sentence_embeddings(model: HookedModel, inputs: Inputs, attention_mask: Tensor | None = None) -> Float[Tensor, "batch d_model"]:
+def sentence_embeddings(
+    model: HookedModel, inputs: Inputs, attention_mask: Shaped[Tensor, "batch pos"] | None = None
+) -> Float[Tensor, "batch d_model"]:
     """The mean of an encoder's last hidden state over each text's real tokens, [CLS] and [SEP] included.
 
-    model: a bridge whose output is the last hidden state, as from `analyses.bridge_encoder`. inputs: as for `propagate`.
+    Args:
+        model: A bridge whose output is the last hidden state, as from `analyses.bridge_encoder`.
+        inputs: As for `propagate`.
+        attention_mask: 1 where a token is real, for padded ids.
     """
     prompt = read_inputs(model, inputs, attention_mask)
     return _mean(prompt.call(model), prompt.mask)
@@ -44,6 +49,8 @@ def similarity(embeddings: Embeddings) -> Similarity:
     """The cosine between each text's embedding and a given one; needs an encoder without a head (see `sentence_embeddings`).
 
     embeddings: [d_model], or one per text [batch, d_model], of any length. Units: cosine, from -1 to 1.
+
+    Source: ours.
     """
     return Similarity(embeddings)
 

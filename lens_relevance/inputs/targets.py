@@ -22,8 +22,9 @@ from lens_relevance.inputs.functions import FunctionMetric
 from lens_relevance.inputs.metrics import AtPositions, LatentValue, LogitCombination, LogProbs, Metric
 from lens_relevance.inputs.token_ids import Tokens, device_of, positions, text_ids, token_ids
 
-Logits = Float[Tensor, "batch pos vocab"]
+Logits = Float[Tensor, "batch pos d_vocab"]
 Kind = Literal["logit", "logit_diff", "log_prob"]
+Extended = tuple[Int[Tensor, "batch pos_and_added"], Int[Tensor, "batch pos_and_added"]]
 
 
 class Target(ABC):
@@ -45,9 +46,14 @@ class Target(ABC):
         """The target of a data set of n rows, before rows are selected. Needed where a target does not tell what it holds for each row."""
         return self
 
-    def extend(self, model: HookedModel, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"]) -> Extended:
         """The inputs with what the target itself adds to them (a continuation); by default nothing."""
         return tokens, attention_mask
+
+
+TargetFunction = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]]
+"""A target of your own: from logits (of a classifier [batch, 1, class]) to one number per example, or a single one."""
+AnyTarget = Target | TargetFunction
 
 
 def _rows(tokens: Tokens, rows: Any) -> Tokens:
@@ -93,29 +99,29 @@ class TokenTarget(Target):
 def logit(token: Tokens, position: int = -1) -> TokenTarget:
     """The logit of a token, or of a classifier's class (the mean, where an example gives a tuple of several) at a position.
 
-    Units: logits. Raises RelevanceError for a string that is not one token, or not one class.
+    Where LRP starts (Bach et al. 2015). Units: logits. Raises RelevanceError for a string that is not one token, or not one class.
     """
     return TokenTarget("logit", token, position=position)
 
 
 def logit_diff(answer: Tokens, wrong: Tokens, position: int = -1) -> TokenTarget:
-    """logit(answer) - logit(wrong) at a position, the field's usual metric. Units: logits."""
+    """logit(answer) - logit(wrong) at a position, the metric of Wang et al. 2022 (arXiv 2211.00593). Units: logits."""
     return TokenTarget("logit_diff", answer, wrong, position)
 
 
 def log_prob(token: Tokens, position: int = -1) -> TokenTarget:
-    """log softmax(logits)[token] at a position. Units: nats. Not linear in the logits: see `pair_coefficients`."""
+    """log softmax(logits)[token] at a position; ours as a target. Units: nats. Not linear in the logits: see `pair_coefficients`."""
     return TokenTarget("log_prob", token, position=position)
 
 
 @dataclass(frozen=True, eq=False)
 class CallableTarget(Target):
-    """Any function from logits [batch, pos, vocab] to a scalar or [batch].
+    """Any function from logits [batch, pos, d_vocab] to a scalar or [batch].
 
     n: how many rows it was made for; None: those that it is given. rows: which of them this is the target of; None: all.
     """
 
-    function: Callable[[Tensor], Tensor]
+    function: TargetFunction
     n: int | None = None
     rows: Int[Tensor, " row"] | None = None
 
@@ -168,7 +174,7 @@ class Continuation(Target):
             raise RelevanceError(f"continuation: answers need equally many tokens within a batch, got {[len(a) for a in answers]}")
         return [a.to(device) for a in answers]
 
-    def extend(self, model: HookedModel, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, model: HookedModel, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"]) -> Extended:
         from lens_relevance.inputs.prompt import pad
 
         rows = zip(tokens, attention_mask.bool(), self._answers(model, tokens.shape[0]), strict=True)
@@ -192,7 +198,7 @@ def _is_ids(given: Any) -> bool:
 
 
 def continuation(text: Any) -> Continuation:
-    """The summed log-probability of several tokens that follow the prompt, e.g. continuation(" went home"). Units: nats.
+    """The summed log-probability of several tokens that follow the prompt, e.g. continuation(" went home"); ours. Units: nats.
 
     text: a string, a row of token ids, or one of these per example (equally many tokens). All but its last token are appended to the
     inputs, so results have that many more positions.
@@ -231,7 +237,7 @@ def latent(
 ) -> Latent:
     """Start from a unit, or a direction, at a HookPoint (of one head, where the layout is [.., head, d_head]) at a position.
 
-    feature: Start from this feature of the dictionary that writes to the HookPoint: why did it fire? Units: those of the activation.
+    feature: Of the dictionary that writes there: why did it fire (Achtibat et al. 2023, arXiv 2206.03208)? Units: those of the activation.
 
     Raises:
         RelevanceError: a feature together with a unit, head or direction.
@@ -241,7 +247,7 @@ def latent(
     return Latent(name, head, unit, direction, position, feature)
 
 
-def top_prediction(logits: Float[Tensor, "batch *pos vocab"], tokens: Tensor, mask: Tensor | None) -> TokenTarget:
+def top_prediction(logits: Float[Tensor, "batch *pos d_vocab"], tokens: Tensor, mask: Tensor | None) -> TokenTarget:
     """Each row's most likely next token (or class) against its runner-up, where there is one."""
     rows = torch.arange(tokens.shape[0], device=logits.device)
     last = logits if logits.ndim == 2 else logits[rows, positions(-1, tokens, mask).to(logits.device)]
@@ -262,7 +268,7 @@ def as_target(target: Any) -> Target:
     )
 
 
-def describe(target: Target | Callable[[Tensor], Tensor] | None, model: HookedModel | None = None) -> str:
+def describe(target: AnyTarget | None, model: HookedModel | None = None) -> str:
     """A target in words, for tables and pages."""
     if isinstance(target, Latent):
         if target.feature is not None:

@@ -18,7 +18,7 @@ from lens_relevance.hooks.read_positions import UNEMBEDDING
 from lens_relevance.hooks.recording import NamesFilter, wanted
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import Baseline, reference_run
-from lens_relevance.inputs.targets import Target, as_target, logit
+from lens_relevance.inputs.targets import AnyTarget, as_target, logit
 from lens_relevance.memory.estimate_of_run import Estimate, Work
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset
 from lens_relevance.sites import Anatomy, anatomy
@@ -33,7 +33,7 @@ def estimate(
     rules: str | Table = "deeplift",
     names_filter: NamesFilter = None,
     reference: Any = None,
-    target: Target | Callable[[Tensor], Tensor] | None = None,
+    target: AnyTarget | None = None,
     device: torch.device | str | Path | None = None,
     audit: bool = False,
 ) -> Estimate:

@@ -13,15 +13,17 @@ on one that a model fuses with other steps (the gate of a gated MLP, an expert, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[[Float[Tensor, "*shape"]], Float[Tensor, "*shape"]]
+"""An element-wise function."""
 
 
 class Activation(Operation):
@@ -33,7 +35,7 @@ class Activation(Operation):
     def __init__(self, function: Function, name: str = "") -> None:
         self.function, self.name = function, name
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         return self.function(inputs[0])
 
 
@@ -52,20 +54,20 @@ class KnownFunction:
     function: f. values: pairs of a tensor x and the model's own f(x), which a bf16 model has rounded.
     """
 
-    def __init__(self, function: Function, *values: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, function: Function, *values: tuple[Float[Tensor, "*_shape"], Float[Tensor, "*_shape"]]) -> None:
         self.function, self._values = function, values
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """f(x), where it is known the model's own value."""
+    def __call__(self, x: Float[Tensor, "*_shape"]) -> Float[Tensor, "*_shape"]:
+        """f(x), where it is known the model's own value; of a scalar x the values of all entries that have a function of their own."""
         known = self._known(x)
         return self.function(x) if known is None else working(known)
 
-    def unrounded(self, x: Tensor) -> Tensor:
+    def unrounded(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """f(x) in the precision of x, computed again where the model's own value is rounded: for differences of values."""
         known = self._known(x)
         return known if known is not None and known.dtype == x.dtype else self.function(x)
 
-    def of_part(self, chosen: Tensor) -> Function:
+    def of_part(self, chosen: Bool[Tensor, "*shape"] | Int[Tensor, " n"]) -> Function:
         """The function of some entries, where each has one of its own (the features of a dictionary)."""
         part = getattr(self.function, "of_part", None)
         return self.function if part is None else part(chosen)
@@ -86,7 +88,7 @@ class ElementwiseRule(Rule, ABC):
     slope_exact: ClassVar[bool] = False
 
     @abstractmethod
-    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+    def slope(self, f: KnownFunction, x: Float[Tensor, "*shape"], other: Float[Tensor, "*#shape"] | None) -> Num[Tensor, "*shape"]:
         """What the coefficient at f(x) is multiplied with, element by element.
 
         Args:
@@ -95,48 +97,67 @@ class ElementwiseRule(Rule, ABC):
             other: The reference run's input, where the rule `needs_reference`.
         """
 
-    def slope_at(self, function: Function, x: Tensor, y: Tensor, reference: tuple[Tensor, Tensor] | None) -> Tensor:
+    def slope_at(
+        self,
+        function: Function,
+        x: Float[Tensor, "*shape"],
+        y: Float[Tensor, "*shape"],
+        reference: tuple[Float[Tensor, "*#shape"], Float[Tensor, "*#shape"]] | None,
+    ) -> Num[Tensor, "*shape"]:
         """The slope for an input with the function's value there, and the same of the reference run."""
         if reference is None or not self.needs_reference:
             return self.slope(KnownFunction(function, (x, y)), x, None)
         return self.slope(KnownFunction(function, (x, y), reference), x, reference[0])
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         assert isinstance(op, Activation)
         other = None if reference is None else (working(reference.inputs[0]), reference.output)
         return (self.slope_at(op.function, working(inputs[0]), output, other),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         return (working(upstream) * kept[0],)
 
     @property
     def is_exact(self) -> bool:
         return self.slope_exact
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         if self.is_exact if reference is not None else self.slope_conserves:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
 
 
 class Identity(ElementwiseRule):
-    """f(x) / x (AttnLRP eq. 9): all relevance of the output goes to the input."""
+    """f(x) / x (AttnLRP eq. 9): all relevance of the output goes to the input.
+
+    Source: AttnLRP (arXiv 2402.05602), equation 9; Jafari et al. 2024.
+    """
 
     slope_conserves = True
 
-    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+    def slope(self, f: KnownFunction, x: Float[Tensor, "*shape"], other: Float[Tensor, "*#shape"] | None) -> Float[Tensor, "*shape"]:
         """No stabiliser is needed: even at small x the quotient is accurate, and at 0 the slope is f'(0)."""
         at_zero = derivative(f, torch.zeros((), dtype=x.dtype, device=x.device))
         return (f(x) / x).masked_fill_(x == 0, at_zero)
 
 
 class Rescale(ElementwiseRule):
-    """(f(x) - f(x')) / (x - x') (DeepLIFT's rescale rule): exact between two runs."""
+    """(f(x) - f(x')) / (x - x') (DeepLIFT's rescale rule): exact between two runs.
+
+    Source: Shrikumar et al. 2017, arXiv 1704.02685.
+    """
 
     needs_reference = True
     slope_exact = True
 
-    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+    def slope(self, f: KnownFunction, x: Float[Tensor, "*shape"], other: Float[Tensor, "*#shape"] | None) -> Float[Tensor, "*shape"]:
         assert other is not None
         return rescale_factor(f, x, f.unrounded(x), x2=other, y2=f.unrounded(other))
 

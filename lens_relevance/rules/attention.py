@@ -6,15 +6,18 @@ and an element-wise function in one operation, and their rule calls one of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.rules.activation import ElementwiseRule
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
 from lens_relevance.rules.product import GRADIENT, Product, ProductRule, elementwise, product
+
+Rotation = Callable[[Float[Tensor, "*lead head pos d_head"], int, Tensors], Float[Tensor, "*lead head pos d_head"]]
+"""(queries or keys, 1 or -1, constant inputs) -> the same turned by their positions, or, with -1, turned back."""
 
 
 class AttentionGeometry:
@@ -35,8 +38,8 @@ class AttentionGeometry:
         *,
         scale: float,
         soft_cap: float | None = None,
-        rotate: Callable[[Tensor, int, Tensors], Tensor] | None = None,
-        bias: Callable[[Tensor], Tensor | None] | None = None,
+        rotate: Rotation | None = None,
+        bias: Callable[[Float[Tensor, "*lead head query key"]], Float[Tensor, "*_scores"] | None] | None = None,
         queries_are_split: bool = False,
         adds_bias: bool = False,
         values_are_split: bool = False,
@@ -51,32 +54,32 @@ class AttentionGeometry:
     def group(self) -> int:
         return self.n_heads // self.n_key_value_heads
 
-    def split(self, x: Tensor) -> Float[Tensor, "... head pos d_head"]:
+    def split(self, x: Float[Tensor, "*lead pos head_x_d_head"]) -> Float[Tensor, "*lead head pos d_head"]:
         """What a linear layer writes, head by head."""
         return working(x).unflatten(-1, (-1, self.d_head)).transpose(-2, -3)
 
-    def merge(self, x: Tensor) -> Float[Tensor, "... pos head_x_d_head"]:
+    def merge(self, x: Float[Tensor, "*lead head pos d_head"]) -> Float[Tensor, "*lead pos head_x_d_head"]:
         """The heads side by side again."""
         return x.transpose(-2, -3).flatten(-2)
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, x: Float[Tensor, "*lead kv_head pos d_head"]) -> Float[Tensor, "*lead head pos d_head"]:
         """Key-value heads repeated for their group of query heads (GQA)."""
         return x if self.group == 1 else x.repeat_interleave(self.group, dim=-3)
 
-    def reduce(self, x: Tensor) -> Tensor:
+    def reduce(self, x: Float[Tensor, "*lead head pos d_head"]) -> Float[Tensor, "*lead kv_head pos d_head"]:
         """Coefficients of a group of query heads summed at their key-value head."""
         return x if self.group == 1 else x.unflatten(-3, (self.n_key_value_heads, self.group)).sum(-3)
 
-    def values(self, v: Tensor) -> Float[Tensor, "... head pos d_value"]:
+    def values(self, v: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_lead kv_head pos d_value"]:
         """Values, head by head."""
         return working(v) if self.values_are_split else self.split(v)
 
-    def split_z(self, z: Tensor) -> Float[Tensor, "... head pos d_value"]:
+    def split_z(self, z: Float[Tensor, "*lead pos head_x_d_value"]) -> Float[Tensor, "*lead head pos d_value"]:
         """The heads' outputs, head by head."""
         return working(z).unflatten(-1, (-1, self.d_value)).transpose(-2, -3)
 
-    def queries_keys(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
-        """q and k as they meet in the product: [.., head, pos, d_head] and [.., kv head, pos, d_head]."""
+    def queries_keys(self, inputs: Tensors) -> tuple[Float[Tensor, "*lead head query d_head"], Float[Tensor, "*lead kv_head key d_head"]]:
+        """Queries and keys as they meet in the product."""
         q, k = (working(x) if self.queries_are_split else self.split(x) for x in inputs[:2])
         if self.rotate is not None:
             q, k = self.rotate(q, 1, inputs[2:]), self.rotate(k, 1, inputs[2:])
@@ -110,21 +113,27 @@ class Scores(Product):
             return rule  # the model's own graph passes the soft-cap
         return CappedScoresRule(product(rule), elementwise(cap))
 
-    def operands(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+    def operands(self, inputs: Tensors) -> tuple[Float[Tensor, "*_lead head query d_head"], Float[Tensor, "*_lead kv_head key d_head"]]:
         return self.geometry.queries_keys(inputs)
 
-    def raw(self, inputs: Tensors) -> Tensor:
+    def raw(self, inputs: Tensors) -> Float[Tensor, "*_lead head query key"]:
         """Before the soft-cap."""
         q, k = self.operands(inputs)
         return q @ self.geometry.expand(k).transpose(-1, -2) * self.geometry.scale
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         cap, scores = self.geometry.soft_cap, self.raw(inputs)
         scores = scores if cap is None else cap * torch.tanh(scores / cap)
         added = None if self.geometry.bias is None else self.geometry.bias(scores)
         return scores if added is None else scores + added
 
-    def back(self, upstream: Tensor, for_second: Tensor, for_first: Tensor, constants: Tensors) -> Coefficients:
+    def back(
+        self,
+        upstream: Float[Tensor, "*_lead head query key"],
+        for_second: Float[Tensor, "*_lead kv_head key d_head"],
+        for_first: Float[Tensor, "*_lead head query d_head"],
+        constants: Tensors,
+    ) -> Coefficients:
         """Coefficients at the raw q and k of coefficients at the scores before the soft-cap."""
         geometry = self.geometry
         coefficients: Tensors = (
@@ -147,14 +156,20 @@ class Mix(Product):
     def __init__(self, geometry: AttentionGeometry) -> None:
         self.geometry = geometry
 
-    def operands(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+    def operands(self, inputs: Tensors) -> tuple[Float[Tensor, "*_lead head query key"], Float[Tensor, "*_lead kv_head key d_value"]]:
         return working(inputs[0]), self.geometry.values(inputs[1])
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         pattern, v = self.operands(inputs)
         return self.geometry.merge(pattern @ self.geometry.expand(v))
 
-    def back(self, upstream: Tensor, for_second: Tensor, for_first: Tensor, constants: Tensors) -> Coefficients:
+    def back(
+        self,
+        upstream: Float[Tensor, "*_lead query head_x_d_value"],
+        for_second: Float[Tensor, "*_lead kv_head key d_value"],
+        for_first: Float[Tensor, "*_lead head query key"],
+        constants: Tensors,
+    ) -> Coefficients:
         """Coefficients at the pattern and the raw v."""
         g = self.geometry.split_z(upstream)
         to_v = self.geometry.reduce(for_first.transpose(-1, -2) @ g)
@@ -165,6 +180,8 @@ class CappedScoresRule(Rule):
     """How relevance passes the product of queries and keys, and how it passes the soft-cap on it.
 
     The soft-cap's rule sees scores in units of the cap: its function is tanh, at r / c.
+
+    Source: ours; the two rules that it calls have sources of their own.
     """
 
     def __init__(self, product: ProductRule, soft_cap: ElementwiseRule) -> None:
@@ -174,14 +191,14 @@ class CappedScoresRule(Rule):
     def needs_reference(self) -> bool:  # type: ignore[override]
         return self.product.needs_reference or self.soft_cap.needs_reference
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         assert isinstance(op, Scores)
         others = None if reference is None else reference.inputs
         slope = cap_slope(op, self.soft_cap, inputs, reference=others)
         factors = self.product.factors_at(*op.operands(inputs), None if others is None else op.operands(others))
         return (*factors, slope, *op.constants(inputs))
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, Scores)
         return op.back(working(upstream) * kept[2], kept[0], kept[1], tuple(kept[3:]))
 
@@ -189,13 +206,20 @@ class CappedScoresRule(Rule):
     def is_exact(self) -> bool:
         return self.product.is_exact and self.soft_cap.is_exact
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         if reference is not None and self.is_exact:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
 
 
-def cap_slope(op: Scores, rule: ElementwiseRule, inputs: Tensors, *, reference: Tensors | None) -> Float[Tensor, "... head query key"]:
+def cap_slope(op: Scores, rule: ElementwiseRule, inputs: Tensors, *, reference: Tensors | None) -> Float[Tensor, "*_lead head query key"]:
     """The slope of the soft-cap at the scores of these queries and keys."""
     cap, other = op.geometry.soft_cap, None
     assert cap is not None

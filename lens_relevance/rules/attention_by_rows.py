@@ -7,7 +7,7 @@ the keys and values, are taken piece by piece, so that results equal those at on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_relevance.memory.trial import piece
 from lens_relevance.rules.attention import AttentionGeometry, CappedScoresRule, Mix, Scores
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, working
 from lens_relevance.rules.product import ConstantFirstFactor, PairProduct, Product
 from lens_relevance.rules.softmax import PairSoftmax, Softmax, SoftmaxTemperature
 
@@ -88,7 +88,7 @@ class AttentionByRows(Operation):
         scores = self.masked(self.scores(q[..., rows, :], k[..., keys, :]), rows, keys)
         return scores, self.softmax(scores)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         q, k, v = self.heads(inputs)
         return torch.cat([self.mix(self.steps(q, k, rows, keys)[1], v[..., keys, :]) for rows, keys in self.pieces(q)], -2)
 
@@ -112,10 +112,10 @@ class AttentionByRowsRule(Rule):
     def is_exact(self) -> bool:
         return all(rule.is_exact for rule in (self.scores, self.pattern, self.z))
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         return (*inputs, output) if reference is None else (*inputs, output, *reference.inputs, reference.output)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, AttentionByRows)
         n = len(kept) // 2 if self.needs_reference else len(kept)
         (*inputs, output), others = kept[:n], kept[n:]

@@ -13,11 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-Tensors = tuple[Tensor, ...]
-Coefficients = tuple[Tensor | None, ...]
+Tensors = tuple[Shaped[Tensor, "*_hook"], ...]
+"""Tensors of several HookPoints, each in the layout of its own."""
+Coefficients = tuple[Float[Tensor, "*_hook"] | None, ...]
+"""One per input of an operation, in its layout, with the leading axes of the upstream coefficients; None where nothing arrives."""
+Kept = Sequence[Shaped[Tensor, "*_kept"]]
+"""What a rule saves during the forward; only the rule itself knows what it is."""
 
 
 def working(tensor: Tensor) -> Tensor:
@@ -63,14 +67,14 @@ class Operation:
         (rule,) = rules.values()
         return rule
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         raise NotImplementedError(f"{type(self).__name__} cannot be recomputed from its inputs alone")
 
-    def along(self, direction: Float[Tensor, " d_out"], *inputs: Tensor) -> Tensor:
+    def along(self, direction: Float[Tensor, " d_out"], *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_token"]:
         """The output's product with a direction; operations that end in a matrix have it for the cost of a vector."""
         return working(self(*inputs)) @ direction
 
-    def gradient(self, inputs: Tensors, upstream: Tensor) -> Coefficients:
+    def gradient(self, inputs: Tensors, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         """The plain gradient of the operation, recomputed from its inputs (used by the audit, never by the engine)."""
         return Traced(self, inputs).gradient(upstream)
 
@@ -142,16 +146,21 @@ class Rule:
         """The rule for one site of a model; the rule itself unless it depends on where it sits (its layer, say)."""
         return self
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         """Tensors to save for `backward`."""
         return ()
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         """Downstream coefficients, one per input (for `on_output` rules: a single one, at the output)."""
         raise NotImplementedError(f"{type(self).__name__} has no `backward`: a rule says what it passes on to the operation's inputs")
 
     def sink(
-        self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
     ) -> Float[Tensor, " batch"]:
         """Relevance at the output less relevance at the inputs, per example.
 
@@ -183,7 +192,7 @@ class Reference:
 
     __slots__ = ("inputs", "output")
 
-    def __init__(self, inputs: Tensors, output: Tensor) -> None:
+    def __init__(self, inputs: Tensors, output: Float[Tensor, "*_output"]) -> None:
         self.inputs, self.output = inputs, output
 
 

@@ -21,11 +21,11 @@ class Expert:
     up_bias: Float[Tensor, " d_expert"] | None = None
     down_bias: Float[Tensor, " d_model"] | None = None
 
-    def parts(self, x: Float[Tensor, "tokens d_model"]) -> tuple[Float[Tensor, "tokens d_expert"], Float[Tensor, "tokens d_expert"]]:
+    def parts(self, x: Float[Tensor, "token d_model"]) -> tuple[Float[Tensor, "token d_expert"], Float[Tensor, "token d_expert"]]:
         """Gate and up activations."""
         return _linear(x, self.gate, self.gate_bias), _linear(x, self.up, self.up_bias)
 
-    def out(self, neurons: Float[Tensor, "tokens d_expert"]) -> Float[Tensor, "tokens d_model"]:
+    def out(self, neurons: Float[Tensor, "token d_expert"]) -> Float[Tensor, "token d_model"]:
         """What the expert writes, from its neurons."""
         return _linear(neurons, self.down, self.down_bias)
 
@@ -45,26 +45,26 @@ class Router:
     """
 
     weight: Float[Tensor, "expert d_model"]
-    choose: Callable[[Tensor], Int[Tensor, "tokens k"]]
+    choose: Callable[[Float[Tensor, "token d_model"]], Int[Tensor, "token k"]]
     bias: Float[Tensor, " expert"] | None = None
     over_all: bool = False
     sigmoid: bool = False
     scale: float = 1.0
 
-    def scores(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens expert"]:
+    def scores(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token expert"]:
         """Logits of the experts."""
         return _linear(x, self.weight, self.bias)
 
-    def chosen(self, x: Float[Tensor, "tokens d_model"]) -> Bool[Tensor, "tokens expert"]:
+    def chosen(self, x: Float[Tensor, "token d_model"]) -> Bool[Tensor, "token expert"]:
         """Which experts each token goes to."""
         none = torch.zeros(len(x), len(self.weight), dtype=torch.bool, device=x.device)
         return none.scatter(1, self.choose(x).long(), True)
 
-    def logits(self, scores: Float[Tensor, "tokens expert"], chosen: Bool[Tensor, "tokens expert"]) -> Float[Tensor, "tokens expert"]:
+    def logits(self, scores: Float[Tensor, "token expert"], chosen: Bool[Tensor, "token expert"]) -> Float[Tensor, "token expert"]:
         """What the softmax is taken of; -inf where it leaves an expert out."""
         logits = torch.nn.functional.logsigmoid(scores) if self.sigmoid else scores
         return logits if self.over_all else logits.masked_fill(~chosen, float("-inf"))
 
-    def weights(self, logits: Float[Tensor, "tokens expert"], chosen: Bool[Tensor, "tokens expert"]) -> Float[Tensor, "tokens expert"]:
+    def weights(self, logits: Float[Tensor, "token expert"], chosen: Bool[Tensor, "token expert"]) -> Float[Tensor, "token expert"]:
         """The weights of the chosen experts, 0 for the others."""
         return self.scale * logits.softmax(-1) * chosen

@@ -12,7 +12,7 @@ share is the sink `router` of the account, and with it the account is exact. Bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from lens_relevance.errors import LivenessError
 from lens_relevance.rules.activation import derivative, rescale_factor
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
 from lens_relevance.rules.expert_weights import Expert, Router
 from lens_relevance.rules.gated import GatedActivation, GatedRule
 from lens_relevance.rules.product import ProductRule, product
@@ -57,19 +57,19 @@ class Experts(Operation):
         one = self.expert(0)
         return any(bias is not None for bias in (self.router.bias, one.gate_bias, one.up_bias, one.down_bias))
 
-    def flat(self, x: Tensor) -> Float[Tensor, "tokens d_model"]:
+    def flat(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "token d_model"]:
         """One row per token."""
         return working(x).flatten(0, -2)
 
-    def chosen(self, x: Tensor) -> Bool[Tensor, "tokens expert"]:
+    def chosen(self, x: Float[Tensor, "*token d_model"]) -> Bool[Tensor, "token expert"]:
         """By the model's own router, on the tensor as the model has it: rounding must not decide differently here."""
         return self.router.chosen(x.flatten(0, -2))
 
-    def outs(self, x: Float[Tensor, "tokens d_model"], expert: Expert) -> Float[Tensor, "tokens d_model"]:
+    def outs(self, x: Float[Tensor, "token d_model"], expert: Expert) -> Float[Tensor, "token d_model"]:
         """What an expert makes of each token."""
         return expert.out(self.gated(*expert.parts(x)))
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         x, chosen = self.flat(inputs[0]), self.chosen(inputs[0])
         weights = self.router.weights(self.router.logits(self.router.scores(x), chosen), chosen)
         y = torch.stack([weights[:, e : e + 1] * self.outs(x, self.expert(e)) for e in range(self.n)]).sum(0)
@@ -77,7 +77,7 @@ class Experts(Operation):
             y = y + self.outs(x, self.shared)
         return y.reshape(inputs[0].shape)
 
-    def along(self, direction: Tensor, *inputs: Tensor) -> Tensor:
+    def along(self, direction: Float[Tensor, " d_out"], *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_token"]:
         """Expert by expert, on the tokens that chose it."""
         x, chosen = self.flat(inputs[0]), self.chosen(inputs[0])
         weights = self.router.weights(self.router.logits(self.router.scores(x), chosen), chosen)
@@ -89,7 +89,7 @@ class Experts(Operation):
             y = y + self._expert_along(direction, x, self.shared)
         return y.reshape(inputs[0].shape[:-1])
 
-    def _expert_along(self, direction: Tensor, x: Float[Tensor, "tokens d_model"], expert: Expert) -> Float[Tensor, " tokens"]:
+    def _expert_along(self, direction: Tensor, x: Float[Tensor, "token d_model"], expert: Expert) -> Float[Tensor, " token"]:
         y = self.gated(*expert.parts(x)) @ (direction @ expert.down.to(x.dtype))
         return y if expert.down_bias is None else y + expert.down_bias.to(x.dtype) @ direction
 
@@ -103,16 +103,19 @@ class _Routed(NamedTuple):
     to_gate, to_up: from the coefficients at the neurons to those at gate and up.
     """
 
-    tokens: Int[Tensor, " tokens"]
-    weight: Float[Tensor, "tokens d"]
-    out: Float[Tensor, "tokens d_out"]
-    bias: Float[Tensor, "tokens 1"]
-    to_gate: Float[Tensor, "tokens d_expert"]
-    to_up: Float[Tensor, "tokens d_expert"]
+    tokens: Int[Tensor, " token"]
+    weight: Float[Tensor, "token d"]
+    out: Float[Tensor, "token d_out"]
+    bias: Float[Tensor, "token 1"]
+    to_gate: Float[Tensor, "token d_expert"]
+    to_up: Float[Tensor, "token d_expert"]
 
 
 class ExpertsRule(Rule):
-    """How relevance passes the experts, and how it passes the product of router weight and expert."""
+    """How relevance passes the experts, and how it passes the product of router weight and expert.
+
+    Source: ours; the rules that it calls have sources of their own.
+    """
 
     def __init__(self, gated: GatedRule, router: ProductRule) -> None:
         self.gated, self.router = gated, router
@@ -129,7 +132,7 @@ class ExpertsRule(Rule):
     def is_exact(self) -> bool:
         return self.gated.is_exact and self.router.is_exact
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         """Two factors from router weights to router scores, then those of `_Routed` per expert, then two of the shared expert."""
         assert isinstance(op, Experts)
         x, other = op.flat(inputs[0]), None if reference is None or not self.needs_reference else op.flat(reference.inputs[0])
@@ -183,7 +186,7 @@ class ExpertsRule(Rule):
             return for_weight, for_out, torch.zeros_like(weight)
         return for_weight, for_out, self.router.factors_at(weight, one, other_one)[0]
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, Experts)
         g = working(upstream).flatten(-3, -2)
         to_x = torch.zeros_like(g)
@@ -210,7 +213,14 @@ class ExpertsRule(Rule):
             to_x = to_x + (pull_back(kept[0], to_weights) * kept[1]) @ op.router.weight.to(g.dtype)
         return (to_x.reshape(upstream.shape),)
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         assert isinstance(op, Experts)
         if reference is None:
             if self.router.holds_first and self.router.factors_conserve and self.gated.conserves(op.gated) and not op.has_biases:
@@ -250,11 +260,11 @@ class _Check:
     choice of experts, router weights that a hook has edited, and a version of the model that computes something else.
     """
 
-    def __init__(self, x: Float[Tensor, "tokens d_model"]) -> None:
+    def __init__(self, x: Float[Tensor, "token d_model"]) -> None:
         self.direction = torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype, device=x.device).cos()
         self.expected = torch.zeros_like(x[:, 0])
 
-    def add(self, tokens: Tensor, weight: Float[Tensor, " tokens"], neurons: Float[Tensor, "tokens d_expert"], expert: Expert) -> None:
+    def add(self, tokens: Tensor, weight: Float[Tensor, " token"], neurons: Float[Tensor, "token d_expert"], expert: Expert) -> None:
         along = neurons @ (self.direction @ expert.down.to(neurons.dtype)) + _along(self.direction, expert.down_bias)
         self.expected.index_add_(0, tokens, weight * along)
 

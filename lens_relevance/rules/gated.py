@@ -8,13 +8,14 @@ conserve on SwiGLU conserve here too (derived here).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.rules.activation import ElementwiseRule, Function
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
 from lens_relevance.rules.product import ProductRule, elementwise, product
 
 
@@ -34,7 +35,7 @@ class GatedActivation(Operation):
     def compose(self, rules: Mapping[str, Rule]) -> GatedRule:
         return GatedRule(elementwise(rules["activation"]), product(rules["gate"]))
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         return self.function(inputs[0]) * inputs[1]
 
 
@@ -45,12 +46,15 @@ class ClampedGate(GatedActivation):
         super().__init__(lambda gate: (x := gate.clamp(max=limit)) * torch.sigmoid(alpha * x), f"clamped swish {alpha:g}, {limit:g}")
         self.clamp: Function = lambda up: up.clamp(-limit, limit)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         return self.function(inputs[0]) * (self.clamp(inputs[1]) + 1)
 
 
 class GatedRule(Rule):
-    """How relevance passes the activation on the gate, and how it passes the product."""
+    """How relevance passes the activation on the gate, and how it passes the product.
+
+    Source: ours; the two rules that it calls have sources of their own.
+    """
 
     def __init__(self, activation: ElementwiseRule, product: ProductRule) -> None:
         self.activation, self.product = activation, product
@@ -73,11 +77,13 @@ class GatedRule(Rule):
         """Whether nothing stays behind between two runs."""
         return self.activation.is_exact and self.product.is_exact
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         assert isinstance(op, GatedActivation)
         return self.passed(op, inputs, None if reference is None else reference.inputs)
 
-    def passed(self, op: GatedActivation, inputs: Tensors, reference: Tensors | None) -> tuple[Tensor, Tensor]:
+    def passed(
+        self, op: GatedActivation, inputs: Tensors, reference: Tensors | None
+    ) -> tuple[Float[Tensor, "*_shape"], Float[Tensor, "*_shape"]]:
         """What the coefficient at the output is multiplied with at the gate, and at up; reference: the reference run's inputs."""
         gate, up = (working(x) for x in inputs)
         clamp = op.clamp if isinstance(op, ClampedGate) else None
@@ -95,11 +101,18 @@ class GatedRule(Rule):
         slope = self.activation.slope_at(op.function, gate, act, gates)
         return slope * for_up + slope, for_act * self.activation.slope_at(clamp, up, factor, ups)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         upstream = working(upstream)
         return upstream * kept[0], upstream * kept[1]
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         assert isinstance(op, GatedActivation)
         if self.is_exact if reference is not None else self.conserves(op):
             return nothing_kept(upstream)

@@ -16,14 +16,27 @@ For vision transformers, whose gradients are noisy, AttnLRP (Achtibat et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, ratio, share, working
+from lens_relevance.rules.base import (
+    Coefficients,
+    Kept,
+    Operation,
+    Reference,
+    Rule,
+    Tensors,
+    nothing_kept,
+    per_example,
+    ratio,
+    share,
+    working,
+)
 
 
 class LinearOperation(Operation):
@@ -32,27 +45,29 @@ class LinearOperation(Operation):
     kind = "linear"
     column = "biases"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Float[Tensor, "*_weight"], bias: Float[Tensor, " d_out"] | None) -> None:
         self.weight, self.bias = weight, bias
 
     def compose(self, rules: Mapping[str, Rule]) -> Rule:
         rule = super().compose(rules)
         return ZeroRule() if rule.is_plain else rule
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         x = working(inputs[0])
         y = self.apply(x, self.weight.to(x.dtype))
         return y if self.bias is None else y + self.along_outputs(self.bias.to(x.dtype))
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply(self, x: Float[Tensor, "*_hook"], weight: Float[Tensor, "*_weight"]) -> Float[Tensor, "*_output"]:
         """W x with this weight in the place of the layer's own."""
         raise NotImplementedError
 
-    def transpose(self, upstream: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """W^T g with this weight; upstream may have leading dimensions, x has the shape of the input."""
+    def transpose(
+        self, upstream: Float[Tensor, "*_output"], weight: Float[Tensor, "*_weight"], x: Float[Tensor, "*_hook"]
+    ) -> Float[Tensor, "*_hook"]:
+        """W^T g with this weight; upstream, and with it what is returned, may have leading axes; x has the shape of the input."""
         raise NotImplementedError
 
-    def along_outputs(self, bias: Tensor) -> Tensor:
+    def along_outputs(self, bias: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out *ones"]:
         """The bias in a shape that broadcasts over the output."""
         return bias
 
@@ -60,29 +75,31 @@ class LinearOperation(Operation):
 class Linear(LinearOperation):
     """y = x W^T + b, for the weight as [d_out, d_in]."""
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         x = working(inputs[0])
         return torch.nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
-    def along(self, direction: Tensor, *inputs: Tensor) -> Tensor:
+    def along(self, direction: Float[Tensor, " d_out"], *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_token"]:
         x = working(inputs[0])
         y = x @ (direction.to(self.weight.dtype) @ self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype) @ direction.to(x.dtype)
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply(self, x: Float[Tensor, "*token d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*token d_out"]:
         return x @ weight.T
 
-    def transpose(self, upstream: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    def transpose(
+        self, upstream: Float[Tensor, "*lead d_out"], weight: Float[Tensor, "d_out d_in"], x: Float[Tensor, "*token d_in"]
+    ) -> Float[Tensor, "*lead d_in"]:
         return upstream @ weight
 
 
 class Convolution(LinearOperation):
-    """A convolution of [batch, channel, height, width], for the weight as [out, channel / groups, height, width] (a patch embedding)."""
+    """A convolution of [batch, channel, height, width], for the weight as [d_out, channel / groups, height, width] (a patch embedding)."""
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        weight: Float[Tensor, "d_out channel_per_group kernel_height kernel_width"],
+        bias: Float[Tensor, " d_out"] | None,
         *,
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] = 0,
@@ -92,15 +109,22 @@ class Convolution(LinearOperation):
         super().__init__(weight, bias)
         self.settings: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "batch channel height width"], weight: Float[Tensor, "d_out channel_per_group kernel_height kernel_width"]
+    ) -> Float[Tensor, "batch d_out rows columns"]:
         return torch.nn.functional.conv2d(x, weight, **self.settings)
 
-    def transpose(self, upstream: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    def transpose(
+        self,
+        upstream: Float[Tensor, "*lead d_out rows columns"],
+        weight: Float[Tensor, "d_out channel_per_group kernel_height kernel_width"],
+        x: Float[Tensor, "batch channel height width"],
+    ) -> Float[Tensor, "*lead channel height width"]:
         images = upstream.flatten(0, -4)
         passed = conv2d_input((len(images), *x.shape[1:]), weight, images, **self.settings)
         return passed.reshape(*upstream.shape[:-3], *x.shape[1:])
 
-    def along_outputs(self, bias: Tensor) -> Tensor:
+    def along_outputs(self, bias: Float[Tensor, " d_out"]) -> Float[Tensor, "d_out 1 1"]:
         return bias[:, None, None]
 
 
@@ -116,7 +140,7 @@ class AddedBias(Operation):
     def compose(self, rules: Mapping[str, Rule]) -> Rule:
         return ZeroRule()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         x = working(inputs[0])
         return x + self.bias.to(x.dtype)
 
@@ -136,7 +160,14 @@ class ZeroRule(LinearRule):
     def is_exact(self) -> bool:
         return True
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         bias: Tensor | None = getattr(op, "bias", None)
         if bias is None or reference is not None:
             return nothing_kept(upstream)
@@ -151,40 +182,46 @@ class FewOutputsRule(ZeroRule):
     def is_plain(self) -> bool:
         return False
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         x = inputs[0]
         return (x.new_zeros(()).expand_as(x),)  # only its shape
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, Linear)
         read = _few_read(upstream)
         return (op.transpose(upstream[..., read], op.weight[read].to(upstream.dtype), kept[0]),)
 
 
 class EpsilonRule(LinearRule):
-    """Relevance of an output shrinks by y / (y + eps sign y) before it is passed on; eps has the units of y."""
+    """Relevance of an output shrinks by y / (y + eps sign y) before it is passed on; eps has the units of y.
+
+    Source: Bach et al. 2015.
+    """
 
     def __init__(self, epsilon: float = 1e-6) -> None:
         self.epsilon = epsilon
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         size, x = working(output).abs(), working(inputs[0])
         return size / (size + self.epsilon), x.new_zeros(()).expand_as(x)  # of the input only its shape
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, LinearOperation)
         upstream = working(upstream) * kept[0]
         return (op.transpose(upstream, op.weight.to(upstream.dtype), kept[1]),)
 
 
 class GammaRule(EpsilonRule):
-    """Contributions of the sign of the output count 1 + gamma times; the bias likewise keeps its share."""
+    """Contributions of the sign of the output count 1 + gamma times; the bias likewise keeps its share.
+
+    Source: Montavon et al. 2019; the form for outputs of both signs as in AttnLRP for vision transformers (arXiv 2402.05602).
+    """
 
     def __init__(self, gamma: float = 0.25, epsilon: float = 0.0) -> None:
         super().__init__(epsilon)
         self.gamma = gamma
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         """Per output: y / (y + gamma * (its contributions of y's sign)), split by the sign of y; and the input, for its signs."""
         assert isinstance(op, LinearOperation)
         x, y = working(inputs[0]), working(output)
@@ -197,7 +234,7 @@ class GammaRule(EpsilonRule):
         ratio = y / torch.where(total == 0, torch.ones_like(y), total + self.epsilon * total.sign())
         return ratio * (y > 0), ratio * (y <= 0), x.sign()
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, LinearOperation)
         up, down, signs = working(upstream) * kept[0], working(upstream) * kept[1], kept[2]
         weight = op.weight.to(up.dtype)
@@ -215,10 +252,10 @@ class ZPlusRule(LinearRule):
     positive contribution ends there.
     """
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         return inputs[0], output
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, LinearOperation)
         upstream, (x, y) = working(upstream), map(working, kept)
         weight = op.weight.to(x.dtype)

@@ -16,12 +16,25 @@ The two-step form is used while something watches `hook_scale` or `hook_normaliz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, per_example, ratio, share, working
+from lens_relevance.rules.base import (
+    Coefficients,
+    Kept,
+    Operation,
+    Reference,
+    Rule,
+    Tensors,
+    nothing_kept,
+    per_example,
+    ratio,
+    share,
+    working,
+)
 from lens_relevance.rules.linear import ZeroRule
 
 
@@ -34,21 +47,23 @@ class Norm(Operation):
     kind = "norm"
     column = "norm"
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool, offset: float = 0.0) -> None:
+    def __init__(
+        self, weight: Float[Tensor, " d"] | None, bias: Float[Tensor, " d"] | None, eps: float, *, centred: bool, offset: float = 0.0
+    ) -> None:
         self.weight, self.bias, self.eps, self.centred, self.offset = weight, bias, eps, centred, offset
 
-    def centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         """x less its mean, where the norm subtracts it."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def scale(self, x: Tensor) -> Tensor:
+    def scale(self, x: Float[Tensor, "*token d"]) -> Float[Tensor, "*token 1"]:
         """The standard deviation (RMS), eps included."""
         return self._scale_of(self.centre(x))
 
     def _scale_of(self, centred: Tensor) -> Tensor:
         return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
-    def weighted(self, upstream: Tensor) -> Tensor:
+    def weighted(self, upstream: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         """Coefficients at the output as coefficients at what the weight multiplies."""
         upstream = working(upstream)
         if self.weight is None:
@@ -56,7 +71,7 @@ class Norm(Operation):
         weight = self.weight.detach().to(upstream.dtype)
         return upstream * (weight + self.offset if self.offset else weight)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         centred = self.centre(working(inputs[0]))
         y = self.weighted(centred / self._scale_of(centred))
         return y if self.bias is None else y + self.bias.detach().to(y.dtype)
@@ -75,7 +90,7 @@ class NormScale(Operation):
         rule = super().compose(rules)
         return Rule() if rule.on_output else rule
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         return self.norm.scale(working(inputs[0]))
 
 
@@ -92,7 +107,7 @@ class NormDivide(Operation):
     def __init__(self, norm: Norm, takes_scale: Callable[[], bool] = lambda: True) -> None:
         self.norm, self.takes_scale = norm, takes_scale
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         x = working(inputs[0])
         return self.norm.centre(x) / (working(inputs[1]) if self.takes_scale() else self.norm.scale(x))
 
@@ -113,7 +128,7 @@ class NormWeight(Operation):
     def compose(self, rules: Mapping[str, Rule]) -> Rule:
         return ZeroRule()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         y = self.norm.weighted(inputs[0])
         return y if self.bias is None else y + self.bias.detach().to(y.dtype)
 
@@ -137,19 +152,29 @@ def passes_steps(rule: Rule) -> bool:
 
 
 class LNRule(NormRule):
-    """The standard deviation is a constant; centring and weight stay (Ali et al. 2022)."""
+    """The standard deviation is a constant; centring and weight stay (Ali et al. 2022).
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    Source: Ali et al. 2022, arXiv 2202.07304.
+    """
+
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         return (_scale_of(op, inputs),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         norm, scale = _norm_of(op), kept[0]
         if isinstance(op, NormScale):  # the scale is a constant
             return (None,)
         coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) / scale)
         return (coefficient,) if op is norm else (coefficient, torch.zeros_like(scale))
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         """Only the bias (beta) keeps relevance; between two runs the change of the scale does."""
         if reference is None:
             if not isinstance(op, Norm) or op.bias is None:
@@ -165,17 +190,22 @@ class NormIdentity(Rule):
     """Each feature of the input gets the relevance of the same feature of the output (Chefer et al. 2021).
 
     A feature that is exactly 0 at the input can hold none. The rule knows norms whole alone.
+
+    Source: Chefer et al. 2021, arXiv 2012.09838.
     """
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         return (ratio(op(*inputs), working(inputs[0])),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         return (working(upstream) * kept[0],)
 
 
 class PairNorm(NormRule):
-    """Exact between two runs, and the plain gradient where they are equal."""
+    """Exact between two runs, and the plain gradient where they are equal.
+
+    Source: derived here (docs/derivation.md); the handlers of SHAP's DeepExplainer compose to it.
+    """
 
     needs_reference = True
 
@@ -186,7 +216,7 @@ class PairNorm(NormRule):
     def is_exact(self) -> bool:
         return not self.constant_scale
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         assert reference is not None
         norm = _norm_of(op)
         c1, c2 = norm.centre(working(inputs[0])), norm.centre(working(reference.inputs[0]))
@@ -201,7 +231,7 @@ class PairNorm(NormRule):
             return mean_r, s1, s2
         return mean_r, s1, s2, (c1 + c2) / 2, torch.where(flat, (s2 * c1 + s1 * c2) / (s1 + s2), (c1 + c2) / 2)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         norm, (mean_r, s1, s2) = _norm_of(op), kept[:3]
         if self.constant_scale:
             if isinstance(op, NormScale):
@@ -218,13 +248,23 @@ class PairNorm(NormRule):
             return norm.centre(g * mean_r), -towards_r / (s1 * s2)
         return (norm.centre(g * mean_r - mean_c * (towards_r * 2 / (features * s1 * s2 * (s1 + s2)))),)
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         """Nothing stays: the form is exact. With a constant scale, what the change of the scale did."""
         return super().sink(op, inputs, output, reference, upstream) if self.constant_scale else nothing_kept(upstream)
 
 
 class PairLN(PairNorm):
-    """The LN-rule between two runs: mean of the two scales, their difference left out (variant `deeplift_ln`)."""
+    """The LN-rule between two runs: mean of the two scales, their difference left out (variant `deeplift_ln`).
+
+    Source: derived here, from the LN-rule (Ali et al. 2022, arXiv 2202.07304).
+    """
 
     def __init__(self) -> None:
         super().__init__(constant_scale=True)

@@ -17,16 +17,16 @@ graph as it is: half there equals the q/4, k/4, v/2 form and leaves every reader
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules.activation import ElementwiseRule, KnownFunction, derivative
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
 
-Factors = tuple[Tensor | None, Tensor | None]
+Factors = tuple[Float[Tensor, "*b"] | None, Float[Tensor, "*a"] | None]
 
 
 class Product(Operation):
@@ -37,7 +37,7 @@ class Product(Operation):
         """Whether the output is the product alone: nothing is added to it, and no function follows."""
         return True
 
-    def operands(self, inputs: Tensors) -> tuple[Tensor, Tensor]:
+    def operands(self, inputs: Tensors) -> tuple[Float[Tensor, "*_a"], Float[Tensor, "*_b"]]:
         """The two factors as they meet in the product."""
         raise NotImplementedError
 
@@ -45,7 +45,9 @@ class Product(Operation):
         """The inputs that carry no relevance."""
         return () if self.n_relevant is None else inputs[self.n_relevant :]
 
-    def back(self, upstream: Tensor, for_second: Tensor, for_first: Tensor, constants: Tensors) -> Coefficients:
+    def back(
+        self, upstream: Float[Tensor, "*_output"], for_second: Float[Tensor, "*_b"], for_first: Float[Tensor, "*_a"], constants: Tensors
+    ) -> Coefficients:
         """Coefficients at the inputs for given values of the other operand.
 
         Args:
@@ -74,7 +76,9 @@ class ProductRule(Rule, ABC):
     holds_first: ClassVar[bool] = False
 
     @abstractmethod
-    def factors(self, a: Tensor, b: Tensor, other_a: Tensor | None, other_b: Tensor | None) -> Factors:
+    def factors(
+        self, a: Float[Tensor, "*a"], b: Float[Tensor, "*b"], other_a: Float[Tensor, "*#a"] | None, other_b: Float[Tensor, "*#b"] | None
+    ) -> Factors:
         """What stands for b in the coefficient of a, and for a in the coefficient of b; None for nothing.
 
         Args:
@@ -87,13 +91,15 @@ class ProductRule(Rule, ABC):
             Two tensors, of the shapes of b and of a.
         """
 
-    def factors_at(self, a: Tensor, b: Tensor, reference: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def factors_at(
+        self, a: Float[Tensor, "*a"], b: Float[Tensor, "*b"], reference: tuple[Float[Tensor, "*#a"], Float[Tensor, "*#b"]] | None
+    ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*a"]]:
         """The factors, with zeros for nothing; reference: those of the reference run."""
         other_a, other_b = (None, None) if reference is None or not self.needs_reference else reference
         for_b, for_a = self.factors(a, b, other_a, other_b)
         return _or_zeros(for_b, b), _or_zeros(for_a, a)
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         """Tensors to save for `backward`.
 
         Raises:
@@ -105,7 +111,7 @@ class ProductRule(Rule, ABC):
         other = None if reference is None else op.operands(reference.inputs)
         return (*self.factors_at(*op.operands(inputs), other), *op.constants(inputs))
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, Product)
         return op.back(working(upstream), kept[0], kept[1], tuple(kept[2:]))
 
@@ -113,7 +119,14 @@ class ProductRule(Rule, ABC):
     def is_exact(self) -> bool:
         return self.factors_exact
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         if self.is_exact if reference is not None else self.factors_conserve and isinstance(op, Product) and op.is_bare:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
@@ -124,7 +137,11 @@ def _or_zeros(factor: Tensor | None, like: Tensor) -> Tensor:
 
 
 class Scale(ElementwiseRule, ProductRule):
-    """The gradient times a number: 1/2 for products (uniform rule), 0 to hold an operation's output constant, 1 the gradient itself."""
+    """The gradient times a number: 1/2 for products (uniform rule), 0 to hold an operation's output constant, 1 the gradient itself.
+
+    Source: 1/2 is the uniform rule (AttnLRP, arXiv 2402.05602, equation 7; Arras et al. 2019); 0 at the pattern is the AH-rule
+    (Ali et al. 2022, arXiv 2202.07304).
+    """
 
     on_output = True
     factors_linear = True
@@ -144,20 +161,29 @@ class Scale(ElementwiseRule, ProductRule):
     def factors_conserve(self) -> bool:  # type: ignore[override]
         return self.factor == 0.5
 
-    def slope(self, f: KnownFunction, x: Tensor, other: Tensor | None) -> Tensor:
+    def slope(self, f: KnownFunction, x: Float[Tensor, "*shape"], other: Float[Tensor, "*#shape"] | None) -> Float[Tensor, "*shape"]:
         slope = derivative(f, x)
         return slope if self.is_plain else slope * self.factor
 
-    def factors(self, a: Tensor, b: Tensor, other_a: Tensor | None, other_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, a: Float[Tensor, "*a"], b: Float[Tensor, "*b"], other_a: Float[Tensor, "*#a"] | None, other_b: Float[Tensor, "*#b"] | None
+    ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*a"]]:
         return (b, a) if self.is_plain else (b * self.factor, a * self.factor)
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         return ()
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         return (upstream * self.factor,)
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         if isinstance(op, Product):
             return ProductRule.sink(self, op, inputs, output, reference, upstream)
         return Rule.sink(self, op, inputs, output, reference, upstream)
@@ -173,24 +199,34 @@ ConstantOutput = Scale(0.0)
 
 
 class ConstantFirstFactor(ProductRule):
-    """The first factor is a constant, all relevance goes to the second: act(gate) under CP-LRP, router weights."""
+    """The first factor is a constant, all relevance goes to the second: act(gate) under CP-LRP, router weights.
+
+    Source: CP-LRP (Ali et al. 2022, arXiv 2202.07304) holds the pattern constant; that a gate is held likewise is from the code of LXT.
+    """
 
     factors_conserve = True
     factors_linear = True
     holds_first = True
 
-    def factors(self, a: Tensor, b: Tensor, other_a: Tensor | None, other_b: Tensor | None) -> Factors:
+    def factors(
+        self, a: Float[Tensor, "*a"], b: Float[Tensor, "*b"], other_a: Float[Tensor, "*#a"] | None, other_b: Float[Tensor, "*#b"] | None
+    ) -> Factors:
         return None, a
 
 
 class PairProduct(ProductRule):
-    """Between two runs: each factor gets the gradient at the mean of the other's two values; exact (as SHAP's DeepExplainer has it)."""
+    """Between two runs: each factor gets the gradient at the mean of the other's two values; exact (as SHAP's DeepExplainer has it).
+
+    Source: the handler for `Mul` in SHAP's DeepExplainer (Lundberg and Lee 2017, arXiv 1705.07874).
+    """
 
     needs_reference = True
     factors_exact = True
     factors_linear = True
 
-    def factors(self, a: Tensor, b: Tensor, other_a: Tensor | None, other_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, a: Float[Tensor, "*a"], b: Float[Tensor, "*b"], other_a: Float[Tensor, "*#a"] | None, other_b: Float[Tensor, "*#b"] | None
+    ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*a"]]:
         assert other_a is not None and other_b is not None
         return (b + other_b) / 2, (a + other_a) / 2
 

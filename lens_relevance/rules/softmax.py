@@ -13,13 +13,11 @@ Upstream tensors may carry leading dimensions before [batch, head, query, key]. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Operation, Reference, Rule, Tensors, nothing_kept, ratio, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, ratio, working
 
 
 class Softmax(Operation):
@@ -34,18 +32,18 @@ class Softmax(Operation):
     def __init__(self, sinks: Float[Tensor, " head"] | None = None) -> None:
         self.sinks = sinks
 
-    def with_sink(self, scores: Tensor) -> Float[Tensor, "... head query keys"]:
+    def with_sink(self, scores: Float[Tensor, "*lead head query key"]) -> Float[Tensor, "*lead head query key_and_sink"]:
         """The scores and, last, that of the sink, where there is one."""
         scores = working(scores)
         if self.sinks is None:
             return scores
         return torch.cat([scores, self.sinks.to(scores).reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
 
-    def real(self, columns: Float[Tensor, "... head query keys"]) -> Float[Tensor, "... head query key"]:
+    def real(self, columns: Float[Tensor, "*lead head query key_and_sink"]) -> Float[Tensor, "*lead head query key"]:
         """Without the sink's column."""
         return columns if self.sinks is None else columns[..., :-1]
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Float[Tensor, "*_hook"]) -> Float[Tensor, "*_output"]:
         return self.real(masked_softmax(self.with_sink(inputs[0])))
 
 
@@ -59,30 +57,36 @@ class SoftmaxTemperature(SoftmaxRule):
     def __init__(self, temperature: float = 2.0) -> None:
         self.temperature = temperature
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         assert isinstance(op, Softmax)
         scores = op.with_sink(inputs[0])
         return (op.real(masked_softmax(torch.where(is_masked(scores), float("-inf"), scores / self.temperature))),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         flat, g = kept[0], working(upstream)
         return (flat * (g - (flat * g).sum(-1, keepdim=True)),)
 
 
 class SoftmaxIdentity(SoftmaxRule):
-    """Each score gets the relevance of its entry of the pattern (Chefer et al. 2021). A score of exactly 0 can hold none."""
+    """Each score gets the relevance of its entry of the pattern (Chefer et al. 2021). A score of exactly 0 can hold none.
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    Source: Chefer et al. 2021, arXiv 2012.09838.
+    """
+
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         scores, pattern = working(inputs[0]), working(output)
         masked = is_masked(scores)
         return (ratio(pattern.masked_fill(masked, 0.0), scores.masked_fill(masked, 0.0)),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         return (working(upstream) * kept[0],)
 
 
 class PairSoftmax(SoftmaxRule):
-    """The softmax between two runs, exact and shift-invariant; the softmax's own Jacobian where they are equal (derived here)."""
+    """The softmax between two runs, exact and shift-invariant; the softmax's own Jacobian where they are equal (derived here).
+
+    Source: derived here (docs/derivation.md); we know of no earlier use.
+    """
 
     needs_reference = True
 
@@ -90,18 +94,25 @@ class PairSoftmax(SoftmaxRule):
     def is_exact(self) -> bool:
         return True
 
-    def keep(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None) -> Tensors:
+    def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
         assert reference is not None
         assert isinstance(op, Softmax)
         return (logarithmic_mean(op.with_sink(inputs[0]), op.with_sink(reference.inputs[0])),)
 
-    def backward(self, op: Operation, kept: Sequence[Tensor], upstream: Tensor) -> Coefficients:
+    def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         assert isinstance(op, Softmax)
         if op.sinks is not None:  # nothing is read at the sink
             upstream = torch.nn.functional.pad(upstream, (0, 1))
         return (op.real(pull_back(kept[0], working(upstream))),)
 
-    def sink(self, op: Operation, inputs: Tensors, output: Tensor, reference: Reference | None, upstream: Tensor) -> Tensor:
+    def sink(
+        self,
+        op: Operation,
+        inputs: Tensors,
+        output: Float[Tensor, "*output"],
+        reference: Reference | None,
+        upstream: Float[Tensor, "*output"],
+    ) -> Float[Tensor, " batch"]:
         return nothing_kept(upstream)
 
 

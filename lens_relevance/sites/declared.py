@@ -7,7 +7,7 @@
             self.hook_embed = HookPoint()
             self.setup()
 
-        def forward(self, tokens):                                  # [batch, pos] -> logits [batch, pos, vocab]
+        def forward(self, tokens):                                  # [batch, pos] -> logits [batch, pos, d_vocab]
             x = self.hook_embed(self.embed(tokens))
             return self.out(self.act_out(torch.relu(self.act_in(x))))
 
@@ -24,7 +24,7 @@ On a TransformerBridge most operations are found. `declare_sites(bridge, [...])`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, is_bridge
 from lens_relevance.rules import Activation, AttentionGeometry, Convolution, GatedActivation, Linear, Mix, Norm, Scores, Softmax
+from lens_relevance.rules.activation import Function
 from lens_relevance.sites.anatomy import Anatomy
 from lens_relevance.sites.attention import SplitHeads
 from lens_relevance.sites.base import DeclaredSite
@@ -58,12 +59,12 @@ def norm(
     return [DeclaredSite(name, Norm(weight, bias, eps, centred=not rms), (hook_in,), hook_out)]
 
 
-def activation(name: str, hook_in: str, hook_out: str, *, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
+def activation(name: str, hook_in: str, hook_out: str, *, function: Function) -> list[DeclaredSite]:
     """An element-wise function."""
     return [DeclaredSite(name, Activation(function), (hook_in,), hook_out)]
 
 
-def gated_activation(name: str, hook_gate: str, hook_up: str, *, hook_out: str, function: Callable[[Tensor], Tensor]) -> list[DeclaredSite]:
+def gated_activation(name: str, hook_gate: str, hook_up: str, *, hook_out: str, function: Function) -> list[DeclaredSite]:
     """function(gate) * up."""
     return [DeclaredSite(name, GatedActivation(function), (hook_gate, hook_up), hook_out)]
 
@@ -80,8 +81,8 @@ def convolution(
     hook_in: str,
     hook_out: str,
     *,
-    weight: Float[Tensor, "out channel height width"],
-    bias: Float[Tensor, " out"] | None,
+    weight: Float[Tensor, "d_out channel_per_group kernel_height kernel_width"],
+    bias: Float[Tensor, " d_out"] | None,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_relevance.errors import RelevanceError
@@ -24,7 +25,9 @@ Call = Mapping[str, Any]
 F = TypeVar("F")
 
 
-def argument_mask(module: Any, call: Call, scores: Tensor, *, argument: str = "attention_mask") -> Tensor | None:
+def argument_mask(
+    module: Any, call: Call, scores: Float[Tensor, "*lead head query key"], *, argument: str = "attention_mask"
+) -> Float[Tensor, "*_scores"] | None:
     """The mask of a module's last call, as what is added to its scores.
 
     Args:
@@ -77,9 +80,9 @@ class AttentionFamily:
     scale: Callable[[Any], float] = lambda module: float(module.scaling)
     n_heads: Callable[[Any], int] = lambda module: int(module.num_heads)
     soft_cap: Callable[[Any], float | None] = lambda module: None
-    rotate: Callable[[Any, Call, Tensor, int], Tensor] | None = None
-    position_bias: Callable[[Any, Call, Tensor], Tensor | None] | None = None
-    mask: Callable[[Any, Call, Tensor], Tensor | None] = argument_mask
+    rotate: Callable[[Any, Call, Float[Tensor, "batch head pos d_head"], int], Float[Tensor, "batch head pos d_head"]] | None = None
+    position_bias: Callable[[Any, Call, Float[Tensor, "batch head query key"]], Float[Tensor, "*_scores"] | None] | None = None
+    mask: Callable[[Any, Call, Float[Tensor, "batch head query key"]], Float[Tensor, "*_scores"] | None] = argument_mask
     called: Callable[[Any], nn.Module] = lambda module: module
     pattern_is_live: bool = False
 

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
@@ -59,7 +60,7 @@ class HookedModule(HookedRootModule):
         CoverageError: its attention is not reached, or computes something else than softmax(scale * q k^T + mask) v.
     """
 
-    def __init__(self, model: PreTrainedModel, example: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, example: Mapping[str, Shaped[Tensor, "*_input"]]) -> None:
         super().__init__()
         if model.training:
             raise RelevanceError("the model is in train mode, where dropout makes relevance random; call model.eval()")
@@ -89,7 +90,7 @@ class HookedModule(HookedRootModule):
         for path, point in self.hook_dict.items():
             point.name = path
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "*_output"]:
         output = self.wrapped(*args, **kwargs)
         return output.logits if hasattr(output, "logits") else output[0]
 
