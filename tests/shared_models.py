@@ -30,7 +30,7 @@ from lens_relevance.engine import CHECKED
 from lens_relevance.hooked_model import modules_of, root
 from tests.precision import NoUpcasts
 
-KEPT = 48  # models that wait for the next test: those used last
+KEPT = 128  # models that wait for the next test: those used last
 
 # What a forward leaves on a model; it is put back before the comparison. Of TransformerLens, but for the last one; besides it are hooks.
 LEFT_BY_A_FORWARD = frozenset(
@@ -148,6 +148,8 @@ def _undo_forward(module: nn.Module, left: dict[str, Any]) -> None:
     for key, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__qualname__", "") == _HUGGING_FACES_HOOK:
             del module._forward_hooks[key]
+    if not module._backward_hooks and not module._backward_pre_hooks:  # PyTorch's note of the kind that they had
+        module._is_full_backward_hook = None
     for name in LEFT_BY_A_FORWARD & vars(module).keys():
         if name in left:
             vars(module)[name] = left[name]

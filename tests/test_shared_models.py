@@ -52,10 +52,11 @@ def handed_out_again(shared: SharedModels, use: Callable[[TransformerBridge], An
         lambda model: model(TOKENS),
         lambda model: model.run_with_cache(TOKENS)[0],
         lambda model: model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.0.hook_in", lambda x, hook: 2 * x)]),
+        lambda model: model.run_with_hooks(TOKENS, bwd_hooks=[("blocks.0.hook_in", lambda x, hook: None)]),
         lambda model: propagate(model, TOKENS, logit(3), audit=True),
         lambda model: model.train() and model.eval() and None,
     ],
-    ids=["nothing", "forward", "cache", "hooks", "propagate", "train and eval"],
+    ids=["nothing", "forward", "cache", "hooks", "backward hooks", "propagate", "train and eval"],
 )
 def test_a_model_that_is_as_it_was_built_is_handed_out_again(shared: SharedModels, use: Callable[[TransformerBridge], Any]) -> None:
     assert handed_out_again(shared, use)
@@ -89,6 +90,7 @@ CHANGES: dict[str, Callable[[TransformerBridge], Any]] = {
     "requires_grad": lambda model: setattr(model.ln_final.weight, "requires_grad", False),
     "a gradient": lambda model: model(TOKENS).sum().backward(),
     "a hook of a HookPoint": lambda model: model.blocks[0].hook_in.add_hook(lambda x, hook: x) and None,
+    "a backward hook": lambda model: model.blocks[0].hook_in.add_hook(lambda x, hook: None, dir="bwd") and None,
     "a permanent hook": lambda model: model.add_perma_hook("blocks.0.hook_in", lambda x, hook: x) and None,
     "a hook of a module": lambda model: model.original_model.register_forward_hook(lambda *_: None) and None,
     "train mode": lambda model: model.train() and None,
