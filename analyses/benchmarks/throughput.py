@@ -1,16 +1,18 @@
 """Tokens per second of a ranking of heads over many pairs of mixed lengths, beside a plain forward and gradient over the same prompts.
 
-    python -m analyses.benchmarks.throughput --model FOLDER [--pairs 1000 --shortest 6 --longest 30]
+    python -m analyses.benchmarks.throughput --model FOLDER [--pairs 1000 --shortest 6 --longest 30 --plain-every 5]
+    accelerate launch --multi_gpu --num_processes 2 -m analyses.benchmarks.throughput --model FOLDER --plain-every 0
 
 Pairs are pieces of one text, padded on the right; the two of a pair differ in one token, and the answer is the token that follows. Tokens
-are real ones, of the clean prompts. The plain run goes through the same pairs in the same order, padded as they are, in batches of `batch`,
-and computes logits at all positions, as `model(tokens)` does. Processor time; under `accelerate launch` the time on the clock is what
-counts, and each process takes its share.
+are real ones, of the clean prompts. The plain run goes through every `plain_every`-th pair in the same order, padded as they are, in
+batches of `batch`, and computes logits at all positions, as `model(tokens)` does. Processor time of each process; several take their shares.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +20,7 @@ import typer
 from rich.console import Console
 
 from analyses.benchmarks.real_model import TEXT, plain_gradient
+from analyses.datasets.processes import processes
 from analyses.evaluation.ranking import rank_heads
 from analyses.models.loading import load_model
 from analyses.tasks import PromptPairs
@@ -48,24 +51,35 @@ def main(
     longest: int = 30,
     batch: int = 32,
     methods: str = "deeplift,combined",
+    plain_every: Annotated[int, typer.Option(help="Of how many pairs one goes through the plain run, too; 0: it is left out.")] = 5,
+    checkpoint: Annotated[Path | None, typer.Option(help="A folder for what is done so far of the ranking (of a single method).")] = None,
+    tables: Annotated[Path | None, typer.Option(help="A folder for the rankings, as CSV with all digits.")] = None,
 ) -> None:
     """Print tokens per second."""
+    mine = processes()
     loaded = load_model(model)
     given = mixed_pairs(loaded, pairs, shortest=shortest, longest=longest)
-    tokens = int(given.clean_mask.sum())
-    Console().print(f"{model}: {pairs} pairs, {tokens:,} tokens, {shortest} to {longest} in a prompt")
+    Console().print(f"{model}: {pairs} pairs, {shortest} to {longest} tokens in a prompt, process {mine.index + 1} of {mine.count}")
 
-    def timed(name: str, run: Any) -> None:
+    def timed(name: str, run: Callable[[], Any], some: PromptPairs) -> Any:
         processor, clock = time.process_time(), time.perf_counter()
-        run()
+        result = run()
         processor, clock = time.process_time() - processor, time.perf_counter() - clock
+        tokens = int(some.clean_mask.sum())
         Console().print(
-            f"{name}: {processor:.0f} s of processor time, {tokens / processor:.0f} tokens per second of it; {clock:.0f} s on the clock"
+            f"{name}, {len(some)} pairs, {tokens:,} tokens: {processor:.0f} s of processor time, "
+            f"{tokens / processor:.0f} tokens per second of it; {clock:.0f} s on the clock"
         )
+        return result
 
-    timed("plain forward and gradient", lambda: [plain_gradient(loaded, part.clean) for part in given.batches(batch)])
+    if plain_every:
+        some = given[::plain_every]
+        timed("plain forward and gradient", lambda: [plain_gradient(loaded, part.clean) for part in some.batches(batch)], some)
     for method in methods.split(","):
-        timed(f"rank_heads, {method}", lambda method=method: rank_heads(loaded, given, method))
+        share = mine.share(given.by_length())[0]
+        ranking = timed(f"rank_heads, {method}", lambda method=method: rank_heads(loaded, given, method, checkpoint=checkpoint), share)
+        if tables is not None and mine.index == 0:
+            ranking.to_csv(tables / f"{method}.csv", index=False, float_format="%.17g")
 
 
 if __name__ == "__main__":
