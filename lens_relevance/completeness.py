@@ -18,6 +18,7 @@ from lens_relevance.dictionaries.kept import stays
 from lens_relevance.dictionaries.placement import Dictionaries
 from lens_relevance.errors import MismatchError
 from lens_relevance.hooks.recording import Part, before_hooks
+from lens_relevance.hooks.session import Session
 from lens_relevance.rules import Rule
 from lens_relevance.rules.base import per_example, share
 from lens_relevance.rules.normalization import NormRule
@@ -39,12 +40,15 @@ def adds_up(anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]], dictionaries:
 class Completeness:
     """Adds up, part by part as the backward delivers it, what flows through the complete cuts of a model and what stays above them.
 
-    names: HookPoints that it has to see. hooked: HookPoints with hooks of the user.
+    names: HookPoints that it has to see. hooked: HookPoints with hooks of the user. session: where the rules are.
     """
 
-    def __init__(self, anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]], hooked: Sequence[str], *, dictionaries: Dictionaries) -> None:
+    def __init__(
+        self, anatomy: Anatomy, placed: Sequence[tuple[Site, Rule]], hooked: Sequence[str], *, dictionaries: Dictionaries, session: Session
+    ) -> None:
         self._anatomy, self._hooked, self._dictionaries = anatomy, list(hooked), dictionaries
         self._keeping = [(site, rule) for site, rule in placed if site.kind == "experts" or not rule.is_exact]
+        self._placed = {id(placed.site): placed for placed in session.placed}
         self._beside = [name for roles in anatomy.stacks.roles.values() for name in roles["embeddings"][1:]]  # positions
         self._through: dict[str, Tensor] = {}
         self._sizes: dict[str, Tensor] = {}
@@ -61,7 +65,8 @@ class Completeness:
             self._sizes[name] = relevance.at(name, signed=False)
         rows = self._rows
         for site, rule in self._keeping:
-            kept = relevance.kept_at(site, rule) if site.enabled(rule) else None
+            rest = placed.last.rest if (placed := self._placed.get(id(site))) is not None and placed.last is not None else None
+            kept = relevance.kept_at(site, rule, rest) if site.enabled(rule) else None
             if kept is not None:
                 self._stay(row_of(site.name, rows), kept)
         for name in (n for n in self._hooked if before_hooks(n) in part.tensors):

@@ -90,13 +90,15 @@ class Relevance:
         shares = share(value, coefficient)
         return self._summed(per_example(shares if signed else shares.abs()))
 
-    def kept_at(self, site: Site, rule: Rule) -> Tensor | None:
+    def kept_at(self, site: Site, rule: Rule, rest: Tensor | None = None) -> Tensor | None:
         """What an operation keeps, from inputs as hooks left them to the output as dictionaries and hooks find it; None where nothing flows
-        to it."""
+        to it. rest: the same per token, where the backward told."""
         given = (before_dictionary(site.output_name), before_hooks(site.output_name), site.output_name)
         names = [*(str(p.name) for p in site.inputs), next((name for name in given if name in self._tensors), site.output_name)]
         if names[-1] not in self._coefficients:
             return None
+        if rest is not None:
+            return self._summed(rest)
         *inputs, output = (self._tensors[name].detach() for name in names)
         reference = None
         if self._references is not None:

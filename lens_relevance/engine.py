@@ -168,7 +168,7 @@ def propagate(
         request.dictionaries.put_on(session, anatomy, tap=taps.store)
         complete = None
         if check and reference_run is not None and is_pair and not request.conditions and adds_up(anatomy, ruled, request.dictionaries):
-            complete = Completeness(anatomy, ruled, hooked, dictionaries=request.dictionaries)
+            complete = Completeness(anatomy, ruled, hooked, dictionaries=request.dictionaries, session=session)
             taps.add(complete.names)
         session.start_at([anatomy.points[name] for name in anatomy.leaves], len(prompt.tokens) * n)
         storage = Storage(device)

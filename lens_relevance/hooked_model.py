@@ -57,7 +57,8 @@ def modules_of(*starts: HookedModel | nn.Module) -> list[nn.Module]:
         module = left.pop()
         if id(module) not in found:
             found[id(module)] = module
-            left += [child for child in reversed(module._modules.values()) if child is not None]
+            if module._modules:  # HookPoints, which are most of them, have none
+                left += [child for child in reversed(module._modules.values()) if child is not None]
     return list(found.values())
 
 

@@ -5,7 +5,8 @@
 
 Pairs are pieces of one text, padded on the right; the two of a pair differ in one token, and the answer is the token that follows. Tokens
 are real ones, of the clean prompts. The plain run goes through every `plain_every`-th pair in the same order, padded as they are, in
-batches of `batch`, and computes logits at all positions, as `model(tokens)` does. Processor time of each process; several take their shares.
+batches of `batch`, and computes logits at all positions, as `model(tokens)` does. Each of several processes takes its share, and gives its
+processor time.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from lens_relevance.ruleset_tables import PLAIN
 from lens_relevance.sites import Anatomy
 
 _SETTINGS = (bool, int, float, str, type(None))
+_OF_TORCH = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))  # its own books on each module
 
 
 class Checked:
@@ -51,8 +52,13 @@ def fingerprint(model: Any, anatomy: Anatomy) -> int:
 
 def _settings(attributes: dict[str, Any]) -> tuple[Any, ...]:
     """Numbers, words and functions among attributes, but for what a library notes for itself (how many blocks of hooks are open)."""
-    return tuple(
-        (name, value if isinstance(value, _SETTINGS) else id(value))
-        for name, value in attributes.items()
-        if callable(value) or (isinstance(value, _SETTINGS) and not name.startswith("_") and name != "context_level")
-    )
+    found: list[Any] = []
+    for name, value in attributes.items():  # a loop, as this runs over all modules at every call
+        if name in _OF_TORCH:
+            continue
+        if isinstance(value, _SETTINGS):
+            if name[:1] != "_" and name != "context_level":
+                found += (name, value)
+        elif callable(value):
+            found += (name, id(value))
+    return tuple(found)

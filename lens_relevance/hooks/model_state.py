@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 
 from lens_relevance.errors import RelevanceError
-from lens_relevance.hooked_model import HookedModel, modules_of, parameters_of, root
+from lens_relevance.hooked_model import HookedModel, is_bridge, modules_of, parameters_of, root
 from lens_relevance.hooks.interrupts import protected_contextmanager
 from lens_relevance.hooks.versions import warn_if_untested
 
@@ -101,7 +101,7 @@ def left_as_found(analysis: Callable[P, T]) -> Callable[P, T]:
 def check_model(model: HookedModel) -> None:
     """Refuse states of the model in which relevance would be wrong without anybody noticing."""
     warn_if_untested()
-    if not hasattr(model, "hook_dict"):
+    if not (is_bridge(model) or hasattr(model, "hook_dict")):  # a bridge makes its one anew whenever it is asked for
         raise RelevanceError(
             f"{type(model).__name__} has no HookPoints: give a TransformerBridge (load_model, TransformerBridge.boot_transformers) or a "
             "HookedRootModule with declare_sites"

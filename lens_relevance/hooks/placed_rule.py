@@ -23,7 +23,8 @@ class PlacedRule:
 
     def __init__(self, site: Site, rule: Rule, session: Session) -> None:
         self.site, self.rule, self.session = site, rule, session
-        self.visit: Visit | None = None
+        self.visit: Visit | None = None  # under way
+        self.last: Visit | None = None
         self.captured: dict[int, Tensor] = {}
         self.fired = 0
         self.node: Node | None = None
@@ -35,7 +36,7 @@ class PlacedRule:
         return self.session.recording or self.site.enabled(self.rule) or self.site.considered(self.rule)
 
     def reset(self) -> None:
-        self.visit, self.captured, self.fired, self.node = None, {}, 0, None
+        self.visit, self.last, self.captured, self.fired, self.node = None, None, {}, 0, None
 
     def forget(self) -> None:
         """Let go of what the last passage left, the reference run's tensors among it."""
@@ -57,7 +58,7 @@ class PlacedRule:
 
     def substitute(self, output: Tensor) -> Tensor:
         inputs, visit = self.captured, self.visit
-        self.captured, self.visit = {}, None
+        self.captured, self.visit, self.last = {}, None, visit
         inner = self.site.inner
         if inner is not None and self.site.output not in inner.points and not self.session.recording:
             if inner.is_edited and not passes_steps(self.rule):

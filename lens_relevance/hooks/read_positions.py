@@ -35,9 +35,10 @@ class ReadPositions:
 
 def can_take(model: HookedModel) -> bool:
     """Whether logits can be had at some positions alone: not where a hook of the user's would see fewer positions than it expects."""
-    if not is_bridge(model) or not all(name in model.hook_dict for name in UNEMBEDDING):
+    points = model.hook_dict if is_bridge(model) else {}
+    if not is_bridge(model) or not all(name in points for name in UNEMBEDDING):
         return False
-    entry, output = (model.hook_dict[name] for name in UNEMBEDDING)
+    entry, output = (points[name] for name in UNEMBEDDING)
     modules = (model.unembed, model.unembed.original_component)
     hooked = any(m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in modules)
     return not (hooked or entry.has_hooks(dir="bwd") or output.has_hooks())

@@ -22,11 +22,12 @@ from lens_relevance.sites import Site
 class Visit:
     """One passage of a forward through one site: what the backward needs to know besides tensors."""
 
-    __slots__ = ("is_off", "rule", "sent", "site", "visited")
+    __slots__ = ("is_off", "rest", "rule", "sent", "site", "visited")
 
     def __init__(self, site: Site, rule: Rule) -> None:
         self.site, self.rule, self.visited, self.is_off = site, rule, False, False
         self.sent: Tensor | None = None  # by a rule that scales the gradient at the output, in the backward under way
+        self.rest: Tensor | None = None  # what stays behind, per token, where the last backward told
 
     def refuse_bypass(self, _: Tensor) -> None:
         """Runs when a gradient reaches the operation's input through the model's own computation."""
@@ -36,6 +37,8 @@ class Visit:
     def refuse_partial_bypass(self, arrived: Tensor) -> None:
         """Runs when a gradient reaches the operation's output as the model computed it: from the rule, or past it."""
         sent, self.sent = self.sent, None
+        if arrived is sent:  # as nearly always: autograd adds what comes from elsewhere into another tensor
+            return
         if sent is None or not torch.equal(arrived.nan_to_num(), sent.nan_to_num()):
             raise LivenessError(bypassed(self.site, self.rule))
 
@@ -74,7 +77,7 @@ class Substitute(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         visit: Visit = ctx.visit
         visit.visited = True
-        coefficients = visit.rule.backward(visit.site.operation, ctx.saved_tensors, upstream[0])
+        coefficients, visit.rest = visit.rule.backward_and_rest(visit.site.operation, ctx.saved_tensors, upstream[0])
         if visit.rule.on_output:
             visit.sent = coefficients[0]
             return None, None, coefficients[0]

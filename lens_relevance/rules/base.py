@@ -154,6 +154,12 @@ class Rule:
         """Downstream coefficients, one per input (for `on_output` rules: a single one, at the output)."""
         raise NotImplementedError(f"{type(self).__name__} has no `backward`: a rule says what it passes on to the operation's inputs")
 
+    def backward_and_rest(
+        self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]
+    ) -> tuple[Coefficients, Float[Tensor, "*_tokens"] | None]:
+        """`backward`, and what stays behind between two runs, per token, of rules that have it at hand there; None: `sink` computes it."""
+        return self.backward(op, kept, upstream), None
+
     def sink(
         self,
         op: Operation,

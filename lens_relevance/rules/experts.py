@@ -133,7 +133,8 @@ class ExpertsRule(Rule):
         return self.gated.is_exact and self.router.is_exact
 
     def keep(self, op: Operation, inputs: Tensors, output: Float[Tensor, "*_output"], reference: Reference | None) -> Tensors:
-        """Two factors from router weights to router scores, then those of `_Routed` per expert, then two of the shared expert."""
+        """Two factors from router weights to router scores, the change of the weights of tokens whose experts differ between the runs, then
+        those of `_Routed` per expert, then two of the shared expert."""
         assert isinstance(op, Experts)
         x, other = op.flat(inputs[0]), None if reference is None or not self.needs_reference else op.flat(reference.inputs[0])
         chosen = op.chosen(inputs[0])
@@ -142,18 +143,19 @@ class ExpertsRule(Rule):
         weights, used, pull, slope = op.router.weights(logits, chosen), chosen, logits.softmax(-1), torch.ones_like(scores)
         if op.router.sigmoid:
             slope = derivative(logsigmoid, scores)
-        other_weights = None
+        other_weights, change = None, scores.new_zeros(())
         if self.router.needs_reference:
             assert reference is not None and other is not None
             scores2, chosen2 = op.router.scores(other), op.chosen(reference.inputs[0])
             logits2 = op.router.logits(scores2, chosen2)
             other_weights, used = op.router.weights(logits2, chosen2), chosen | chosen2
             same = (chosen == chosen2).all(-1, keepdim=True)
+            change = (weights - other_weights) * ~same
             pull = logarithmic_mean(logits.masked_fill(~same, 0.0), logits2.masked_fill(~same, 0.0)) * same
             if op.router.sigmoid:
                 slope = rescale_factor(logsigmoid, scores, logsigmoid(scores), x2=scores2, y2=logsigmoid(scores2))
         check = _Check(x)
-        kept = [pull * op.router.scale, slope]
+        kept = [pull * op.router.scale, slope, change]
         for e in range(op.n):
             expert, tokens = op.expert(e), used[:, e].nonzero().flatten()
             own, others = expert.parts(x[tokens]), None if other is None else expert.parts(other[tokens])
@@ -187,13 +189,19 @@ class ExpertsRule(Rule):
         return for_weight, for_out, self.router.factors_at(weight, one, other_one)[0]
 
     def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
+        return self.backward_and_rest(op, kept, upstream)[0]
+
+    def backward_and_rest(
+        self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]
+    ) -> tuple[Coefficients, Float[Tensor, "*_tokens"] | None]:
+        """The share of a changed choice is the change of the weights times their coefficients, which are at hand here."""
         assert isinstance(op, Experts)
         g = working(upstream).flatten(-3, -2)
         to_x = torch.zeros_like(g)
         to_weights = g.new_zeros((*g.shape[:-1], op.n))
         width = len(_Routed._fields)
         for e in range(op.n):
-            routed = _Routed(*kept[2 + width * e : 2 + width * (e + 1)])
+            routed = _Routed(*kept[3 + width * e : 3 + width * (e + 1)])
             if not len(routed.tokens):
                 continue
             expert, here = op.expert(e), g[..., routed.tokens, :]
@@ -211,7 +219,8 @@ class ExpertsRule(Rule):
             to_x = to_x + _through(op.shared, g @ op.shared.down.to(g.dtype), *kept[-2:])
         if not self.router.holds_first:
             to_x = to_x + (pull_back(kept[0], to_weights) * kept[1]) @ op.router.weight.to(g.dtype)
-        return (to_x.reshape(upstream.shape),)
+        rest = (kept[2] * to_weights).sum(-1) if self.is_exact else None
+        return (to_x.reshape(upstream.shape),), rest
 
     def sink(
         self,

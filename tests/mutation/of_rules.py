@@ -288,7 +288,7 @@ MUTATIONS = [
             "to_x = to_x + _through(op.shared, g @ op.shared.down.to(g.dtype), *kept[-2:])",
             "to_x = to_x + 0 * _through(op.shared, g @ op.shared.down.to(g.dtype), *kept[-2:])",
         ),
-        ("the router's scale is left out", "kept = [pull * op.router.scale, slope]", "kept = [pull, slope]"),
+        ("the router's scale is left out", "kept = [pull * op.router.scale, slope, change]", "kept = [pull, slope, change]"),
         ("the sigmoid's slope is left out", "slope = derivative(logsigmoid, scores)", "slope = torch.ones_like(scores)"),
         ("an expert's bias does not count for its weight", "along + _along(here, expert.down_bias) * routed.bias.squeeze(-1)", "along"),
         (
@@ -296,6 +296,7 @@ MUTATIONS = [
             "total.index_add_(0, tokens, change[tokens, e : e + 1] * means)",
             "total.index_add_(0, tokens, means)",
         ),
+        ("the backward's rest counts tokens of one choice", "change = (weights - other_weights) * ~same", "change = weights - other_weights"),
         (
             "gate and up exchanged inside experts",
             "return (to_neurons * to_gate) @ expert.gate.to(to_neurons.dtype) + (to_neurons * to_up) @ expert.up.to(to_neurons.dtype)",

@@ -132,7 +132,7 @@ def test_biases_are_all_that_a_clamped_gate_keeps(product: str) -> None:
     kept = rule.keep(op, (x,), op(x), None)
     biases = torch.zeros(2 * 3, dtype=x.dtype)
     for e in range(E):
-        expert, of = op.expert(e), _Routed(*kept[2 + 6 * e : 8 + 6 * e])
+        expert, of = op.expert(e), _Routed(*kept[3 + 6 * e : 9 + 6 * e])
         assert expert.gate_bias is not None and expert.up_bias is not None and expert.down_bias is not None
         here = g.flatten(0, 1)[of.tokens] * of.weight
         neurons = here @ expert.down
@@ -170,10 +170,14 @@ def test_the_pair_form_is_exact_and_names_a_changed_choice(kind: str) -> None:
     op, x, g = _operation(kind), _inputs(), _inputs(1)
     rule = experts_rule("rescale", "pair", "pair")
     for other, alike in ((x + 1e-3 * _inputs(2), True), (_inputs(2), False)):
-        sink = rule.sink(op, (x,), op(x), Reference((other,), op(other)), g)
+        reference = Reference((other,), op(other))
+        sink = rule.sink(op, (x,), op(x), reference, g)
         difference = ((_dense(kind, op, x) - _dense(kind, op, other)) * g).sum((1, 2))
         _close(((x - other) * _back(op, rule, x, g, other)).sum((1, 2)) + sink, difference)
         assert (float(sink.abs().max()) == 0) is alike
+        rest = rule.backward_and_rest(op, rule.keep(op, (x,), op(x), reference), g)[1]  # the same from what the backward has at hand
+        assert rest is not None
+        torch.testing.assert_close(rest.reshape(2, 3).sum(1), sink, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
