@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from lens_relevance.errors import LivenessError, RelevanceError
-from lens_relevance.hooks.checks import ForwardCheck, does_not_compute, refuse_mismatch, relative
+from lens_relevance.hooks.checks import ForwardCheck, does_not_compute, refuse_mismatch, relative, surely_near
 from lens_relevance.sites import Site
 
 
@@ -86,7 +86,9 @@ class _InPlaceOf(torch.autograd.Function):
 
 def check_value(site: Site, result: Tensor, value: Tensor) -> None:
     """Refuse a component whose result is not what its site says."""
-    refuse_mismatch(_off(result.detach(), value.detach()), result.dtype, does_not_compute(site))
+    result, value = result.detach(), value.detach().reshape(result.shape)
+    if not surely_near(result, value):
+        refuse_mismatch(_off(result, value), result.dtype, does_not_compute(site))
 
 
 def _off(result: Tensor, value: Tensor) -> float:

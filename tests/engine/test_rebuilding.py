@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lens_relevance import MismatchError, RelevanceError, attach, propagate
+from lens_relevance.hooks.checks import refuse_mismatch, surely_near
+from lens_relevance.hooks.recomputation import _off
 from lens_relevance.sites.families import ATTENTION
 from tests.engine.families import TARGET, build, close, inputs_and_reference, reference_for
 from tests.wider_models import build_wider
@@ -87,3 +89,19 @@ def test_a_module_that_computes_something_else_is_refused(rules: str, monkeypatc
     monkeypatch.setitem(ATTENTION, "BertAttention", replace(ATTENTION["BertAttention"], scale=lambda module: 0.5))
     with pytest.raises(MismatchError, match="blocks.1.attn:z does not compute"):
         propagate(model, tokens, TARGET, rules=rules, reference=reference_for(rules, other))
+
+
+def test_what_is_surely_near_is_near_in_every_row() -> None:
+    """The bound never passes what the comparison row by row would refuse, whatever a row's size, padding or NaN."""
+    generator, passed = torch.Generator().manual_seed(0), 0
+    for i in range(300):
+        value = torch.randn(3, 5, 8, generator=generator) * 10 ** torch.randn(3, 5, 1, generator=generator)
+        result = value * (1 + 10 ** (-3 - i % 6) * torch.randn(3, 5, 8, generator=generator))
+        if i % 4 == 0:
+            value[0, :2] = 0  # padding
+        if i % 7 == 0:
+            result[1, 1, 1] = float("nan") if i % 2 else float("inf")
+        if surely_near(result, value):
+            refuse_mismatch(_off(result, value), result.dtype, "")
+            passed += 1
+    assert passed > 50

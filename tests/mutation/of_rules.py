@@ -296,7 +296,11 @@ MUTATIONS = [
             "total.index_add_(0, tokens, change[tokens, e : e + 1] * means)",
             "total.index_add_(0, tokens, means)",
         ),
-        ("the backward's rest counts tokens of one choice", "change = (weights - other_weights) * ~same", "change = weights - other_weights"),
+        (
+            "the backward's rest counts tokens of one choice",
+            "change = (weights - other_weights) * ~same",
+            "change = weights - other_weights",
+        ),
         (
             "gate and up exchanged inside experts",
             "return (to_neurons * to_gate) @ expert.gate.to(to_neurons.dtype) + (to_neurons * to_up) @ expert.up.to(to_neurons.dtype)",
