@@ -32,7 +32,7 @@ from lens_relevance.hooks.placed_dictionary import DictionaryPath
 from lens_relevance.hooks.read_positions import reading_at
 from lens_relevance.hooks.recording import Kept, NamesFilter, Part, Taps, average, hooked_points
 from lens_relevance.hooks.session import session as session_on
-from lens_relevance.hooks.storage import Storage
+from lens_relevance.hooks.storage import IN_MEMORY, Storage
 from lens_relevance.inputs.prompt import Inputs, read_inputs
 from lens_relevance.inputs.targets import AnyTarget
 from lens_relevance.memory.estimate_of_run import block_by_block
@@ -88,7 +88,8 @@ def propagate(
             `-propagate(corrupt, reference=clean)`.
         attention_mask: 1 where a token is real, for padded ids [batch, pos].
         device: Where kept tensors go, under `recompute` the inputs of the blocks too: a device, or a folder (a Path), in which a new folder
-            is made and each tensor gets a file, read when it is used. Delete the folder when you no longer need the result.
+            is made and each tensor gets a file, read when it is used. Delete the folder when you no longer need the result. By default
+            they stay in memory; block by block on a CPU what is more than 512 MiB goes to temporary files, which go with the result.
         audit: Fill `.conservation()`.
         through: Only what flows through these units: "L1H3", ["L9N7", "L9N8"], or {"blocks.1.attn.hook_z": {"head": [3]}}; see
             lens_relevance.hooks.conditional.
@@ -171,7 +172,7 @@ def propagate(
             complete = Completeness(anatomy, ruled, hooked, dictionaries=request.dictionaries, session=session)
             taps.add(complete.names)
         session.start_at([anatomy.points[name] for name in anatomy.leaves], len(prompt.tokens) * n)
-        storage = Storage(device)
+        storage = Storage(device, IN_MEMORY if recompute else None)
         blockwise = Blockwise(model, session, anatomy, taps, storage=storage, point=point, other=reference_run) if recompute else None
         before = None
         if reference_run is not None:

@@ -17,9 +17,10 @@ from lens_relevance.blockwise import chain_of_blocks
 from lens_relevance.errors import RelevanceError
 from lens_relevance.hooked_model import HookedModel, parameters_of, root
 from lens_relevance.hooks.attention_by_rows import is_large
+from lens_relevance.hooks.storage import IN_MEMORY
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.memory.footprint import Footprint, footprint, query_heads
-from lens_relevance.memory.free_memory import free_bytes
+from lens_relevance.memory.free_memory import free_bytes, free_for_files
 from lens_relevance.memory.trial import Trial, trial
 from lens_relevance.sites import Anatomy
 
@@ -43,6 +44,7 @@ class Work:
         n: Reference runs of each prompt.
         forwards: Forward passes, the reference run's among them.
         backwards: Backward passes.
+        in_files: The same run with all that it keeps in files, where what is more than `IN_MEMORY` may go to temporary ones.
     """
 
     model: HookedModel
@@ -54,6 +56,7 @@ class Work:
     n: int = 1
     forwards: int = 1
     backwards: int = 1
+    in_files: Work | None = None
 
 
 class Estimate:
@@ -77,8 +80,22 @@ class Estimate:
 
     @cached_property
     def recompute_bytes(self) -> int | None:
-        """Peak block by block (`recompute=True`); None for a model that is no chain of blocks."""
-        return _peak(self._work, recompute=True) if is_chain(self._work) else None
+        """Peak block by block (`recompute=True`); None for a model that is no chain of blocks.
+
+        What is kept goes to temporary files where there is room for it (see lens_relevance.hooks.storage).
+        """
+        if not is_chain(self._work):
+            return None
+        peak = _peak(self._work, recompute=True)
+        return peak - self._could_go_to_files if _MARGIN * self._could_go_to_files <= free_for_files() else peak
+
+    @cached_property
+    def _could_go_to_files(self) -> int:
+        """Bytes that temporary files spare the memory, block by block."""
+        peak = _peak(self._work, recompute=True)
+        if self._work.in_files is None or peak <= IN_MEMORY:
+            return 0
+        return max(0, peak - _peak(self._work.in_files, recompute=True) - IN_MEMORY)
 
     @property
     def recompute(self) -> bool:
@@ -128,6 +145,8 @@ class Estimate:
         if peak is None or peak <= _MARGIN * self.free_bytes:
             return
         remedies = ["shorter prompts", "fewer HookPoints (names_filter=)", "what is kept in a folder (device=Path(...))"]
+        if recompute and _MARGIN * self._could_go_to_files > free_for_files():
+            remedies.append("a folder for temporary files that has more room and lies on a disk (TMPDIR)")
         if self.batch > 1:
             remedies.insert(0, "fewer prompts at once")
         if not recompute and self.recompute_bytes is not None:

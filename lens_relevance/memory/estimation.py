@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lens_relevance.hooks.recording import NamesFilter, wanted
 from lens_relevance.inputs.prompt import Prompt
 from lens_relevance.inputs.references import Baseline, reference_run
 from lens_relevance.inputs.targets import AnyTarget, as_target, logit
-from lens_relevance.memory.estimate_of_run import Estimate, Work
+from lens_relevance.memory.estimate_of_run import Estimate, Work, device_of
 from lens_relevance.ruleset_tables import Table, needs_reference, ruleset
 from lens_relevance.sites import Anatomy, anatomy
 
@@ -93,9 +94,9 @@ def work_of(
     audit: bool,
 ) -> Work:
     """A run of `propagate` on these token ids, as it is tried on others."""
-    chosen = frozenset(names)
+    chosen, n = frozenset(names), int(getattr(reference, "n", 1))
 
-    def run(ids: Tensor) -> Any:
+    def run(device: torch.device | str | Path | None, ids: Tensor) -> Any:
         target = _first_logits if reads_all else logit(0)
         against = reference if reference is None or isinstance(reference, Baseline) else ids.flip(1)  # any others of the same size
         with tempfile.TemporaryDirectory() as folder:
@@ -112,18 +113,20 @@ def work_of(
                 strict=False,
             )
 
-    n = int(getattr(reference, "n", 1))
-    where = "folder" if isinstance(device, Path) else str(device)
-    key = (
-        repr(sorted((name, repr(rule)) for name, rule in table.items())),
-        chosen,
-        n,
-        str(reference)[:40] if isinstance(reference, Baseline) else reference is not None,
-        reads_all,
-        where,
-        audit,
-    )
-    return Work(model, body, run, key, len(tokens), tokens.shape[1], n, forwards=1 if reference is None else 2)
+    def work(device: torch.device | str | Path | None, in_files: Work | None = None) -> Work:
+        key = (
+            repr(sorted((name, repr(rule)) for name, rule in table.items())),
+            chosen,
+            n,
+            str(reference)[:40] if isinstance(reference, Baseline) else reference is not None,
+            reads_all,
+            "folder" if isinstance(device, Path) else str(device),
+            audit,
+        )
+        forwards = 1 if reference is None else 2
+        return Work(model, body, partial(run, device), key, len(tokens), tokens.shape[1], n, forwards=forwards, in_files=in_files)
+
+    return work(device, work(Path()) if device is None and device_of(model).type == "cpu" else None)
 
 
 def _first_logits(logits: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,19 @@ def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return []
+
+
+def free_for_files() -> int:
+    """Bytes that are free for temporary files; 0 where these would lie in memory, or where a file in use cannot be deleted."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    return 0 if os.name != "posix" or _in_memory(folder) else int(psutil.disk_usage(str(folder)).free)
+
+
+@cache
+def _in_memory(folder: Path) -> bool:
+    """Whether a folder lies on a file system that has no disk."""
+    mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    return next((mounts[path] for path in (folder, *folder.parents) if path in mounts), "") in ("tmpfs", "ramfs")
 
 
 def hand_back() -> None:

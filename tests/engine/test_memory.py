@@ -94,6 +94,24 @@ def test_sizes_are_numbers(size: tuple[Any, Any]) -> None:
         estimate(build("gpt2", torch.float32), *size)
 
 
+def test_temporary_files_spare_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays in memory is what a folder leaves there, and `IN_MEMORY` of what is kept; without room for files it is all of it."""
+    model, n = build("llama", torch.float32, n_layers=4), 2**12
+    estimated = lambda: peak(estimate(model, POSITIONS, 16), True)  # noqa: E731
+    everything, in_folder = estimated(), peak(estimate(model, POSITIONS, 16, device=Path("kept")), True)
+    monkeypatch.setattr(estimate_of_run, "IN_MEMORY", n)
+    monkeypatch.setattr(estimate_of_run, "free_for_files", lambda: 2**40)
+    assert estimated() == in_folder + n < everything
+    monkeypatch.setattr(estimate_of_run, "IN_MEMORY", 2**40)
+    assert estimated() == everything
+    monkeypatch.setattr(estimate_of_run, "IN_MEMORY", n)
+    monkeypatch.setattr(estimate_of_run, "free_for_files", lambda: 0)
+    monkeypatch.setattr(estimate_of_run, "free_bytes", lambda device: in_folder + n)
+    assert estimated() == everything
+    with pytest.raises(RelevanceError, match="temporary files that has more room and lies on a disk"):
+        propagate(model, tokens(16), logit(3), reference=tokens(16, 1), recompute=True)
+
+
 def test_the_table() -> None:
     found = estimate(build("gpt2", torch.float32), POSITIONS, 2, rules="deeplift")
     frame = found.to_frame()

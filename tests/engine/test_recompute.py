@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lens_relevance import RelevanceCache, RelevanceError, latent, logit, logit_diff, mean_embedding, propagate, random_tokens
+from lens_relevance import RelevanceCache, RelevanceError, engine, latent, logit, logit_diff, mean_embedding, propagate, random_tokens
+from lens_relevance.hooks import storage
+from lens_relevance.memory import free_memory
 from tests.classifiers import build_classifier, inputs_for
 from tests.encoder_decoders import build_encoder_decoder, sources_and_targets
 from tests.engine.families import FAMILIES, PAIRS, TARGET, build, inputs_and_reference, reference_for
@@ -176,6 +179,72 @@ def test_kept_in_a_folder(tmp_path: Path, recompute: bool) -> None:
     files = {Path(line.split(maxsplit=5)[5].strip()) for line in _mapped() if str(tmp_path) in line}
     kept = [path for path in tmp_path.rglob("*.pt")]
     assert len(files) >= 2 * sum(len(getattr(plain, group)) for group in GROUPS) and files <= set(kept)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, on a disk; 16 KiB of what is kept stay in memory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(free_memory, "_in_memory", lambda folder: False)
+    monkeypatch.setattr(engine, "IN_MEMORY", 2**14)
+    return tmp_path
+
+
+def test_what_is_more_goes_to_temporary_files(temporary: Path) -> None:
+    """The same values bit by bit, in files without a name: nothing is left of them when the cache is gone, nor after an exception."""
+    model = build("llama", torch.float32, n_layers=3)
+    settings: dict[str, Any] = dict(rules="deeplift", reference=OTHER, names_filter=everything)
+    plain, cache = (propagate(model, TOKENS, TARGET, recompute=recompute, **settings) for recompute in (False, True))
+    groups = [(getattr(plain, group), getattr(cache, group)) for group in GROUPS]
+    for expected, actual in groups:
+        for name in expected:
+            assert torch.allclose(actual[name], expected[name], rtol=0, atol=0, equal_nan=True), name
+            assert actual[name].stride() == expected[name].stride()
+    assert list(temporary.iterdir()) == []
+    mapped = [line for line in _mapped() if str(temporary) in line]
+    kept = [tensor for _, actual in groups for tensor in actual.values()]
+    in_memory = [tensor for tensor in kept if not _is_mapped(tensor)]
+    assert 0 < sum(tensor.nbytes for tensor in in_memory) <= 2**14 and len(mapped) >= len(kept) - len(in_memory)
+    del cache, groups, kept, in_memory, actual, expected
+    assert not any(str(temporary) in line for line in _mapped())
+    model.blocks[0].mlp.hook_out.add_hook(lambda gradient, hook: 1 / 0, dir="bwd")
+    with pytest.raises(ZeroDivisionError):
+        propagate(model, TOKENS, TARGET, recompute=True, **settings)
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("lacks", ["room", "a disk", "what is written"])
+def test_without_room_for_temporary_files_all_stays_in_memory(lacks: str, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: Tensor, file: Path) -> None:
+        file.write_bytes(b"a part")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    if lacks == "room":
+        monkeypatch.setattr(storage, "free_for_files", lambda: 100)
+    elif lacks == "a disk":
+        monkeypatch.setattr(free_memory, "_in_memory", lambda folder: True)
+    else:
+        monkeypatch.setattr(torch, "save", full)
+    model = build("llama", torch.float32, n_layers=3)
+    plain, cache = (propagate(model, TOKENS, TARGET, rules="attnlrp", recompute=recompute) for recompute in (False, True))
+    assert torch.equal(cache.tokens(), plain.tokens()) and not any(map(_is_mapped, cache.coefficients.values()))
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: Tensor, file: Path) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RelevanceError, match=rf"cannot be written to {tmp_path}.*give another folder as device="):
+        propagate(build("llama", torch.float32), TOKENS, TARGET, rules="attnlrp", device=tmp_path)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a mapped file."""
+    at = tensor.untyped_storage().data_ptr()
+    spans = (line.split() for line in _mapped())
+    return any(int(span.split("-")[0], 16) <= at < int(span.split("-")[1], 16) and "relevance-" in " ".join(rest) for span, *rest in spans)
 
 
 def _mapped() -> list[str]:
