@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def main(
         timed("plain forward and gradient", lambda: [plain_gradient(loaded, part.clean) for part in some.batches(batch)], some)
     for method in methods.split(","):
         share = mine.share(given.by_length())[0]
-        ranking = timed(f"rank_heads, {method}", lambda method=method: rank_heads(loaded, given, method, checkpoint=checkpoint), share)
+        ranking = timed(f"rank_heads, {method}", partial(rank_heads, loaded, given, method, checkpoint=checkpoint), share)
         if tables is not None and mine.index == 0:
             ranking.to_csv(tables / f"{method}.csv", index=False, float_format="%.17g")
 
