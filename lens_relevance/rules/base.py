@@ -156,7 +156,7 @@ class Rule:
 
     def backward_and_rest(
         self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]
-    ) -> tuple[Coefficients, Float[Tensor, "*_tokens"] | None]:
+    ) -> tuple[Coefficients, Float[Tensor, "*lead token"] | None]:
         """`backward`, and what stays behind between two runs, per token, of rules that have it at hand there; None: `sink` computes it."""
         return self.backward(op, kept, upstream), None
 

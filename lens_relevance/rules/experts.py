@@ -193,7 +193,7 @@ class ExpertsRule(Rule):
 
     def backward_and_rest(
         self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]
-    ) -> tuple[Coefficients, Float[Tensor, "*_tokens"] | None]:
+    ) -> tuple[Coefficients, Float[Tensor, "*lead token"] | None]:
         """The share of a changed choice is the change of the weights times their coefficients, which are at hand here."""
         assert isinstance(op, Experts)
         g = working(upstream).flatten(-3, -2)
