@@ -117,7 +117,8 @@ out.
 
 The estimate counts tensors. The resident set has besides what the C library holds back of freed memory (glibc: with
 `MALLOC_MMAP_THRESHOLD_=131072` in the environment, it is within 3 % of the estimate at 1,024 tokens). What is kept is a large part of the
-memory of a run block by block; in a folder (`device=Path(...)`), or with fewer names (`names_filter="embed.hook_out"`), the rest remains.
+memory of a run block by block: what is more than 512 MiB goes to temporary files by itself, all of it to a folder (`device=Path(...)`)
+if one is given; with fewer names (`names_filter="embed.hook_out"`) the rest remains.
 """
 
 
