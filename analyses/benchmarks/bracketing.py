@@ -1,6 +1,6 @@
 """How much the split of relevance by `deeplift` depends on how a chain of three factors is bracketed (docs/derivation.md).
 
-    python -m analyses.benchmarks.bracketing [--model FOLDER --task ioi --n 8]
+    python -m analyses.benchmarks.bracketing [--model FOLDER --task ioi --n 8] [--page docs/measurements/bracketing.md]
 
 The pair form of a product is exact, but a chain of three factors can be split as (a b) c or as a (b c), and the shares differ. Three chains
 occur in transformers; for each the table compares the split in use with another one, from the same activations and coefficients:
@@ -19,14 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.benchmarks.tiny_models import build
 from analyses.methods.deeplift_shapley_method import Split, attention_sites, attention_split, both_runs, shapley
 from analyses.models.loading import load_model
@@ -107,22 +108,47 @@ def main(
     model: Annotated[str | None, typer.Option(help="A name on the hub or a folder; random tiny Mixtral and Llama if left out.")] = None,
     task: str = "ioi",
     n: int = 8,
+    page: Annotated[Path | None, typer.Option(help="The page with the tables' places.")] = None,
 ) -> None:
-    """Print, for each chain, the median and the largest share over layers."""
+    """Print, for each chain, the median and the largest share over layers, and write it into the page."""
     if model is None:
-        tokens = torch.randint(1, 50, (n, 8), generator=torch.Generator().manual_seed(0))
-        other = tokens.clone()
-        other[:, 3] = (tokens[:, 3] + 7) % 50
-        found = {name: shares(build(name), tokens, other, logit_diff(3, 4)) for name in ("llama", "mixtral")}
+        asked, found = (
+            "one token of 8 exchanged",
+            {f"tiny {name}, random weights": of_random_weights(name, n) for name in ("llama", "mixtral")},
+        )
     else:
-        loaded = load_model(model)
+        loaded, asked = load_model(model), f"task {task}"
         pairs = TASKS[task](loaded, n=n)
-        found = {model: shares(loaded, pairs.clean, pairs.corrupt, pairs.target)}
+        found = {Path(model).name: shares(loaded, pairs.clean, pairs.corrupt, pairs.target)}
     for name, table in found.items():
-        summary = table.groupby("chain")["moved"].agg(median="median", max="max", layers="count")
-        worst = table.loc[table.groupby("chain")["moved"].idxmax()].set_index("chain")["layer"].rename("layer of the largest")
-        Console().print(f"{name}, {n} pairs")
-        Console().print(summary.join(worst).to_string(float_format="{:.3f}".format))
+        shown = markdown(summary(table))
+        typer.echo(f"{name}\n{shown}")
+        if page is not None:
+            options = "" if model is None else f" --model {name} --task {task}"
+            command = f"bracketing{options} --n {n} --page docs/measurements/bracketing.md"
+            write_table(page, name, shown, command=command, settings=f"{name}, {asked}, {n} pairs, seed 0")
+
+
+def of_random_weights(name: str, n: int) -> pd.DataFrame:
+    """`shares` of a tiny model of this family; n prompts against themselves with one token exchanged."""
+    tokens = torch.randint(1, 50, (n, 8), generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[:, 3] = (tokens[:, 3] + 7) % 50
+    return shares(build(name), tokens, other, logit_diff(3, 4))
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each chain: the median and the largest share, and the layer of the largest."""
+    rows = table.groupby("chain")["moved"].agg(["median", "max", "idxmax", "count"])
+    return pd.DataFrame(
+        {
+            "chain": rows.index,
+            "median": rows["median"].map("{:.3f}".format).to_numpy(),
+            "largest": rows["max"].map("{:.3f}".format).to_numpy(),
+            "in layer": table["layer"][rows["idxmax"]].map("{:g}".format).to_numpy(),
+            "layers": rows["count"].to_numpy(),
+        }
+    )
 
 
 if __name__ == "__main__":

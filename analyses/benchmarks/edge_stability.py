@@ -1,6 +1,6 @@
 """Whether other pairs give the same circuit: overlap of the strongest edges over draws of pairs (docs/measurements/edge_stability.md).
 
-    python -m analyses.benchmarks.edge_stability [--model FOLDER --task pronoun --draws 6 --n 16]
+    python -m analyses.benchmarks.edge_stability [--model FOLDER --task pronoun --draws 6 --n 16] [--page PAGE]
 
 Each draw holds other pairs of the task. For every share, the edges of largest |mean score| of two draws are compared by Jaccard,
 |A and B| / |A or B|, and the mean over all pairs of draws is printed, with the lowest of them.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from itertools import combinations
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -17,6 +18,7 @@ import pandas as pd
 import typer
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.circuits import Ablation, score_items
 from analyses.evaluation.stability import top_sets
 from analyses.methods import estimator
@@ -44,7 +46,7 @@ def row_of(model: TransformerBridge, method: str, task: str, *, draws: int, n: i
         seconds.append(time.perf_counter() - start)
     by_share = {share: overlaps(np.stack(found), share) for share in SHARES}
     return {
-        "method": method,
+        "method": f"`{method}`",
         **{f"top {share:.0%}": f"{values.mean():.3f} ({values.min():.3f})" for share, values in by_share.items()},
         "passes": f"{chosen.forwards} + {chosen.backwards}",
         "seconds": round(float(np.median(seconds)), 2),
@@ -57,10 +59,19 @@ def main(
     task: Annotated[str, typer.Option(help="Which task.")] = "ioi",
     draws: Annotated[int, typer.Option(help="Draws of pairs.")] = 6,
     n: Annotated[int, typer.Option(help="Pairs per draw.")] = 16,
+    page: Annotated[Path | None, typer.Option(help="The page with the table's place.")] = None,
 ) -> None:
-    """Print the table."""
-    loaded = load_model(model)
-    print(pd.DataFrame([row_of(loaded, method, task, draws=draws, n=n) for method in METHODS]).to_string(index=False))
+    """Print the table, and write it into the page."""
+    loaded, name = load_model(model), Path(model).name
+    rows = pd.DataFrame([row_of(loaded, method, task, draws=draws, n=n) for method in METHODS])
+    table = markdown(rows.drop(columns="edges"))
+    typer.echo(table)
+    if page is not None:
+        command = f"edge_stability --model {name} --task {task} --draws {draws} --n {n} --page docs/measurements/edge_stability.md"
+        settings = (
+            f"{name}, task {task}, {rows['edges'][0]:,} edges, {draws} draws of {n} pairs (seeds 0 to {draws - 1}); in brackets the lowest"
+        )
+        write_table(page, f"{name}, {task}", table, command=command, settings=settings)
 
 
 if __name__ == "__main__":

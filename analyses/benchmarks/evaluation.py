@@ -12,22 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import torch
 import typer
 
+from analyses.benchmarks.tables import markdown
 from analyses.evaluation.evaluated_prompts import answered_pairs
 from analyses.evaluation.token_relevance import TokenEvaluation, evaluate_token_relevance
 from analyses.evaluation.token_tables import measures_frame, notes, randomised_frame
 from analyses.models.loading import load_model
 from analyses.tasks import PromptPairs
 from lens_relevance import __version__
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table of texts in Markdown."""
-    head = ["| " + " | ".join(frame.columns) + " |", "|---" * len(frame.columns) + "|"]
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in frame.astype(str).itertuples(index=False))])
 
 
 def section(name: str, words: str, pairs: PromptPairs, *, example: str, found: TokenEvaluation, randomised: int) -> str:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.benchmarks.evaluation import markdown
+from analyses.benchmarks.tables import markdown
 from analyses.evaluation.agreement import mean_with_interval
 from analyses.evaluation.token_tables import with_interval
 from analyses.interventions import Scale, set_units
