@@ -1,7 +1,7 @@
 # make report            a new environment, then report.html on the model that ships with the package
 # make report OUT=file   the same, written elsewhere
 # make test              lint, types and tests
-# make test-all          the same with the tests marked "long", which repeat on more models and rulesets what others do on some
+# make test LONG=1       the same with the tests marked "long", which repeat on more models and rulesets what others do on some
 # make docs              the documentation site, in build/site
 # make real MODEL=folder the tables of a real model again: pages of docs/measurements, and texts in build/real (hours);
 #                        STORIES=folder adds a second model to the table of single prompts
@@ -13,16 +13,13 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: report test test-all docs real lint types clean
+.PHONY: report test docs real lint types clean
 
 report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
 
 test: lint types
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
-
-test-all: lint types
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(LONG),-m "")
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
