@@ -73,7 +73,7 @@ class SharedModels:
                 return self._build(family, dtype, seed, **settings)
             key = repr((family, dtype, seed, sorted(settings.items()), modes))
             built = self._free.pop(key, None)
-            if built is None:
+            if built is None or not built.has_usual_classes():
                 with _without_garbage():
                     built = _Built(key, self._build(family, dtype, seed, **settings))
                 built.held_by = sys.getrefcount(built.model)
@@ -85,7 +85,7 @@ class SharedModels:
         lent, self._lent = self._lent, []
         while lent:
             built = lent.pop()
-            if built.is_as_built():
+            if built.has_usual_classes() and built.is_as_built():
                 built.forget()
                 self._free[built.key] = built
         while len(self._free) > KEPT:
@@ -116,6 +116,10 @@ class _Built:
         self._state = state_of(model)
         self.held_by = 0
 
+    def has_usual_classes(self) -> bool:
+        """Whether a model built now would have the same classes: a test may put one of its own in the place of a library's."""
+        return all(_stands_in_its_module(type(module)) for module in self._modules)
+
     def is_as_built(self) -> bool:
         """Whether the model can be handed out again."""
         if sys.getrefcount(self.model) != self.held_by:
@@ -131,6 +135,11 @@ class _Built:
         for memory in _memories(len(sys.modules)):
             for module in self._modules:
                 memory.pop(module, None)
+
+
+def _stands_in_its_module(kind: type[nn.Module]) -> bool:
+    name = kind.__module__
+    return not name.startswith("tests.") and getattr(sys.modules[name], kind.__qualname__, kind) is kind
 
 
 @lru_cache(1)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from analyses.benchmarks.tiny_models import FAMILIES, Family
 from lens_relevance import coverage, declare_sites, engine, logit, propagate, token_relevance
@@ -114,6 +116,24 @@ CHANGES: dict[str, Callable[[TransformerBridge], Any]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_model_that_was_changed_or_is_held_is_not(shared: SharedModels, change: Callable[[TransformerBridge], Any]) -> None:
     assert not handed_out_again(shared, change)
+
+
+def test_a_class_that_a_test_puts_in_the_place_of_a_librarys(shared: SharedModels) -> None:
+    class OtherMLP(GPT2MLP):
+        pass
+
+    def kind() -> type[Any]:
+        model = build(shared)
+        found = type(model.original_model.transformer.h[0].mlp.original_component)
+        del model
+        shared.end_of_test()
+        return found
+
+    assert kind() is GPT2MLP
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_gpt2, "GPT2MLP", OtherMLP)
+        assert kind() is OtherMLP
+    assert kind() is GPT2MLP
 
 
 def test_what_is_handed_out_again_is_as_if_it_were_new(shared: SharedModels) -> None:
