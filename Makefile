@@ -1,7 +1,6 @@
 # make report            a new environment, then report.html on the model that ships with the package
 # make report OUT=file   the same, written elsewhere
 # make test              lint, types and tests
-# make test LONG=1       the same with the tests marked "long", which repeat on more models and rulesets what others do on some
 # make docs              the documentation site, in build/site
 # make real MODEL=folder the tables of a real model again: pages of docs/measurements, and texts in build/real (hours);
 #                        STORIES=folder adds a second model to the table of single prompts
@@ -19,7 +18,7 @@ report: $(VENV)/.installed
 	$(BIN)/lens-relevance report --out $(OUT)
 
 test: lint types
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(LONG),-m "")
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -85,7 +85,6 @@ OTHER_WORDS = (  # words that the tokenizer of a model of children's stories has
 )
 
 
-@pytest.mark.long
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs the trained model ../shared/models/stories260k beside the checkout")
 @each
 def test_a_notebook_runs_on_another_architecture(path: Path) -> None:

@@ -91,7 +91,8 @@ def warn_if_incomplete(cache: RelevanceCache, first: str) -> None:
     if error > max(_COMPLETENESS, 16 * precision) * gap and error > 100 * precision * float(relevance.abs().sum(1).mean()):
         warnings.warn(
             f"deeplift's relevance misses the difference of the target between the two runs ({gap:.3g} on average) by {error:.3g}, which "
-            "in a sound run without jumps it cannot: does a mixture of experts choose others in the other run, is the target a function with "
-            "jumps, or did something change the model or the runs in between? propagate(..., audit=True).conservation() says where it stays",
+            "in a sound run without jumps it cannot: does a mixture of experts choose others in the other run, is the target a function "
+            "with jumps, or did something change the model or the runs in between? propagate(..., audit=True).conservation() says where "
+            "it stays",
             stacklevel=2,
         )

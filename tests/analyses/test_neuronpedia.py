@@ -114,11 +114,10 @@ def random_graph(seed: int) -> FlowGraph:
     )
 
 
-@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 100), marks=pytest.mark.long)], ids=str)
-def test_random_graphs_are_valid_and_come_back_equal(seeds: range, tmp_path: Path) -> None:
+def test_a_hundred_random_graphs_are_valid_and_come_back_equal(tmp_path: Path) -> None:
     validator = jsonschema.Draft7Validator(SCHEMA)
     sizes = set()
-    for seed in seeds:
+    for seed in range(100):
         graph = random_graph(seed)
         path = tmp_path / f"{seed}.json"
         graph.to_neuronpedia(path, slug=f"graph-{seed}")
@@ -130,7 +129,7 @@ def test_random_graphs_are_valid_and_come_back_equal(seeds: range, tmp_path: Pat
         back = FlowGraph.from_neuronpedia(path, scan="random")
         assert back == graph and back.labels == graph.labels and back.info == graph.info
         sizes.add(len(graph.edges))
-    assert len(sizes) > 10
+    assert len(sizes) > 20
 
 
 def test_the_schema_notices_what_is_wrong() -> None:

@@ -284,14 +284,8 @@ MIXED = [
 ]
 
 
-def _case(family: str, i: int) -> Any:
-    """Every table on one of the families in turn, the last one on all; every table on every family in the long run."""
-    name = "-".join(repr(rule) for rule in MIXED[i].values())
-    is_chosen = (i + MIXTURES.index(family)) % len(MIXTURES) == 0 or i == len(MIXED) - 1
-    return pytest.param(family, MIXED[i], id=f"{name}-{family}", marks=() if is_chosen else pytest.mark.long)
-
-
-@pytest.mark.parametrize("family, table", [_case(family, i) for family in MIXTURES for i in range(len(MIXED))])
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("table", MIXED, ids=lambda t: "-".join(repr(rule) for rule in t.values()))
 def test_on_experts_clamped_gates_and_routers(family: str, table: dict[str, Rule]) -> None:
     model = model_of(family)
     case = Case(model, table, "blocks.1.mlp.hook_out")
