@@ -24,6 +24,7 @@ from analyses.report.terminal import terminal_report
 from analyses.tasks import PromptPairs
 from analyses.views import Page
 from analyses.views.heatmap import HeatMap, heat_map_view
+from analyses.views.markup import rounded
 from analyses.views.palette import POSITIVE
 from lens_relevance import logit_diff, mean_embedding, propagate
 from tests.analyses.test_views import props_of
@@ -229,3 +230,7 @@ def test_the_account_of_a_prompt_without_a_counterpart_is_that_of_propagate(embe
     account = propagate(embedded, row.clean, row.target, rules="deeplift", reference=mean_embedding(), audit=True).conservation()
     assert account["relevance"].abs().min() > 1
     np.testing.assert_allclose(found.account["relevance"], account["relevance"], rtol=1e-4)
+
+
+def test_small_and_large_numbers_keep_six_digits_on_a_page() -> None:
+    assert rounded(np.array([1.2345678e-7, -0.00012345678, 1234567.8])) == [1.23457e-07, -0.000123457, 1234570.0]
