@@ -111,7 +111,7 @@ def stands_in(number: str, page: str) -> bool:
     """Whether a page has a number that is this one, rounded to as many digits."""
     digits = len(number.split(".")[1])
     known = [n.replace("−", "-") for n in NUMBER.findall(page)]
-    return any(abs(round(abs(float(n)), digits) - abs(float(number))) < 1e-9 for n in known if len(n.split(".")[1]) >= digits)
+    return any(abs(round(float(n), digits) - float(number)) < 1e-9 for n in known if len(n.split(".")[1]) >= digits)
 
 
 def not_on_the_pages_cited(text: str, folder: Path) -> list[str]:

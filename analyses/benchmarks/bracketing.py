@@ -112,10 +112,8 @@ def main(
 ) -> None:
     """Print, for each chain, the median and the largest share over layers, and write it into the page."""
     if model is None:
-        asked, found = (
-            "one token of 8 exchanged",
-            {f"tiny {name}, random weights": of_random_weights(name, n) for name in ("llama", "mixtral")},
-        )
+        asked = "one token of 8 exchanged"
+        found = {f"tiny {name}, random weights": of_random_weights(name, n) for name in ("llama", "mixtral")}
     else:
         loaded, asked = load_model(model), f"task {task}"
         pairs = TASKS[task](loaded, n=n)

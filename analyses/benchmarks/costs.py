@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from analyses.benchmarks.engine import interleaved, ratios
+from analyses.benchmarks.tables import markdown
 from analyses.benchmarks.tiny_models import FAMILIES, Family
 from analyses.datasets.progress import watched
 from lens_relevance import RelevanceError, logit_diff, propagate
@@ -95,13 +96,11 @@ def costs(names: list[str], repeats: int = 9, batch: int = 4, *, positions: int 
     return pd.DataFrame(rows, columns=["family", *_SINGLE, "deeplift", "plain, s"])
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The table as Markdown."""
-    head = ["family", *(f"`{name}`" for name in table.columns[1:-1]), table.columns[-1]]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in table.itertuples(index=False):
-        lines.append(f"| {row[0]} | " + " | ".join(f"{float(value):.2f}" for value in row[1:-1]) + f" | {float(row[-1]):.3f} |")
-    return "\n".join(lines)
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as one reads it."""
+    ratios_of, seconds = list(table.columns[1:-1]), table.columns[-1]
+    text = table.assign(**{name: table[name].map("{:.2f}".format) for name in ratios_of}, **{seconds: table[seconds].map("{:.3f}".format)})
+    return text.rename(columns={name: f"`{name}`" for name in ratios_of})
 
 
 def main(
@@ -113,7 +112,7 @@ def main(
 ) -> None:
     """Print the table as Markdown."""
     logging.set_verbosity_error()
-    typer.echo(markdown(costs(family or list(FAMILIES), repeats, batch, positions=positions)))
+    typer.echo(markdown(shown(costs(family or list(FAMILIES), repeats, batch, positions=positions))))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Tables of docs/measurements: a command writes its own between two marks of a page, with what was measured and when.
 
     <!-- table: NAME -->
-    what `written` makes of a table
+    command, settings, date, and the table
     <!-- end -->
 
-What stands outside of the marks is written by hand and stays. tests/test_measurements.py measures a cell of each table again.
+What stands outside of the marks is written by hand and stays. tests/test_measurements.py measures a cell of each page again that is
+written so.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Output, PerExample, Reference, Rule, Tensors, nothing_kept, working
 
 Function = Callable[[Float[Tensor, "*shape"]], Float[Tensor, "*shape"]]
 """An element-wise function."""
@@ -121,14 +121,7 @@ class ElementwiseRule(Rule, ABC):
     def is_exact(self) -> bool:
         return self.slope_exact
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         if self.is_exact if reference is not None else self.slope_conserves:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.rules.activation import ElementwiseRule
-from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Output, PerExample, Reference, Rule, Tensors, nothing_kept, working
 from lens_relevance.rules.product import GRADIENT, Product, ProductRule, elementwise, product
 
 Rotation = Callable[[Float[Tensor, "*lead head pos d_head"], int, Tensors], Float[Tensor, "*lead head pos d_head"]]
@@ -206,14 +206,7 @@ class CappedScoresRule(Rule):
     def is_exact(self) -> bool:
         return self.product.is_exact and self.soft_cap.is_exact
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         if reference is not None and self.is_exact:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)

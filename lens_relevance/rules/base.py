@@ -20,6 +20,10 @@ Tensors = tuple[Shaped[Tensor, "*_hook"], ...]
 """Tensors of several HookPoints, each in the layout of its own."""
 Coefficients = tuple[Float[Tensor, "*_hook"] | None, ...]
 """One per input of an operation, in its layout, with the leading axes of the upstream coefficients; None where nothing arrives."""
+Output = Float[Tensor, "*output"]
+"""An operation's output, and the coefficients that arrive there, which have its shape."""
+PerExample = Float[Tensor, " batch"]
+"""A number for each example."""
 Kept = Sequence[Shaped[Tensor, "*_kept"]]
 """What a rule saves during the forward; only the rule itself knows what it is."""
 
@@ -160,14 +164,7 @@ class Rule:
         """`backward`, and what stays behind between two runs, per token, of rules that have it at hand there; None: `sink` computes it."""
         return self.backward(op, kept, upstream), None
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         """Relevance at the output less relevance at the inputs, per example.
 
         Here by subtraction. Rules with a closed form of what they keep override this, so that the account checks their backward.

@@ -22,7 +22,20 @@ from torch.nn.functional import logsigmoid
 
 from lens_relevance.errors import LivenessError
 from lens_relevance.rules.activation import derivative, rescale_factor
-from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, per_example, share, working
+from lens_relevance.rules.base import (
+    Coefficients,
+    Kept,
+    Operation,
+    Output,
+    PerExample,
+    Reference,
+    Rule,
+    Tensors,
+    nothing_kept,
+    per_example,
+    share,
+    working,
+)
 from lens_relevance.rules.expert_weights import Expert, Router
 from lens_relevance.rules.gated import GatedActivation, GatedRule
 from lens_relevance.rules.product import ProductRule, product
@@ -222,14 +235,7 @@ class ExpertsRule(Rule):
         rest = (kept[2] * to_weights).sum(-1) if self.is_exact else None
         return (to_x.reshape(upstream.shape),), rest
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         assert isinstance(op, Experts)
         if reference is None:
             if self.router.holds_first and self.router.factors_conserve and self.gated.conserves(op.gated) and not op.has_biases:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_relevance.rules.activation import ElementwiseRule, Function
-from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Output, PerExample, Reference, Rule, Tensors, nothing_kept, working
 from lens_relevance.rules.product import ProductRule, elementwise, product
 
 
@@ -105,14 +105,7 @@ class GatedRule(Rule):
         upstream = working(upstream)
         return upstream * kept[0], upstream * kept[1]
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         assert isinstance(op, GatedActivation)
         if self.is_exact if reference is not None else self.conserves(op):
             return nothing_kept(upstream)

@@ -28,6 +28,8 @@ from lens_relevance.rules.base import (
     Coefficients,
     Kept,
     Operation,
+    Output,
+    PerExample,
     Reference,
     Rule,
     Tensors,
@@ -160,14 +162,7 @@ class ZeroRule(LinearRule):
     def is_exact(self) -> bool:
         return True
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         bias: Tensor | None = getattr(op, "bias", None)
         if bias is None or reference is not None:
             return nothing_kept(upstream)

@@ -26,6 +26,8 @@ from lens_relevance.rules.base import (
     Coefficients,
     Kept,
     Operation,
+    Output,
+    PerExample,
     Reference,
     Rule,
     Tensors,
@@ -167,14 +169,7 @@ class LNRule(NormRule):
         coefficient = norm.centre((norm.weighted(upstream) if op is norm else working(upstream)) / scale)
         return (coefficient,) if op is norm else (coefficient, torch.zeros_like(scale))
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         """Only the bias (beta) keeps relevance; between two runs the change of the scale does."""
         if reference is None:
             if not isinstance(op, Norm) or op.bias is None:
@@ -248,14 +243,7 @@ class PairNorm(NormRule):
             return norm.centre(g * mean_r), -towards_r / (s1 * s2)
         return (norm.centre(g * mean_r - mean_c * (towards_r * 2 / (features * s1 * s2 * (s1 + s2)))),)
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         """Nothing stays: the form is exact. With a constant scale, what the change of the scale did."""
         return super().sink(op, inputs, output, reference, upstream) if self.constant_scale else nothing_kept(upstream)
 

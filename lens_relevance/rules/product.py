@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lens_relevance.errors import RelevanceError
 from lens_relevance.rules.activation import ElementwiseRule, KnownFunction, derivative
-from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, working
+from lens_relevance.rules.base import Coefficients, Kept, Operation, Output, PerExample, Reference, Rule, Tensors, nothing_kept, working
 
 Factors = tuple[Float[Tensor, "*b"] | None, Float[Tensor, "*a"] | None]
 
@@ -119,14 +119,7 @@ class ProductRule(Rule, ABC):
     def is_exact(self) -> bool:
         return self.factors_exact
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         if self.is_exact if reference is not None else self.factors_conserve and isinstance(op, Product) and op.is_bare:
             return nothing_kept(upstream)
         return super().sink(op, inputs, output, reference, upstream)
@@ -176,14 +169,7 @@ class Scale(ElementwiseRule, ProductRule):
     def backward(self, op: Operation, kept: Kept, upstream: Float[Tensor, "*_output"]) -> Coefficients:
         return (upstream * self.factor,)
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         if isinstance(op, Product):
             return ProductRule.sink(self, op, inputs, output, reference, upstream)
         return Rule.sink(self, op, inputs, output, reference, upstream)

@@ -17,7 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_relevance.rules.base import Coefficients, Kept, Operation, Reference, Rule, Tensors, nothing_kept, ratio, working
+from lens_relevance.rules.base import (
+    Coefficients,
+    Kept,
+    Operation,
+    Output,
+    PerExample,
+    Reference,
+    Rule,
+    Tensors,
+    nothing_kept,
+    ratio,
+    working,
+)
 
 
 class Softmax(Operation):
@@ -105,14 +117,7 @@ class PairSoftmax(SoftmaxRule):
             upstream = torch.nn.functional.pad(upstream, (0, 1))
         return (op.real(pull_back(kept[0], working(upstream))),)
 
-    def sink(
-        self,
-        op: Operation,
-        inputs: Tensors,
-        output: Float[Tensor, "*output"],
-        reference: Reference | None,
-        upstream: Float[Tensor, "*output"],
-    ) -> Float[Tensor, " batch"]:
+    def sink(self, op: Operation, inputs: Tensors, output: Output, reference: Reference | None, upstream: Output) -> PerExample:
         return nothing_kept(upstream)
 
 
