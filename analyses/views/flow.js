@@ -1,11 +1,10 @@
-// The flow view. Nodes are SVG (they take focus, clicks and names); edges are drawn on two canvases: all shown edges below, and those under
-// attention above, so that pointing redraws a few curves and not thousands. The layout is computed anew for what is shown, and always fits.
+// The flow view: what is shown, what the reader does, and the frame. Nodes are in flow_nodes.js. Edges (flow_edges.js) are on two canvases: all
+// shown edges below, and those under attention above, so that pointing redraws a few curves and not thousands. The layout always fits.
 (() => {
   "use strict";
-  const MAX_PIXELS = 16e6; // phones refuse larger canvases
   const DRAFT = 1200; // edges drawn while the slider moves; the weaker ones, all faint, follow when it rests
-  const LABELLED = 40, LETTERED = 60; // names of nodes; letters on edges that enter a head
-  const { place, curve, outline, element, button, signOf, short, number, reads, nodePanel, overviewPanel, svgElement, save } = lensRelevance.flow;
+  const LABELLED = 40; // names of nodes
+  const { place, edgesOf, marksOf, element, button, signOf, short, number, reads, nodePanel, overviewPanel, svgElement, save } = lensRelevance.flow;
 
   lensRelevance.define("Flow", (body, data) => {
     const { nodes, edges } = data;
@@ -14,8 +13,8 @@
     edges.forEach(([source, target], i) => { incident[source].push(i); if (target !== source) incident[target].push(i); });
     const state = { shown: data.shown, pinned: new Set(), selected: new Set(), groups: [], path: null };
     let opened = null, focus = null, found = null; // a node; edges under attention; nodes that the search found
-    let zoomed = { k: 1, x: 0, y: 0 }, drawn = [], lines = new Map();
-    const view = { data, incident, strongest, state, width: 0, height: 0, layout: null };
+    let drawn = [], shownGrid = "";
+    const view = { data, incident, strongest, state, width: 0, height: 0, layout: null, zoomed: { k: 1, x: 0, y: 0 } };
 
     const where = (node) => `“${data.tokens[node.position]}” (${node.position})`;
     const share = (score) => (data.targetValue && score !== null ? `${number((100 * score) / data.targetValue, false)} % of ${data.target}` : "");
@@ -62,18 +61,11 @@
     lensRelevance.keepForPaper(body);
     body.prepend(root);
 
-    const marks = nodes.map((node, i) => {
-      const mark = svgElement("g", {
-        class: `lr-node ${node.score === null ? "lr-hollow" : signOf(node.score)}`, role: "button", tabindex: -1, "data-node": node.name,
-        "data-position": node.position, "data-score": node.score ?? "", "aria-label": `${node.name} at ${where(node)}, ${scoreLine(node.score)}`,
-      });
-      mark.append(svgElement("path", { class: "lr-mark" }), svgElement("circle", { class: "lr-hit" }), svgElement("text"));
-      mark.addEventListener("pointerenter", () => lookAtNode(i));
-      mark.addEventListener("pointerleave", () => lookAtNode(null));
-      mark.addEventListener("focus", () => lookAtNode(i, true));
-      mark.addEventListener("blur", () => lookAtNode(null));
-      mark.addEventListener("click", (event) => (event.shiftKey ? select(i) : open(i)));
-      return mark;
+    Object.assign(view, { where, scoreLine, patched, groupOf, nameOf, ends });
+    const painted = edgesOf(view, root);
+    const { marks, put } = marksOf(view, moving, {
+      pointerenter: (i) => lookAtNode(i), pointerleave: () => lookAtNode(null), focus: (i) => lookAtNode(i, true), blur: () => lookAtNode(null),
+      click: (i, event) => (event.shiftKey ? select(i) : open(i)),
     });
 
     // ---- what is shown, and where
@@ -97,18 +89,31 @@
       }
       return named;
     }
-    function layOut() {
+    function measure() {
       view.width = Math.max(stage.clientWidth, 240);
       view.outer = stageHeight();
       stage.style.height = `${view.outer}px`;
       view.height = stage.clientHeight;
       panel.style.maxHeight = window.innerWidth > 760 ? `${view.outer}px` : "";
+    }
+    function layOut() {
       const list = new Set([...state.pinned].map(shownAs));
       for (let i = 0; i < state.shown; i += 1) ends(i).slice(0, 2).forEach((node) => list.add(node));
       if (!edges.length) nodes.forEach((_, i) => list.add(shownAs(i)));
       drawn = [...list].sort((a, b) => a - b);
       view.layout = place(nodes, drawn, data.labels, view.width, view.height);
-      lines = new Map();
+      painted.moved();
+      const { layout } = view;
+      const grid = JSON.stringify([layout.columns, layout.rows, view.width, view.height]);
+      if (grid !== shownGrid) layOutGrid();
+      shownGrid = grid;
+      put(drawn, new Set(labelled()));
+      if (!drawn.some((i) => marks[i].getAttribute("tabindex") === "0") && drawn.length) rove(drawn[0]);
+      root.dataset.nodes = drawn.length;
+      move(view.zoomed);
+    }
+    // Lines behind the nodes, names of rows and tokens.
+    function layOutGrid() {
       const { layout } = view;
       ground.replaceChildren(
         ...layout.columns.filter((c) => c.count === 1).map((c) => svgElement("line", { class: "lr-column", x1: c.centre, x2: c.centre, y1: 14, y2: view.height - 26 })),
@@ -120,22 +125,6 @@
       // Names of rows that would overlap are left out, the first and last excepted.
       const every = Math.max(1, Math.ceil(12 / layout.step));
       rows.replaceChildren(...layout.rows.map((row, n) => element("span", { textContent: row.name, hidden: n % every !== 0 && n !== layout.rows.length - 1 })));
-      const named = new Set(labelled()), order = [...drawn].sort((a, b) => layout.marks.get(b).r - layout.marks.get(a).r);
-      moving.replaceChildren(ground, ...order.map((i) => marks[i]));
-      for (const i of drawn) {
-        const at = layout.marks.get(i), [shape, hit, name] = marks[i].children;
-        shape.setAttribute("d", outline(nodes[i].kind, at));
-        for (const [key, value] of [["cx", at.x], ["cy", at.y], ["r", Math.max(at.r, Math.min(11, 0.5 * layout.step + 2))]]) hit.setAttribute(key, value);
-        name.setAttribute("x", at.x);
-        name.setAttribute("y", at.y - at.r - 3);
-        name.textContent = named.has(i) ? nameOf(i) : "";
-        marks[i].classList.toggle("lr-pinned", state.pinned.has(i));
-        marks[i].classList.toggle("lr-selected", state.selected.has(i));
-        marks[i].classList.toggle("lr-group", Boolean(groupOf(i)));
-      }
-      if (!drawn.some((i) => marks[i].getAttribute("tabindex") === "0") && drawn.length) rove(drawn[0]);
-      root.dataset.nodes = drawn.length;
-      move(zoomed);
     }
     // The picture fills the window below the page's head; further down a long page it takes most of the window.
     function stageHeight() {
@@ -143,57 +132,11 @@
       const rest = window.innerHeight - top - legend.offsetHeight - 22;
       return Math.round(top < 0.5 * window.innerHeight ? Math.max(rest, 400) : Math.min(Math.max(0.8 * window.innerHeight, 400), 900));
     }
-    const line = (i) => {
-      if (!lines.has(i)) {
-        const [s, t] = ends(i), from = view.layout.marks.get(s), to = view.layout.marks.get(t);
-        lines.set(i, from && to ? [from, to, curve(from, to)] : null); // null: an end is not drawn
-      }
-      return lines.get(i);
-    };
-
     // ---- drawing
-    const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-    function paint(canvas, list, solid) {
-      const ratio = Math.min(window.devicePixelRatio || 1, Math.sqrt(MAX_PIXELS / (view.width * view.height)));
-      const width = Math.round(view.width * ratio), height = Math.round(view.height * ratio);
-      if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-      const context = canvas.getContext("2d");
-      context.setTransform(1, 0, 0, 1, 0, 0);
-      context.clearRect(0, 0, width, height);
-      context.setTransform(zoomed.k * ratio, 0, 0, zoomed.k * ratio, zoomed.x * ratio, zoomed.y * ratio);
-      context.lineCap = "round";
-      const colours = { "lr-pos": colour("--lr-pos"), "lr-neg": colour("--lr-neg") };
-      const letters = list.length <= LETTERED;
-      for (const i of list) {
-        if (!line(i)) continue;
-        const [from, to, [x1, y1, x2, y2]] = line(i), score = edges[i][2], strength = Math.sqrt(Math.abs(score) / strongest);
-        context.strokeStyle = colours[signOf(score)];
-        context.globalAlpha = solid ? 0.95 : 0.25 + 0.6 * strength;
-        context.lineWidth = 0.5 + 3.3 * strength + (solid ? 0.6 : 0);
-        context.beginPath();
-        context.moveTo(from.x, from.y);
-        context.bezierCurveTo(x1, y1, x2, y2, to.x, to.y);
-        context.stroke();
-        if (letters && "qkv".includes(edges[i][3] || "-")) letter(context, edges[i][3], from, to, [x1, y1, x2, y2]);
-      }
-    }
-    function letter(context, text, from, to, [x1, y1, x2, y2]) {
-      const t = 0.72, u = 1 - t;
-      const x = u * u * u * from.x + 3 * u * u * t * x1 + 3 * u * t * t * x2 + t * t * t * to.x;
-      const y = u * u * u * from.y + 3 * u * u * t * y1 + 3 * u * t * t * y2 + t * t * t * to.y;
-      context.globalAlpha = 1;
-      context.font = "600 10px sans-serif";
-      context.textAlign = "center";
-      context.textBaseline = "middle";
-      context.lineWidth = 3;
-      context.strokeStyle = colour("--lr-bg");
-      context.strokeText(text, x, y);
-      context.fillStyle = colour("--lr-fg");
-      context.fillText(text, x, y);
-    }
     function drawAll(limit = Infinity) {
       const list = shownEdges(), part = list.slice(Math.max(0, list.length - limit));
-      paint(base, part, false);
+      if (limit === Infinity) painted.readColours();
+      painted.paint(base, part, false);
       drawAttention();
       root.dataset.drawn = part.length;
     }
@@ -203,7 +146,7 @@
       const chosen = state.path === null ? [] : data.paths[state.path].edges;
       const near = members.flatMap((i) => incident[i]).filter((i) => i < state.shown);
       const list = focus ?? (looked !== null ? [...new Set(near)].reverse() : chosen);
-      paint(above, list, true);
+      painted.paint(above, list, true);
       base.style.opacity = list.length ? 0.25 : 1;
       root.dataset.highlighted = list.length;
     }
@@ -234,29 +177,13 @@
     function lookAtEdge(event) {
       if (event.target.closest?.(".lr-node") || dragging) return;
       const frame = picture.getBoundingClientRect();
-      const i = nearestEdge((event.clientX - frame.left - zoomed.x) / zoomed.k, (event.clientY - frame.top - zoomed.y) / zoomed.k);
+      const i = painted.nearest(shownEdges(), (event.clientX - frame.left - view.zoomed.x) / view.zoomed.k, (event.clientY - frame.top - view.zoomed.y) / view.zoomed.k);
       if ((focus?.[0] ?? null) !== i) look(i === null ? null : [i]);
       if (i === null) return lensRelevance.hideTip();
       const edge = edges[i];
       const lines = [`${nodes[edge[0]].name} → ${reads(nodes, edge)}`, `from ${where(nodes[edge[0]])}`, `to ${where(nodes[edge[1]])}`, scoreLine(edge[2])];
       lensRelevance.showTip(lines, event.clientX, event.clientY);
     }
-    function nearestEdge(x, y) {
-      let best = null, nearest = (5 / zoomed.k) ** 2;
-      for (const i of shownEdges()) {
-        if (!line(i)) continue;
-        const [from, to, [x1, y1, x2, y2]] = line(i);
-        if (x < Math.min(from.x, to.x, x1, x2) - 6 || x > Math.max(from.x, to.x, x1, x2) + 6 || y < Math.min(from.y, to.y, y1, y2) - 6 || y > Math.max(from.y, to.y, y1, y2) + 6) continue;
-        for (let k = 0; k <= 40; k += 1) {
-          const t = k / 40, u = 1 - t;
-          const dx = u * u * u * from.x + 3 * u * u * t * x1 + 3 * u * t * t * x2 + t * t * t * to.x - x;
-          const dy = u * u * u * from.y + 3 * u * u * t * y1 + 3 * u * t * t * y2 + t * t * t * to.y - y;
-          if (dx * dx + dy * dy <= nearest) { nearest = dx * dx + dy * dy; best = i; }
-        }
-      }
-      return best;
-    }
-
     // ---- opening, pinning, grouping, paths
     function fillPanel() {
       panel.dataset.node = opened === null ? "" : nodes[opened].name;
@@ -314,7 +241,7 @@
         if (data.paths[kept.path]) state.path = kept.path;
       } catch { /* an address of another page */ }
     }
-    Object.assign(view, { where, scoreLine, patched, groupOf, nameOf, ends, open, look, pin, group, ungroup, choosePath, shownEdges, labelled, savedState });
+    Object.assign(view, { open, look, pin, group, ungroup, choosePath, shownEdges, labelled, savedState });
 
     // ---- slider and search
     const toSlider = (n) => (edges.length > 1 ? Math.round((1000 * Math.log(Math.max(n, 1))) / Math.log(edges.length)) : 1000);
@@ -380,25 +307,25 @@
     function move(to) {
       const k = Math.min(Math.max(to.k, 1), 12);
       const within = (value, size) => Math.min(0, Math.max(value, size * (1 - k))); // the picture never leaves its frame
-      zoomed = { k, x: within(to.x, view.width), y: within(to.y, view.height) };
-      moving.setAttribute("transform", `translate(${zoomed.x} ${zoomed.y}) scale(${k})`);
-      view.layout.rows.forEach((row, n) => (rows.children[n].style.top = `${row.y * k + zoomed.y}px`));
-      view.layout.columns.forEach((c, n) => (tokens.children[n].style.left = `${c.centre * k + zoomed.x}px`));
+      view.zoomed = { k, x: within(to.x, view.width), y: within(to.y, view.height) };
+      moving.setAttribute("transform", `translate(${view.zoomed.x} ${view.zoomed.y}) scale(${k})`);
+      view.layout.rows.forEach((row, n) => (rows.children[n].style.top = `${row.y * k + view.zoomed.y}px`));
+      view.layout.columns.forEach((c, n) => (tokens.children[n].style.left = `${c.centre * k + view.zoomed.x}px`));
       root.dataset.zoom = k.toFixed(3);
       overview.hidden = k < 1.05;
-      if (!overview.hidden) drawOverview();
+      if (!overview.hidden) painted.paintOverview(overview, drawn);
     }
     function zoomAt(factor, x, y) {
-      const k = Math.min(Math.max(zoomed.k * factor, 1), 12), by = k / zoomed.k;
-      move({ k, x: x - (x - zoomed.x) * by, y: y - (y - zoomed.y) * by });
+      const k = Math.min(Math.max(view.zoomed.k * factor, 1), 12), by = k / view.zoomed.k;
+      move({ k, x: x - (x - view.zoomed.x) * by, y: y - (y - view.zoomed.y) * by });
       redrawSoon(false);
     }
     const zoomBy = (factor) => zoomAt(factor, view.width / 2, view.height / 2);
-    function fit() { zoomed = { k: 1, x: 0, y: 0 }; layOut(); drawAll(); }
+    function fit() { view.zoomed = { k: 1, x: 0, y: 0 }; measure(); layOut(); drawAll(); }
     function reveal(i) {
-      const at = view.layout.marks.get(i), x = at.x * zoomed.k + zoomed.x, y = at.y * zoomed.k + zoomed.y;
+      const at = view.layout.marks.get(i), x = at.x * view.zoomed.k + view.zoomed.x, y = at.y * view.zoomed.k + view.zoomed.y;
       if (x > 60 && x < view.width - 10 && y > 10 && y < view.height - 30) return;
-      move({ k: zoomed.k, x: view.width / 2 - at.x * zoomed.k, y: view.height / 2 - at.y * zoomed.k });
+      move({ k: view.zoomed.k, x: view.width / 2 - at.x * view.zoomed.k, y: view.height / 2 - at.y * view.zoomed.k });
       drawAll();
     }
     const alone = () => Boolean(document.querySelector(".lr-page")) && !document.querySelector(".lr-page h2");
@@ -426,31 +353,20 @@
       if (others.length) {
         const frame = stage.getBoundingClientRect(), far = (a, b) => Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY);
         zoomAt(far(event, others[0]) / Math.max(far(last, others[0]), 1), (event.clientX + others[0].clientX) / 2 - frame.left, (event.clientY + others[0].clientY) / 2 - frame.top);
-      } else if (zoomed.k > 1) {
+      } else if (view.zoomed.k > 1) {
         dragging = true;
         lensRelevance.hideTip();
-        move({ k: zoomed.k, x: zoomed.x + event.clientX - last.clientX, y: zoomed.y + event.clientY - last.clientY });
+        move({ k: view.zoomed.k, x: view.zoomed.x + event.clientX - last.clientX, y: view.zoomed.y + event.clientY - last.clientY });
         redrawSoon(false);
       }
       touching.set(event.pointerId, event);
     });
     for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, (event) => { touching.delete(event.pointerId); dragging = false; });
     picture.addEventListener("pointerleave", () => { look(null); lensRelevance.hideTip(); });
-    function drawOverview() {
-      const context = overview.getContext("2d"), across = overview.width / view.width, down = overview.height / view.height;
-      context.clearRect(0, 0, overview.width, overview.height);
-      for (const i of drawn) {
-        const at = view.layout.marks.get(i);
-        context.fillStyle = nodes[i].score === null ? colour("--lr-muted") : colour(`--${signOf(nodes[i].score)}`);
-        context.fillRect(at.x * across - 1, at.y * down - 1, 2.5, 2.5);
-      }
-      context.strokeStyle = colour("--lr-fg");
-      context.strokeRect((-zoomed.x / zoomed.k) * across, (-zoomed.y / zoomed.k) * down, overview.width / zoomed.k, overview.height / zoomed.k);
-    }
     overview.addEventListener("click", (event) => {
       const box = overview.getBoundingClientRect();
       const x = ((event.clientX - box.left) / box.width) * view.width, y = ((event.clientY - box.top) / box.height) * view.height;
-      move({ k: zoomed.k, x: view.width / 2 - x * zoomed.k, y: view.height / 2 - y * zoomed.k });
+      move({ k: view.zoomed.k, x: view.width / 2 - x * view.zoomed.k, y: view.height / 2 - y * view.zoomed.k });
       drawAll();
     });
 

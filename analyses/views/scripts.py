@@ -17,7 +17,7 @@ from typing import Any
 
 CIRCUITSVIS = "circuitsvis"
 FLOW = "flow"
-_FLOW_FILES = ("flow_layout.js", "flow_panel.js", "flow_files.js", "flow.js")
+_FLOW_FILES = ("flow_layout.js", "flow_panel.js", "flow_files.js", "flow_edges.js", "flow_nodes.js", "flow.js")
 
 # The cell whose output carries CircuitsVis's script in this process ("" where the front end does not tell), None before the first.
 _carrying_cell: str | None = None
