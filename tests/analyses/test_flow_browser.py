@@ -117,7 +117,8 @@ def test_the_browser_places_everything_where_the_static_picture_does(browser: Br
         marks = drawn_marks(flow, shown)
         width, height = tab.run("(() => { const s = document.querySelector('.lr-flow-stage'); return [s.clientWidth, s.clientHeight]; })()")
         expected = place(flow.marks, marks, [show_token(t) for t in flow.tokens], width=width, height=height)
-        place_of = "(e) => [e.dataset.node, +e.dataset.position, ...[e.transform.baseVal.consolidate().matrix].flatMap((at) => [at.e, at.f])]"
+        matrix = "e.transform.baseVal.consolidate().matrix"
+        place_of = f"(e) => [e.dataset.node, +e.dataset.position, {matrix}.e, {matrix}.f]"
         found = tab.run(f"{SHOWN}.map({place_of})")
         assert len(found) == len(marks)
         at = {(flow.marks[i].name, flow.marks[i].position): expected.marks[i] for i in marks}
