@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from analyses.benchmarks import bracketing, circuits, compared, edge_stability
+from analyses.benchmarks import bracketing, circuits, compared, contexts, edge_stability, flow_routes
 from analyses.benchmarks.tables import markdown, read_table, write_table
 from analyses.evaluation.comparison import compare_with_patching
+from analyses.graph import flow_graphs
 from analyses.models.loading import load_model
+from analyses.patching import activation_patching
 from analyses.tasks import TASKS
+from analyses.vision_language import FOLDER
+from analyses.vision_language.short_table import PLACE, short
 from lens_relevance import RelevanceError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "measurements"
 QUOTING = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+GEMMA = "LENS_RELEVANCE_GEMMA"
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d*\.\d+(?![\w.]*\d)")
 
 # Pages that one command writes whole, and those that tests of their own compare with a fresh run.
@@ -34,13 +41,10 @@ WHOLE = {
 }
 # Pages whose tables are put together from what their commands print. No other page may be.
 PRINTED = {
-    "contexts.md": "analyses.benchmarks.contexts",
     "costs.md": "analyses.benchmarks.costs",
     "features.md": "analyses.benchmarks.features",
-    "flow_routes.md": "analyses.benchmarks.flow_routes",
     "mutations.md": "tests.mutation",
     "peers.md": "repository",
-    "pictures_and_questions.md": "analyses.vision_language.experiment",
     "reliability.md": "analyses.benchmarks.reliability",
 }
 
@@ -78,11 +82,38 @@ def of_circuits() -> dict[str, str]:
     return {"CMD, nodes": str(circuits.shown({"node": found})["CMD, nodes"][0])}
 
 
+def of_gemma() -> dict[str, str]:
+    if not os.environ.get(GEMMA):
+        pytest.skip(f"needs Gemma 3 270M: {GEMMA} names no folder")
+    model = load_model(os.environ[GEMMA])
+    found = compare_with_patching(model, TASKS["ioi"](model, n=16, seed=0), ["relp"], components=["heads"])
+    return compared.shown(found).set_index("method").loc["`relp`"].drop("component").to_dict()
+
+
+def of_contexts() -> dict[str, str]:
+    model = load_model("embedded")
+    texts = contexts.known_sentences(model)
+    found, _, _ = contexts.measured(model, texts, neurons=40, n_windows=32, window=12, rules="attnlrp", seed=0)
+    return contexts.shown(found).set_index("measure").loc["relevance"].to_dict()
+
+
+def of_flow_routes() -> dict[str, str]:
+    model = load_model("embedded")
+    pairs, names = flow_routes.PAIRS["ioi"](model, 8), flow_routes.head_names(model)
+    graphs = flow_graphs(model, pairs.clean, pairs.target, reference=pairs.corrupt)
+    patched = activation_patching(model, pairs, ["heads"], direction="mean", progress=False).effect.double().numpy()
+    found = flow_routes.compared({"patching": patched, flow_routes.AGAINST: flow_routes.head_scores(graphs, names)})
+    return found.set_index("graph").loc[flow_routes.AGAINST].to_dict()
+
+
 CELLS: dict[tuple[str, str, str], Callable[[], dict[str, str]]] = {
     ("bracketing.md", "tiny mixtral, random weights", "expert"): of_bracketing,
-    ("heads_against_patching.md", "embedded, induction, heads", "`relp`"): of_heads,
+    ("heads_against_patching.md", "embedded, induction, heads", "heads `relp`"): of_heads,
     ("edge_stability.md", "embedded, ioi", "`gradient`"): of_edge_stability,
     ("circuits.md", "embedded, ioi", "`relp`"): of_circuits,
+    ("gemma_ioi.md", "gemma3-270m, ioi, resid,attn,mlp,heads", "heads `relp`"): of_gemma,
+    ("contexts.md", "embedded", "relevance"): of_contexts,
+    ("flow_routes.md", "embedded, ioi", flow_routes.AGAINST): of_flow_routes,
 }
 
 
@@ -90,12 +121,21 @@ CELLS: dict[tuple[str, str, str], Callable[[], dict[str, str]]] = {
 def test_a_cell_measured_again_is_what_the_page_has(cell: tuple[str, str, str]) -> None:
     page, table, row = cell
     shown = read_table(PAGES / page, table)
-    shown = shown.reset_index().set_index("method") if "method" in shown.columns else shown
+    if "component" == shown.index.name:  # a row for each component and method
+        shown = shown.reset_index()
+        shown.index = shown["component"] + " " + shown["method"]
     found = CELLS[cell]()
     assert found
     for column, fresh in found.items():
-        here, there = numbers(shown.loc[row, column]), numbers(fresh)
+        here, there = numbers(shown.loc[row, column]), numbers(str(fresh))
         assert len(here) == len(there) and here == pytest.approx(there, abs=0.002), (column, shown.loc[row, column], fresh)
+
+
+def test_the_short_table_of_pictures_is_that_of_the_results() -> None:
+    """tests/analyses/test_vision_language.py measures two of these again."""
+    written = markdown(short(pd.read_csv(FOLDER / "results.csv")))
+    assert written in (PAGES / "pictures_and_questions.md").read_text(encoding="utf-8") and written.count("\n") == 12
+    assert read_table(PAGES / "pictures_and_questions.md", PLACE).loc["random", "localisation"] == "0.13 (0.13 to 0.14)"
 
 
 def numbers(text: str) -> list[float]:
@@ -151,7 +191,7 @@ def test_what_stands_in_a_page_is_replaced_and_nothing_else(tmp_path: Path) -> N
     with pytest.raises(RelevanceError, match="has no table"):
         read_table(page, "two")
     table = "| a | b |\n|---|---|\n| x | 0.5 |"
-    write_table(page, "two", table, command="two --n 1", settings="of nothing")
+    write_table(page, "two", table, command="analyses.benchmarks.two --n 1", settings="of nothing")
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- table: one -->\nold | 1 |\n<!-- end -->\nbetween\n") and text.endswith("<!-- end -->\nafter\n")
     assert "python -m analyses.benchmarks.two --n 1" in text and "of nothing; 20" in text

@@ -1,6 +1,6 @@
 """What an atlas costs beside a plain forward and gradient over the same batches.
 
-    python -m analyses.benchmarks.atlas --model FOLDER --layers 9 --tokens 3000
+    python -m analyses.benchmarks.atlas --model FOLDER --layers 9 --tokens 3000 [--page docs/measurements/contexts.md]
 
 Both read the same windows in the same batches, compute logits at the last real position alone, and take the gradient of the prediction
 less its runner-up at the neurons of the same layers. Plain: nothing else, no rules, no ranking, no graph below the lowest. Each
@@ -16,12 +16,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import torch
 import typer
 from rich.console import Console
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.contexts import descriptions
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.contexts import build_atlas
 from analyses.contexts.build import batch_of, windows_per_pass
 from analyses.contexts.corpus import Window, in_batches, texts_of, windows
@@ -76,10 +78,11 @@ def main(
     layers: Annotated[str, typer.Option(help="Whose neurons.")] = "0",
     tokens: Annotated[int, typer.Option(help="How many tokens, at least.")] = 3000,
     window: Annotated[int, typer.Option(help="Tokens in a window, BOS included.")] = 64,
+    page: Annotated[Path | None, typer.Option(help="The page with the table's place.")] = None,
 ) -> None:
-    """Print what both cost."""
+    """Print what both cost, and write it into the page."""
     torch.set_num_threads(1)
-    loaded, chosen = load_model(model), [int(layer) for layer in layers.split(",")]
+    name, loaded, chosen = Path(model).name, load_model(model), [int(layer) for layer in layers.split(",")]
     texts, n_windows = texts_with(loaded, descriptions() if text is None else texts_of(text), tokens, window)
 
     def batches() -> Iterator[list[Window]]:
@@ -94,12 +97,17 @@ def main(
     atlas = build_atlas(loaded, texts, layers=chosen, window=window)
     with_it = time.process_time() - began
     assert atlas.info["tokens"] == n_tokens
-    print_line = Console(soft_wrap=True).print
-    print_line(f"{model}, neurons of layers {layers}, {n_windows} windows of up to {window} tokens, {n_tokens} tokens")
-    print_line(
-        f"forward and gradient: {n_tokens / without:.0f} tokens a second; atlas: {n_tokens / with_it:.0f}; {without / with_it:.2f} of it"
-    )
-    print_line(f"largest memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    rates = {"forward and gradient": n_tokens / without, "atlas": n_tokens / with_it}
+    rows = [{"run": run, "tokens a second": f"{rate:.0f}", "share": f"{rate * without / n_tokens:.2f}"} for run, rate in rates.items()]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    of = f"{name}, neurons of layers {layers}, {n_windows} windows of up to {window} tokens, {n_tokens:,} tokens"
+    Console(soft_wrap=True).print(f"{of}; largest memory of the process {memory:.2f} GiB")
+    typer.echo(written := markdown(pd.DataFrame(rows)))
+    if page is not None:
+        options = f"--model {name} --layers {layers} --tokens {tokens} --window {window}"
+        command = f"analyses.benchmarks.atlas {options} --page docs/measurements/contexts.md"
+        settings = f"{of}; processor time of one thread, once each; largest memory of the process {memory:.1f} GiB"
+        write_table(page, f"atlas of {name}, layers {layers}", written, command=command, settings=settings)
 
 
 if __name__ == "__main__":

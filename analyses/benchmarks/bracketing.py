@@ -123,7 +123,7 @@ def main(
         typer.echo(f"{name}\n{shown}")
         if page is not None:
             options = "" if model is None else f" --model {name} --task {task}"
-            command = f"bracketing{options} --n {n} --page docs/measurements/bracketing.md"
+            command = f"analyses.benchmarks.bracketing{options} --n {n} --page docs/measurements/bracketing.md"
             write_table(page, name, shown, command=command, settings=f"{name}, {asked}, {n} pairs, seed 0")
 
 

@@ -66,7 +66,8 @@ def main(
     table = markdown(shown({level: cmd(loaded, task, COMPARED, level=level, n=n, seeds=seeds) for level in chosen}))
     typer.echo(table)
     if page is not None:
-        command = f"circuits --model {name} --task {task} --n {n} --seeds {seeds} --levels {levels} --page docs/measurements/circuits.md"
+        options = f"--model {name} --task {task} --n {n} --seeds {seeds} --levels {levels} --page docs/measurements/circuits.md"
+        command = f"analyses.benchmarks.circuits {options}"
         halves = f"{n // 2} pairs to find circuits on and {n - n // 2} to evaluate them"
         draws = f"mean over {seeds} draws (seeds 0 to {seeds - 1}), in brackets the lowest and the highest"
         write_table(page, f"{name}, {task}", table, command=command, settings=f"{name}, task {task}, {halves}; {draws}")

@@ -70,7 +70,7 @@ def main(
             page,
             f"{name}, {task}, {components}",
             table,
-            command=f"compared {options} --page docs/measurements/{page.name}",
+            command=f"analyses.benchmarks.compared {options} --page docs/measurements/{page.name}",
             settings=f"{name}, task {task}, {n} pairs, seed {seed}; in brackets 95 % intervals over 200 resamples of the pairs",
         )
 

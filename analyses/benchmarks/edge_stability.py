@@ -67,11 +67,11 @@ def main(
     table = markdown(rows.drop(columns="edges"))
     typer.echo(table)
     if page is not None:
-        command = f"edge_stability --model {name} --task {task} --draws {draws} --n {n} --page docs/measurements/edge_stability.md"
+        options = f"--model {name} --task {task} --draws {draws} --n {n} --page docs/measurements/edge_stability.md"
         settings = (
             f"{name}, task {task}, {rows['edges'][0]:,} edges, {draws} draws of {n} pairs (seeds 0 to {draws - 1}); in brackets the lowest"
         )
-        write_table(page, f"{name}, {task}", table, command=command, settings=settings)
+        write_table(page, f"{name}, {task}", table, command=f"analyses.benchmarks.edge_stability {options}", settings=settings)
 
 
 if __name__ == "__main__":

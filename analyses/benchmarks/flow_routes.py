@@ -1,6 +1,6 @@
 """How the graph of contributions differs from the graph of relevance, over heads (docs/measurements/flow_routes.md).
 
-    python -m analyses.benchmarks.flow_routes --model FOLDER [--pairs 8] [--threshold 0.04]
+    python -m analyses.benchmarks.flow_routes --model FOLDER [--tasks ioi,capitals] [--pairs 8] [--threshold 0.04] [--page PAGE]
 
 Two tasks: ioi, and capitals ("The capital of France is the city of", against another country). A head's score is, by relevance, that of its
 node summed over positions, absolute after averaging over prompts: against the corrupt prompt, and of the clean prompt alone (against the
@@ -10,16 +10,18 @@ is held against activation patching of heads (mean of both directions, absolute)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import typer
-from rich.console import Console
 from scipy.stats import rankdata
 from transformer_lens.model_bridge import TransformerBridge
 
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.edges.wiring import wiring
 from analyses.evaluation.agreement import bootstrap_weights, correlation, weighted_means
 from analyses.evaluation.stability import top_sets
@@ -35,6 +37,7 @@ CAPITALS = {
     **{"Spain": "Madrid", "Egypt": "Cairo", "Greece": "Athens", "China": "Beijing", "Austria": "Vienna", "Cuba": "Havana"},
 }
 TOP, RESAMPLES = 10, 1000
+AGAINST = "relevance, between the two prompts"
 Scores = np.ndarray
 """[head, prompt]"""
 
@@ -54,6 +57,9 @@ def capitals(model: TransformerBridge, n: int) -> PromptPairs:
     return PromptPairs(model.to_tokens(clean), model.to_tokens(corrupt), target)
 
 
+PAIRS: dict[str, Callable[[TransformerBridge, int], PromptPairs]] = {"ioi": lambda model, n: ioi(model, n, seed=11), "capitals": capitals}
+
+
 def head_names(model: TransformerBridge) -> list[str]:
     """All heads, layer by layer."""
     return [name for layer in wiring(model).layers for name in layer.heads]
@@ -65,18 +71,19 @@ def scores(model: TransformerBridge, pairs: PromptPairs) -> dict[str, Scores]:
     names = head_names(model)
     assert [str(node) for node in patched.nodes] == names
     against = flow_graphs(model, pairs.clean, pairs.target, reference=pairs.corrupt)
-    found = {"patching": patched.effect.double().numpy(), "relevance, against the other prompt": _scores(against, names)}
+    found = {"patching": patched.effect.double().numpy(), AGAINST: head_scores(against, names)}
     del against
-    found["relevance, one prompt"] = _scores(flow_graphs(model, pairs.clean, pairs.target), names)
+    found["relevance, one prompt"] = head_scores(flow_graphs(model, pairs.clean, pairs.target), names)
     routes = flow_graphs(model, pairs.clean, pairs.target, kind="contribution")
-    found["contribution, flow through"] = _scores(routes, names)
+    found["contribution, flow through"] = head_scores(routes, names)
     found["contribution, largest"] = np.stack(
         [g.edges.groupby("target")["score"].max().reindex(names, fill_value=0.0).to_numpy() for g in routes], 1
     )
     return found
 
 
-def _scores(graphs: list[FlowGraph], names: list[str]) -> Scores:
+def head_scores(graphs: list[FlowGraph], names: list[str]) -> Scores:
+    """What each graph says of each head, summed over positions."""
     columns = [g.nodes.groupby("node")["score"].sum().reindex(names, fill_value=0.0).to_numpy() for g in graphs]
     return np.stack(columns, 1)
 
@@ -91,46 +98,65 @@ def compared(found: dict[str, Scores]) -> pd.DataFrame:
     rows = []
     for name in [name for name in found if name != "patching"]:
         row = {"graph": name, "Spearman with patching": _cell(correlation(ranks[name], ranks["patching"]))}
-        for other in ("patching", "relevance, against the other prompt"):
-            row[f"first {TOP} shared with {other.split(',')[0]}"] = _cell((tops[name] & tops[other]).sum(1).astype(float))
+        for other in ("patching", AGAINST):
+            row[f"first {TOP} shared with {other}"] = _cell((tops[name] & tops[other]).sum(1).astype(float), "{:.0f}")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _cell(values: np.ndarray) -> str:
+def _cell(values: np.ndarray, form: str = "{:.2f}") -> str:
     """The value of all pairs, and where 95 % of the resampled ones lie."""
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
+    return "{} ({} to {})".format(*(form.format(value) for value in (values[0], *np.nanpercentile(values[1:], [2.5, 97.5]))))
 
 
-def made_of(model: TransformerBridge, pairs: PromptPairs) -> str:
-    """What flows through all heads, and through all MLPs, a path counted as often as it passes one; shares of tokens."""
-    routes = flow_graphs(model, pairs.clean, pairs.target, kind="contribution")
-    by_kind = pd.concat([g.nodes.groupby("component")["score"].sum() for g in routes], axis=1).mean(axis=1)
-    first = np.mean([g.nodes[(g.nodes["component"] == "embed") & (g.nodes["position"] == 0)]["score"].sum() for g in routes])
-    return f"through heads {by_kind['heads']:.2f}, through MLPs {by_kind['mlp']:.2f} times; from the first token {first:.2f}"
+def first_heads(found: dict[str, Scores], names: list[str]) -> pd.DataFrame:
+    """The first heads of each graph, and of patching."""
+    orders = {name: np.argsort(-np.abs(values.mean(1)), kind="stable") for name, values in found.items()}
+    return pd.DataFrame([{"graph": name, f"first {TOP}": ", ".join(names[i] for i in order[:TOP])} for name, order in orders.items()])
+
+
+def made_of(model: TransformerBridge, pairs: PromptPairs, *, threshold: float) -> pd.DataFrame:
+    """What the graph of contributions says of the states: shares of the first token, what paths pass, which heads are on the route."""
+    graphs = flow_graphs(model, pairs.clean, pairs.target, kind="contribution")
+    by_kind = pd.concat([g.nodes.groupby("component")["score"].sum() for g in graphs], axis=1).mean(axis=1)
+    first = np.mean([g.nodes[(g.nodes["component"] == "embed") & (g.nodes["position"] == 0)]["score"].sum() for g in graphs])
+    routes = head_routes(model, pairs.clean, pairs.target, threshold=threshold)
+    carried = ", ".join(f"{row.node} {row.through:.2f}" for row in routes.sort_values("through", ascending=False).head(3).itertuples())
+    rows = {
+        "share of what reaches the logits that begins at the first token": f"{first:.2f}",
+        "heads that a path passes on average": f"{by_kind['heads']:.1f}",
+        "MLPs that a path passes on average": f"{by_kind['mlp']:.1f}",
+        f"heads on the route of some prompt at a threshold of {threshold:g}": f"{int((routes['on_route'] > 0).sum())} of {len(routes)}",
+        "what flows through most, on the routes": carried,
+    }
+    return pd.DataFrame(rows.items(), columns=["of the graph of contributions", "mean over prompts"])
 
 
 def main(
     *,
-    model: Annotated[str, typer.Option(help="A hub name or a folder.")],
+    model: Annotated[str, typer.Option(help="A hub name or a folder.")] = "embedded",
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PAIRS)}.")] = ",".join(PAIRS),
     n_pairs: Annotated[int, typer.Option("--pairs", help="Pairs of each task.")] = 8,
     threshold: Annotated[float, typer.Option(help="For the heads on the route.")] = 0.04,
+    page: Annotated[Path | None, typer.Option(help="The page with the tables' places.")] = None,
 ) -> None:
-    """Print the tables of docs/measurements/flow_routes.md."""
-    loaded, say = load_model(model), Console(width=200).print
-    for name, pairs in (("ioi", ioi(loaded, n_pairs, seed=11)), ("capitals", capitals(loaded, n_pairs))):
-        say(f"{name}, {len(pairs)} pairs of {pairs.clean.shape[1]} tokens")
+    """Print the tables, and write them into the page."""
+    loaded, name = load_model(model), Path(model).name
+    command = f"analyses.benchmarks.flow_routes --model {name} --tasks {tasks} --pairs {n_pairs} --threshold {threshold:g}"
+    for task in tasks.split(","):
+        pairs = PAIRS[task](loaded, n_pairs)
         found = scores(loaded, pairs)
-        say(compared(found).to_string(index=False))
-        first = {kind: np.abs(values.mean(1)) for kind, values in found.items()}
-        nodes = head_names(loaded)
-        for kind, values in first.items():
-            say(f"{kind}: {', '.join(nodes[i] for i in np.argsort(-values)[:TOP])}")
-        say(made_of(loaded, pairs))
-        table = head_routes(loaded, pairs.clean, pairs.target, threshold=threshold)
-        say(f"on the route at {threshold:g}: {int((table['on_route'] > 0).sum())} of {len(table)} heads in some prompt")
-        say(table.head(TOP).round(3).to_string(index=False))
+        of = f"{name}, {task}, {len(pairs)} pairs of {pairs.clean.shape[1]} tokens{', seed 11' if task == 'ioi' else ''}"
+        heads = f"{of}, {len(head_names(loaded))} heads"
+        shown = {
+            f"{name}, {task}": (compared(found), f"{heads}; in brackets 95 % intervals over {RESAMPLES} resamples of the pairs"),
+            f"{name}, {task}, first heads": (first_heads(found, head_names(loaded)), f"{heads}, by the size of their mean over pairs"),
+            f"{name}, {task}, routes": (made_of(loaded, pairs, threshold=threshold), heads),
+        }
+        for place, (table, settings) in shown.items():
+            typer.echo(f"{settings}\n{markdown(table)}\n")
+            if page is not None:
+                write_table(page, place, markdown(table), command=f"{command} --page docs/measurements/flow_routes.md", settings=settings)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """How far scores, intervals and certified rankings can be trusted: against exhaustive patching (docs/measurements/reliability.md).
 
-    python -m analyses.benchmarks.reliability [--model FOLDER --tasks ioi,induction --seeds 0,1 --n 16]
+    python -m analyses.benchmarks.reliability [--model FOLDER --tasks ioi,induction --seeds 0,1 --n 16] [--results FOLDER]
+    python -m analyses.benchmarks.reliability_table FOLDER --page docs/measurements/reliability.md
 
 Per task, seed and kind of component: Pearson and Spearman of `combined` with patching (mean of both directions), with 95 % intervals; the
 best other method; the share of intervals that hold the patched value, the share of scores that are flagged, how many scores are off by more
-than 20 % of the largest effect, and how many of these are flagged; per kind the mean and the worst case of these. Per task and seed: the
-checks of the yardstick, and whether the certified top 10 is that of exhaustive patching, at which share of its forwards.
+than 20 % of the largest effect, and how many of these are flagged. Per task and seed: the checks of the yardstick, and whether the
+certified top 10 is that of exhaustive patching, at which share of its forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,7 @@ import typer
 from rich.console import Console
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.benchmarks.reliability_table import certified_row, measured, shown, summary
+from analyses.benchmarks.reliability_table import CERTIFIED, MEASURED, RUN, certified_row, keep, measured, shown, uses
 from analyses.components import Node, resolve_component
 from analyses.evaluation.comparison import Comparison, compare
 from analyses.evaluation.ranking import rank_heads, rank_neurons, rank_positions
@@ -63,15 +65,16 @@ def main(
     certify: Annotated[str, typer.Option(help="Kinds of components that are certified, comma-separated.")] = "heads",
     neurons: Annotated[str, typer.Option(help="Layers whose neurons are certified, comma-separated.")] = "",
     checkpoint: Annotated[Path | None, typer.Option(help="A folder: an interrupted run goes on from there.")] = None,
+    results: Annotated[Path | None, typer.Option(help="A folder: rows are kept there, those of the same runs replaced.")] = None,
     n: int = 32,
 ) -> None:
-    """Print the tables."""
-    loaded = load_model(model)
+    """Print the tables, and keep their rows."""
+    loaded, shared = load_model(model), {"model": Path(model).name, "pairs": n, "measured": f"{datetime.now(UTC):%Y-%m-%d}"}
     rows: list[dict[str, object]] = []
     tops: list[dict[str, object]] = []
     checks: list[pd.DataFrame] = []
     for task, seed in [(task, int(seed)) for task in tasks.split(",") for seed in seeds.split(",")]:
-        pairs, where = TASKS[task](loaded, n=n, seed=seed), {"task": task, "seed": seed}
+        pairs, where = TASKS[task](loaded, n=n, seed=seed), shared | {"task": task, "seed": seed}
         parts: list[tuple[Sequence[str], Sequence[str]]] = [(METHODS, components.split(","))]
         if queries:
             parts.append((QUERIES_AND_KEYS, ["q", "k"]))
@@ -85,9 +88,11 @@ def main(
             for kind in [kind for kind in certify.split(",") if kind in kinds]:
                 tops.append(where | certified(loaded, pairs, found, kind, checkpoint=None if kept is None else kept / f"certified {kind}"))
         tops += [where | neurons_of_a_layer(loaded, pairs, int(layer)) for layer in neurons.split(",") if layer]
-        print(shown(pd.DataFrame(rows[-len(components.split(",")) - 2 * queries :])).to_string(index=False), flush=True)
+        if results is not None:
+            keep(rows, results / MEASURED, [*RUN, "component", "method"])
+            keep(tops, results / CERTIFIED, [*RUN, "what"])
     table = pd.DataFrame(rows)
-    for frame in (shown(table), summary(table), pd.concat(checks, ignore_index=True).round(3), pd.DataFrame(tops)):
+    for frame in (shown(table), uses(table), pd.concat(checks, ignore_index=True).round(3), pd.DataFrame(tops)):
         print(frame.to_string(index=False) + "\n")
 
 

@@ -27,14 +27,15 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in frame.astype(str).itertuples(index=False))])
 
 
-def write_table(page: Path, name: str, table: str, *, command: str, settings: str) -> None:
+def write_table(page: Path, name: str, table: str, *, command: str, settings: str, measured: str | None = None) -> None:
     """Put a table in the place of the one of this name.
 
     Args:
         page: The .md file.
         table: In Markdown.
-        command: What writes it, after `python -m analyses.benchmarks.`.
+        command: What writes it, after `python -m`.
         settings: Model, task, number of pairs, seeds and what the numbers are, in words.
+        measured: When, where the numbers come from a file of results; today if left out.
 
     Raises:
         RelevanceError: the page has no place for a table of this name.
@@ -43,8 +44,8 @@ def write_table(page: Path, name: str, table: str, *, command: str, settings: st
     place = re.compile(re.escape(begin) + r".*?" + re.escape(_END), flags=re.DOTALL)
     if len(place.findall(text)) != 1:
         raise RelevanceError(f"{page} needs one pair of lines {begin!r} and {_END!r}, between which the table is written")
-    settings = f"{settings}; {datetime.now(UTC):%Y-%m-%d}, version {__version__}."
-    filled = f"{begin}\n`python -m analyses.benchmarks.{command}`\n\n{settings}\n\n{table}\n{_END}"
+    settings = f"{settings}; {measured or f'{datetime.now(UTC):%Y-%m-%d}'}, version {__version__}."
+    filled = f"{begin}\n`python -m {command}`\n\n{settings}\n\n{table}\n{_END}"
     page.write_text(place.sub(lambda _: filled, text), encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,15 +151,16 @@ def condensed(table: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataF
 
 def markdown(table: pd.DataFrame) -> str:
     """The table as it stands in results.md, by area of patches."""
-    of_words = {row["method"]: _interval(row, "area") for row in table[table["set"] == QUESTION].to_dict("records")}
+    of_words = {row["method"]: interval(row, "area") for row in table[table["set"] == QUESTION].to_dict("records")}
     lines = ["| method | MoRF | LeRF | area between | localisation | words: area between |", "|---|---|---|---|---|---|"]
     for row in table[table["set"] == IMAGE].to_dict("records"):
-        cells = [f"{row['morf']:.2f}", f"{row['lerf']:.2f}", *(_interval(row, figure) for figure in ("area", "localisation"))]
+        cells = [f"{row['morf']:.2f}", f"{row['lerf']:.2f}", *(interval(row, figure) for figure in ("area", "localisation"))]
         lines.append(f"| {row['method']} | {' | '.join(cells)} | {of_words[row['method']]} |")
     return "\n".join(lines) + "\n"
 
 
-def _interval(row: dict[Hashable, Any], figure: str) -> str:
+def interval(row: dict[Hashable, Any], figure: str) -> str:
+    """A figure with its interval."""
     return f"{row[figure]:.2f} ({row[f'{figure}_low']:.2f} to {row[f'{figure}_high']:.2f})"
 
 
@@ -191,7 +193,8 @@ def main(
         text = markdown(found)
     else:
         table = measure(model, split(model, questions, TEST_SPLIT), METHODS)
-        condensed(table).to_csv(out / "results.csv", index=False, float_format="%.4f")
+        today = f"{datetime.now(UTC):%Y-%m-%d}"
+        condensed(table).assign(measured=today).to_csv(out / "results.csv", index=False, float_format="%.4f")
         text = markdown(pd.read_csv(out / "results.csv")) + "\n" + differences(table, CHOSEN["weighted accumulation"], RIVALS)
         (out / "results.md").write_text(f"{INTRODUCTION.format(n=questions, tried=len(CANDIDATES))}\n{text}")
     print(text)
