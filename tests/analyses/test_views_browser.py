@@ -133,6 +133,9 @@ def test_the_chosen_head_is_drawn_large_in_the_colours_of_its_signs(browser: Bro
     tab = browser.open(write(views.head_flow_view(TOKENS[:3], flow), tmp_path))
     names = tab.run("[...document.querySelectorAll('.lr-circuitsvis h4')].map((e) => e.textContent)")
     assert names == ["L0H0 +2.0", "L0H1 −1.0"]
+    left, right = "[0].getBoundingClientRect().right", "[1].getBoundingClientRect().left"
+    labels = "document.querySelectorAll('.lr-circuitsvis h4')"
+    assert tab.run(f"{labels}{left} < {labels}{right}")  # one name does not lie over the next
     ink = """(() => { const c = [...document.querySelectorAll('canvas')].at(-1);
       const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
       let blue = 0, red = 0; for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 200) {
