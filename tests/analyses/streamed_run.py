@@ -1,7 +1,6 @@
 """Rankings and a comparison in a process of their own, for tests that start several processes, or kill one.
 
-python -m tests.analyses.streamed_run share FOLDER          all analyses, an atlas, and the command; every process writes what it got
-python -m tests.analyses.streamed_run NAME CHECKPOINT       one analysis, batch by batch: says "batch" and waits for a line before each
+python -m tests.analyses.streamed_run FOLDER     all analyses, an atlas, and the command; every process writes what it got
 """
 
 from __future__ import annotations
@@ -63,6 +62,8 @@ ANALYSES: dict[str, Callable[..., pd.DataFrame]] = {"heads": heads, "neurons": n
 
 
 def stepped(name: str, checkpoint: Path) -> None:
+    """One analysis, batch by batch: says "batch" and waits for a line before each."""
+
     def step(pairs: PromptPairs) -> None:
         print("batch", flush=True)
         if not sys.stdin.readline():
@@ -92,7 +93,4 @@ def share(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "share":
-        share(Path(sys.argv[2]))
-    else:
-        stepped(sys.argv[1], Path(sys.argv[2]))
+    share(Path(sys.argv[1]))

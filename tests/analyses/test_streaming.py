@@ -6,7 +6,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.commands import launch as accelerate_launch
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -33,8 +33,9 @@ from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff
 from tests import models
-from tests.analyses.streamed_run import ANALYSES, BATCH, N_PAIRS, atlas, told
+from tests.analyses.streamed_run import ANALYSES, BATCH, N_PAIRS, atlas, stepped, told
 from tests.analyses.test_ranking import random_pairs
+from tests.forked_processes import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -44,16 +45,20 @@ def numbers(frame: pd.DataFrame) -> torch.Tensor:
     return torch.tensor(frame.select_dtypes("number").to_numpy(float))
 
 
+def launch(*program: str) -> None:
+    """What `accelerate launch` does, in two new interpreters."""
+    options = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no --main_process_port=0"
+    sys.argv = ["accelerate-launch", *options.split(), "-m", *program]
+    accelerate_launch.main()
+
+
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """Each runs about half of the pairs, both end up with the whole result, and the command speaks once."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    options = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "tests.analyses.streamed_run"]
-    done = subprocess.run(
-        [*launcher, *options, "share", str(tmp_path)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("heads by combined") == 1
+    child = Forked(launch, "tests.analyses.streamed_run", str(tmp_path), environment=ENVIRONMENT)
+    printed, errors = child.stdout.read(), child.stderr.read()
+    assert child.wait() == 0, errors[-3000:]
+    assert printed.count("heads by combined") == 1
     assert (tmp_path / "command.csv").exists()
     seen = [tuple(map(int, (tmp_path / f"pairs-{i}.txt").read_text().split())) for i in (0, 1)]
     assert [count for count, _ in seen] == [2, 2]
@@ -83,10 +88,7 @@ def test_a_killed_run_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     checkpoint, n_batches = tmp_path / "checkpoint", -(-N_PAIRS // BATCH)
     chance = random.Random(time.time_ns())
     kill_at, delay = chance.randint(2, n_batches - 1), chance.uniform(0, 0.03)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tests.analyses.streamed_run", name, str(checkpoint)],
-        **dict(env=ENVIRONMENT, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE),  # type: ignore[call-overload]
-    )
+    child = Forked(stepped, name, checkpoint, environment=ENVIRONMENT)
     for _ in range(kill_at):
         assert child.stdout.readline() == "batch\n", child.stderr.read()
         child.stdin.write("go on\n")

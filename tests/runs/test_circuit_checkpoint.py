@@ -1,20 +1,14 @@
-"""A table of circuits that is killed, at any moment, goes on where it was and ends with the same bits.
-
-python -m tests.runs.test_circuit_checkpoint FOLDER   says "method" before each of its methods, and waits for a line
-"""
+"""A table of circuits that is killed, at any moment, goes on where it was and ends with the same bits."""
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from analyses.circuits import faithfulness_table
@@ -23,7 +17,7 @@ from analyses.tasks import PromptPairs
 from lens_relevance import RelevanceError
 from tests.analyses.streamed_run import told
 from tests.analyses.test_ranking import random_pairs
-from tests.analyses.test_streaming import ENVIRONMENT, ROOT
+from tests.forked_processes import Forked
 from tests.models import build_gpt2
 
 NAMES = ("relp", "gradient", "deeplift")
@@ -39,6 +33,7 @@ def table(checkpoint: Path | None = None, before: object = lambda name: None, **
 
 
 def stepped(name: str) -> None:
+    """Says "method" before each method, and waits for a line."""
     print("method", flush=True)
     if not sys.stdin.readline():
         raise EOFError
@@ -50,10 +45,7 @@ def test_a_killed_table_goes_on_where_it_was(tmp_path: Path) -> None:
     assert whole["cmd"].nunique() > 5 and list(whole.columns) == ["method", "order", "cmd", "cpr", "selection_cmd"]
     reached, at_most = chance.choice([(2, 0.05), (3, 0.6)])  # within scores, or within curves
     checkpoint = tmp_path / "run"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tests.runs.test_circuit_checkpoint", str(checkpoint)],
-        **dict(env=ENVIRONMENT, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE),  # type: ignore[call-overload]
-    )
+    child = Forked(table, checkpoint, stepped)
     for _ in range(reached):
         assert child.stdout.readline() == "method\n", child.stderr.read()
         child.stdin.write("go on\n")
@@ -121,8 +113,3 @@ def test_the_command_resumes(tmp_path: Path) -> None:
     arguments[2] = "6"
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "another run" in result.stderr and (tmp_path / "t.csv").read_bytes() == results[0][1]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    table(Path(sys.argv[1]), stepped)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
-import subprocess
 import sys
 import unicodedata
 import xml.etree.ElementTree as ElementTree
@@ -22,7 +22,7 @@ from analyses.output_files import table_csv
 from analyses.views import Page, View, layer_view, scatter_view, token_view
 from lens_relevance import RelevanceError, logit, propagate
 from lens_relevance.shown_text import let_any_text_be_printed, visible
-from tests.analyses.test_streaming import ENVIRONMENT, ROOT
+from tests.forked_processes import Forked
 from tests.models import build_with_words
 
 HOSTILE = ["\x1b", "\u202e", "\x07", "\x00", "\x9b", "\u2066", "\ufffe", "\x7f"]
@@ -149,10 +149,16 @@ def test_tables_are_escaped() -> None:
     assert again["score"].tolist() == frame["score"].tolist()
 
 
-@pytest.mark.slow
+def in_turn(lines: list[list[str]]) -> None:
+    for line in lines:
+        try:
+            app(line)
+        except SystemExit as end:
+            print("ended with", end.code)
+
+
 def test_terminals_that_lack_signs(folder: Path) -> None:
     """Each command in one process, with help and errors."""
-    encoding = "ascii"
     lines = [
         ["--help"],
         ["explain", "--help"],
@@ -161,18 +167,10 @@ def test_terminals_that_lack_signs(folder: Path) -> None:
         ["rank", "heads", "--n", "1"],
         ["explain", "--model", "/不/x"],
     ]
-    code = f"""
-from analyses.cli import app
-for line in {lines!r}:
-    try:
-        app(line)
-    except SystemExit as end:
-        print("ended with", end.code)
-"""
-    environment = {**ENVIRONMENT, "PYTHONIOENCODING": encoding, "COLUMNS": "100", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, timeout=280)
-    out, errors = done.stdout.decode(encoding), done.stderr.decode(encoding)
-    assert done.returncode == 0 and "Traceback" not in errors, errors
+    child = Forked(in_turn, lines, environment={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"})
+    out, errors = child.stdout.read(), child.stderr.read()
+    assert child.wait() == 0 and "Traceback" not in errors, errors
+    assert out.isascii() and errors.isascii()
     assert re.findall(r"ended with (\d|None)", out) == ["0", "0", "0", "0", "0", "2"]
     assert "heads by combined" in out and r"/\u4e0d/x" in errors and errors.count("Error:") == 1
     assert re.search(r"= [+-]\d+\.\d\d, on the mean embedding [+-]\d+\.\d\d; next word", out), out
