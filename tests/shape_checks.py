@@ -2,7 +2,8 @@
 
 pytest's option `--jaxtyping-packages` decorates every function of the packages with `jaxtyping.jaxtyped`, which binds the arguments,
 opens a scope for the sizes of axes and checks the arguments twice: 40 % of the time of these tests, mostly for functions that name no
-shape. `install` leaves the scope to the functions that do; beartype checks the types of all of them, as before, once.
+shape. `install` leaves the scope to the functions that do, without binding the arguments, which is only for messages; beartype checks the
+types of all of them, as before, once.
 
 Shapes are a matter of the code, not of how often it runs: of each function the first calls in each test are checked. A function inside
 another one is made anew whenever the outer one is called, and to decorate it takes longer than most of its calls: the first one that is
@@ -11,7 +12,6 @@ made is checked.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial, wraps
@@ -25,7 +25,9 @@ from beartype import BeartypeConf, beartype
 _LIBRARYS_OWN = jaxtyping.jaxtyped
 _CHECKED_INSIDE: set[CodeType] = set()
 CHECKED_CALLS = 3  # of each function in each test
-_checked_calls: Counter[int] = Counter()  # of this test, by function
+_checked_calls: dict[int, int] = {}  # of this test, by function
+_checked_enough: set[int] = set()
+_SCOPE = jaxtyping.jaxtyped("context")
 _CHECKED = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
@@ -58,7 +60,17 @@ def jaxtyped(decorated: Any = None, *, typechecker: Any) -> Any:
     decorated.__annotations__ = {name: resolved(said, decorated.__globals__) for name, said in decorated.__annotations__.items()}
     checked = _CHECKED(decorated)
     names_a_shape = any("jaxtyping." in repr(said) for said in decorated.__annotations__.values())
-    return first_calls(_LIBRARYS_OWN(checked, typechecker=None) if names_a_shape else checked, decorated)
+    return first_calls(in_scope(checked) if names_a_shape else checked, decorated)
+
+
+def in_scope(checked: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a scope of its own for the sizes of axes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _SCOPE:
+            return checked(*args, **kwargs)
+
+    return call
 
 
 def first_calls(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,9 +79,11 @@ def first_calls(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> C
 
     @wraps(unchecked)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _checked_calls[number] >= CHECKED_CALLS:
+        if number in _checked_enough:
             return unchecked(*args, **kwargs)
-        _checked_calls[number] += 1
+        _checked_calls[number] = n_calls = _checked_calls.get(number, 0) + 1
+        if n_calls == CHECKED_CALLS:
+            _checked_enough.add(number)
         return checked(*args, **kwargs)
 
     return call
@@ -78,6 +92,7 @@ def first_calls(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> C
 def begin_test() -> None:
     """The first calls are those from here on."""
     _checked_calls.clear()
+    _checked_enough.clear()
 
 
 def install() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformers import GenerationConfig, PreTrainedConfig
@@ -28,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from analyses.benchmarks.tiny_models import Family
 from lens_relevance.engine import CHECKED
 from lens_relevance.hooked_model import modules_of, root
-from tests.precision import NoUpcasts
+from tests.precision import upcasts_are_stopped
 
 KEPT = 128  # models that wait for the next test: those used last
 
@@ -67,14 +69,14 @@ class SharedModels:
         """A model as `Family.build` gives it; it leaves the random state as it was."""
         with torch.random.fork_rng(devices=[]):
             # What is built under a mode of torch's, or with another default dtype, may depend on it.
-            modes = [type(mode) for mode in _get_current_function_mode_stack()]
-            usual = _get_current_dispatch_mode() is None and torch.get_default_dtype() == torch.float32 and {*modes} <= {NoUpcasts}
+            has_mode = bool(_get_current_function_mode_stack()) or _get_current_dispatch_mode() is not None
+            usual = not has_mode and torch.get_default_dtype() == torch.float32
             if not self.is_open or not usual:
                 return self._build(family, dtype, seed, **settings)
-            key = repr((family, dtype, seed, sorted(settings.items()), modes))
+            key = repr((family, dtype, seed, sorted(settings.items()), upcasts_are_stopped()))
             built = self._free.pop(key, None)
             if built is None or not built.has_usual_classes():
-                with _without_garbage():
+                with _without_garbage(), _hook_points_have_no_parts():
                     built = _Built(key, self._build(family, dtype, seed, **settings))
                 built.held_by = sys.getrefcount(built.model)
         self._lent.append(built)
@@ -106,6 +108,19 @@ def _without_garbage() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _hook_points_have_no_parts() -> Iterator[None]:
+    """Most modules of a model are HookPoints. TransformerLens looks for others among their attributes, and PyTorch sets their train mode
+    by way of their parts, which they have none of: half of the time of a building."""
+
+    def train(point: HookPoint, mode: bool = True) -> HookPoint:
+        vars(point)["training"] = mode
+        return point
+
+    with patch.object(HookPoint, "__dir__", lambda point: (), create=True), patch.object(HookPoint, "train", train, create=True):
+        yield
+
+
 class _Built:
     """A model and how it was built."""
 
@@ -118,7 +133,7 @@ class _Built:
 
     def has_usual_classes(self) -> bool:
         """Whether a model built now would have the same classes: a test may put one of its own in the place of a library's."""
-        return all(_stands_in_its_module(type(module)) for module in self._modules)
+        return all(map(_stands_in_its_module, {type(module) for module in self._modules}))
 
     def is_as_built(self) -> bool:
         """Whether the model can be handed out again."""
@@ -128,13 +143,14 @@ class _Built:
                 return False
         for module, left in zip(self._modules, self._left, strict=True):
             _undo_forward(module, left)
-        return same(self._state, state_of(self.model))
+        return same(self._state, state_of(self.model, copies=False))
 
     def forget(self) -> None:
         """Let the packages forget what they have noted of the model and its modules: the next call is a first call."""
+        modules = set(self._modules)
         for memory in _memories(len(sys.modules)):
-            for module in self._modules:
-                memory.pop(module, None)
+            for module in modules & set(memory):
+                del memory[module]
 
 
 def _stands_in_its_module(kind: type[nn.Module]) -> bool:
@@ -166,19 +182,19 @@ def _undo_forward(module: nn.Module, left: dict[str, Any]) -> None:
             del vars(module)[name]
 
 
-def state_of(model: TransformerBridge) -> list[Any]:
-    """All that tells a model from another one: its modules, what they have, and copies of tensors."""
+def state_of(model: TransformerBridge, *, copies: bool = True) -> list[Any]:
+    """All that tells a model from another one: its modules, what they have, and copies of tensors, or the tensors detached."""
     state: list[Any] = []
     for module in modules_of(model, root(model)):
         state += (module, type(module))
-        _add(vars(module), state)
+        _add(vars(module), state, copies)
     adapter = getattr(model, "adapter", None)
     if adapter is not None:
-        _add(vars(adapter), state)
+        _add(vars(adapter), state, copies)
     return state
 
 
-def _add(value: Any, state: list[Any]) -> None:
+def _add(value: Any, state: list[Any], copies: bool) -> None:
     if isinstance(value, dict):
         state.append(len(value))
         for name, each in value.items():
@@ -186,16 +202,17 @@ def _add(value: Any, state: list[Any]) -> None:
             if each is None or isinstance(each, _VALUES):
                 state.append(each)
             else:
-                _add(each, state)
+                _add(each, state, copies)
     elif isinstance(value, _CONTAINERS):
         state.append(len(value))
         for each in value:
-            _add(each, state)
+            _add(each, state, copies)
     elif isinstance(value, Tensor):
-        state += (value, value.requires_grad, value.grad if value.is_leaf else None, value.detach().clone())
+        data = value.detach()
+        state += (value, value.requires_grad, value.grad if value.is_leaf else None, data.clone() if copies else data)
     elif isinstance(value, _SETTINGS):
         state.append(value)
-        _add(vars(value), state)
+        _add(vars(value), state, copies)
     else:
         state.append(value)
 

@@ -17,7 +17,7 @@ import analyses.views
 from analyses.views import View
 from lens_relevance import rulesets
 from lens_relevance.attention_methods import METHODS
-from tests.conftest import STORIES
+from tests.fixtures import STORIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -153,6 +153,16 @@ def test_what_is_handed_out_again_is_as_if_it_were_new(shared: SharedModels) -> 
     assert len(values) == len(fresh) > 50 and all(torch.equal(a, b) for a, b in zip(values, fresh, strict=True))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5", "deepseek_v3", "vit", "native"])
+def test_a_model_is_what_the_library_builds(shared: SharedModels, family: str) -> None:
+    """Though it does not look through all that it looks through by itself."""
+    shared_one, fresh = (make(FAMILIES[family]) for make in (shared.build, UNSHARED))
+    assert {name: point.name for name, point in shared_one.hook_dict.items()} == {n: point.name for n, point in fresh.hook_dict.items()}
+    assert list(shared_one.hook_dict) == list(fresh.hook_dict) and len(fresh.hook_dict) > 50
+    one, two = ([(type(m), list(vars(m)), m.training) for m in modules_of(model, root(model))] for model in (shared_one, fresh))
+    assert one == two and not any(training for *_, training in one)
+
+
 def test_no_model_is_two_models(shared: SharedModels) -> None:
     """Within a test, with other settings, and where it is built for several tests or in a context that changes what is computed."""
     first = build(shared)

@@ -23,7 +23,7 @@ from analyses.graph import FlowGraph
 from analyses.models.loading import load_model
 from analyses.tasks import ioi
 from lens_relevance import RelevanceError
-from tests.conftest import STORIES
+from tests.fixtures import STORIES
 from tests.models import build_with_words
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"

@@ -26,7 +26,7 @@ from analyses.methods import estimator
 from analyses.perturbation import TextRemoval, attribution, passes
 from analyses.tasks import PromptPairs, ioi
 from lens_relevance import RelevanceError, logit_diff, propagate
-from tests.conftest import STORIES
+from tests.fixtures import STORIES
 
 Evaluated = tuple[PromptPairs, token_relevance.TokenEvaluation, Path]
 METHODS = ["attnlrp", "rollout", "occlusion", "random"]

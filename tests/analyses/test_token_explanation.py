@@ -16,7 +16,7 @@ from analyses.models.loading import load_model
 from analyses.report.token_explanation import explain_tokens
 from lens_relevance import logit, token_relevance
 from tests import models
-from tests.conftest import STORIES
+from tests.fixtures import STORIES
 
 WORDS = ["<pad>", "</s>", "<unk>", "the", "cat", "sat", "on", "mat"]
 
