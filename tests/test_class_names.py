@@ -45,7 +45,7 @@ def classes_of_architectures(text: str, ours: set[str], exported: set[str]) -> b
 def test_no_class_of_an_architecture_is_named_outside_sites() -> None:
     trees = {path.relative_to(ROOT): ast.parse(path.read_text()) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
     ours = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    exported, found = set(dir(transformers)), []
+    exported, found = set(transformers.__all__), []
     for path, tree in trees.items():
         if path.parts[1] != "sites":
             found += [f"{path}:{line}: {text}" for line, text in named(tree) if classes_of_architectures(text, ours, exported)]
@@ -58,5 +58,5 @@ def test_the_search_finds_what_it_looks_for() -> None:
         "from transformers import BertModel, AutoConfig\nfrom transformer_lens.model_bridge.generalized_components import LinearBridge\n"
     )
     source += "x = type(m).__name__ == 'BertLayer' or transformers.GPT2Config or 'OPTAttention' or 'Tiny Attention' or RunConfig.x"
-    found = {text for _, text in named(ast.parse(source)) if classes_of_architectures(text, set(), set(dir(transformers)))}
+    found = {text for _, text in named(ast.parse(source)) if classes_of_architectures(text, set(), set(transformers.__all__))}
     assert found == {"BertModel", "generalized_components", "LinearBridge", "BertLayer", "GPT2Config", "OPTAttention"}

@@ -1,5 +1,6 @@
-"""Tests here start processes."""
+"""Tests here start processes and commands."""
 
 from tests.forked_processes import pytest_collection_finish
+from tests.quick_commands import circuits_of_few_sizes, loaded_once
 
-__all__ = ["pytest_collection_finish"]
+__all__ = ["circuits_of_few_sizes", "loaded_once", "pytest_collection_finish"]

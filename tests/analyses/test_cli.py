@@ -56,6 +56,7 @@ def test_the_public_face_is_there() -> None:
         _ = analyses.rank_heds
 
 
+@pytest.mark.usefixtures("circuits_of_few_sizes")
 def test_report_explains_the_ioi_task(run: Callable[..., Result], tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = run("report", "--n", "8", "--out", str(out))
@@ -114,7 +115,7 @@ def test_circuit_lists_what_is_frequent(run: Callable[..., Result]) -> None:
     assert "of the 4 strongest nodes by relp, those in at least 50%" in " ".join(result.stdout.split()) and "frequency" in result.stdout
 
 
-@pytest.mark.usefixtures("pictures_as_dots")
+@pytest.mark.usefixtures("pictures_as_dots", "circuits_of_few_sizes")
 def test_pairs_of_your_own(run: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     pd.DataFrame([dict(clean=PROMPT, corrupt=AGAINST, answer="Mary", wrong="John")] * 2).to_csv(path, index=False)
@@ -173,7 +174,7 @@ def test_models_that_are_not_there(name: str, message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pictures_as_dots")
+@pytest.mark.usefixtures("pictures_as_dots", "circuits_of_few_sizes")
 def test_a_model_of_another_family(run: Callable[..., Result], tmp_path: Path) -> None:
     if not STORIES.is_dir():
         pytest.skip("needs the trained model ../shared/models/stories260k beside the checkout, which is not there")
@@ -227,6 +228,7 @@ def test_graph_of_a_prompt_in_all_three_forms(run: Callable[..., Result], tmp_pa
     )
 
 
+@pytest.mark.usefixtures("circuits_of_few_sizes")
 def test_circuit_holds_methods_side_by_side(run: Callable[..., Result], tmp_path: Path) -> None:
     mib = ("--task", "ioi", "--mib", str(tmp_path / "mib"))
     result = run("circuit", "--n", "4", "--methods", "deeplift,random", "--out", str(tmp_path / "table.csv"), *mib)

@@ -82,7 +82,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.mark.usefixtures("pictures_as_dots")
+@pytest.mark.usefixtures("pictures_as_dots", "circuits_of_few_sizes")
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_served_or_refused(

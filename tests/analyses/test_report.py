@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from analyses.circuits import Ablation, faithfulness_curve, score_items
+from analyses.circuits import Ablation, score_items
+from analyses.circuits.faithfulness import areas, faithfulness_frame
 from analyses.embedded import load_embedded
 from analyses.evaluation.comparison import compare
 from analyses.evaluation.ranking import rank_heads
@@ -88,13 +89,15 @@ def test_the_circuits_are_those_of_the_examples(model: TransformerBridge, found:
     ablation, found_on = Ablation(model, pairs[slice(0, 4)], "edge"), Ablation(model, pairs[slice(4, 16)], "edge")
     assert found.circuit.n_edges == len(ablation.items) and (found.circuit.n_found, found.circuit.n_tried) == (12, 4)
     for method in ("deeplift", "random"):
-        curve = faithfulness_curve(ablation, score_items(found_on, method))
+        curve = found.circuit.curves.query("method == @method").set_index("k")["faithfulness"]
+        counts = np.arange(0, len(ablation.items) + 1, 7)
+        frame = faithfulness_frame(ablation, score_items(found_on, method), "absolute", counts=counts)
+        np.testing.assert_allclose(curve.loc[counts], frame["faithfulness"], rtol=1e-3, atol=1e-4)
+        assert curve.index.tolist() == list(range(len(ablation.items) + 1)) and curve.loc[len(ablation.items)] == pytest.approx(1, abs=1e-4)
         row = found.circuit.areas.set_index("method").loc[method]
-        assert (row["cmd"], row["cpr"]) == pytest.approx((curve.cmd, curve.cpr), rel=1e-4)
-        frame = curve.frame.set_index("k")["faithfulness"]
+        assert (row["cpr"], row["cmd"]) == pytest.approx(areas(curve.index.to_numpy() / len(ablation.items), curve.to_numpy()), rel=1e-4)
         kept = found.circuit.enough(method)
-        assert (frame.loc[kept:] >= 0.9 - 1e-4).all() and frame.loc[kept - 1] < 0.9 + 1e-4
-        np.testing.assert_allclose(found.circuit.curves.query("method == @method")["faithfulness"], frame, rtol=1e-3, atol=1e-4)
+        assert (curve.loc[kept:] >= 0.9 - 1e-4).all() and curve.loc[kept - 1] < 0.9 + 1e-4
     assert found.circuit.enough("deeplift") < found.circuit.enough("random")
 
 

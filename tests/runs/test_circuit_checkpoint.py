@@ -82,6 +82,7 @@ CHANGES: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
+@pytest.mark.usefixtures("circuits_of_few_sizes")
 @pytest.mark.parametrize("name", list(CHANGES))
 def test_the_checkpoint_of_another_table_is_refused(name: str, tmp_path: Path) -> None:
     change, words = CHANGES[name]
@@ -92,6 +93,7 @@ def test_the_checkpoint_of_another_table_is_refused(name: str, tmp_path: Path) -
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.usefixtures("circuits_of_few_sizes")
 def test_the_command_resumes(tmp_path: Path) -> None:
     arguments = [
         "circuit",

@@ -86,7 +86,7 @@ def test_what_others_wrote_is_not_overwritten(name: str, content: bytes, tmp_pat
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-@pytest.mark.usefixtures("pictures_as_dots")
+@pytest.mark.usefixtures("pictures_as_dots", "circuits_of_few_sizes")
 def test_what_this_package_wrote_is_overwritten(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second time, over an empty file, and with --force over anything; through a link, and permissions stay."""
     out, link = tmp_path / name, tmp_path / f"link-{name}"
