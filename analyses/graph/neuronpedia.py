@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pandas as pd
 
 from analyses.components import Node, find_node
 from analyses.graph.tables import EVERYWHERE, FlowTables, rows
@@ -75,12 +73,25 @@ def to_neuronpedia(
     ids = Ids(1 + max([node.layer for node in known], default=-1), 1 + max(features) if features else 0)
     links, neurons = _links(graph, ids)
     influence = _influence(graph)
-    nodes = [_node(graph, row, ids, influence.get((row.node, row.position)), token_prob) for row in rows(graph.nodes)]
+    sinks: defaultdict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for row in rows(graph.sinks):
+        sinks[row.node, row.position][row.sink] = float(row.score)
+    activations = {(row.node, row.position): float(row.activation) for row in rows(graph.features)}
+    nodes = []
+    for row in rows(graph.nodes):
+        at = (row.node, row.position)
+        node = _node(graph, row, ids, sinks=sinks[at], token_prob=token_prob)
+        nodes.append(node | {"influence": influence.get(at), "activation": activations.get(at)})
     queries, keys = _contributors(graph, ids)
+    pairs = _pairs(graph, ids)
     for node in nodes:
         if node["feature_type"] == "attention head":
             at = (node["name"], node["ctx_idx"])
-            node["qk_tracing_results"] = _tracing(graph, *at, ids, queries=queries[at], keys=keys[at])
+            node["qk_tracing_results"] = {
+                "pair_wise_contributors": _strongest(pairs[at]),
+                "top_q_marginal_contributors": _strongest(queries[at]),
+                "top_k_marginal_contributors": _strongest(keys[at]),
+            }
     content = {
         "metadata": {
             "slug": slug,
@@ -151,22 +162,15 @@ def _shown(name: str, position: int, ids: Ids, *, score: float, label: str) -> d
     }
 
 
-def _node(graph: FlowTables, row: Any, ids: Ids, influence: float | None, token_prob: float | None) -> dict[str, Any]:
+def _node(graph: FlowTables, row: Any, ids: Ids, *, sinks: dict[str, float], token_prob: float | None) -> dict[str, Any]:
     label = graph.labels.get(f"{row.node}@{row.position}", "")
     label = f"writes {label}" if label else ""
     if row.component == "embed":
         label = repr(graph.tokens[row.position])
     if row.node == "logits":
         label = graph.info.get("target", "target")
-    stays = graph.sinks[(graph.sinks["node"] == row.node) & (graph.sinks["position"] == row.position)]
-    values = graph.features.loc[(graph.features["node"] == row.node) & (graph.features["position"] == row.position), "activation"]
     shown = _shown(row.node, int(row.position), ids, score=float(row.score), label=label)
-    return shown | {
-        "influence": influence,
-        "activation": float(values.iloc[0]) if len(values) else None,
-        "token_prob": 0.0 if token_prob is None or row.component != "logits" else token_prob,
-        "sinks": dict(zip(stays["sink"], stays["score"].tolist(), strict=True)),
-    }
+    return shown | {"token_prob": 0.0 if token_prob is None or row.component != "logits" else token_prob, "sinks": sinks}
 
 
 def _links(graph: FlowTables, ids: Ids) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -225,18 +229,17 @@ def _contributors(graph: FlowTables, ids: Ids) -> tuple[Mapping[tuple[str, int],
     return queries, keys
 
 
-def _tracing(graph: FlowTables, head: str, position: int, ids: Ids, *, queries: _Listed, keys: _Listed) -> dict[str, Any]:
-    """What made a head look where it looks. Pairs are of its query and each key, with the relevance that enters by that key."""
-    edges: pd.DataFrame = graph.edges
-    pairs = edges[(edges["source"] == f"{head}.k") & (edges["target"] == head) & (edges["position"] == position)]
-    query = node_id(f"{head}.q", position, ids)
+def _pairs(graph: FlowTables, ids: Ids) -> Mapping[tuple[str, int], list[tuple[str, str, float]]]:
+    """For each head and position: its query there and each of its keys, with the relevance that enters by that key."""
     known = {(row.node, row.position) for row in rows(graph.nodes)}
-    by_pair = [
-        [query, node_id(f"{head}.k", row.source_position, ids), float(row.score)] for row in rows(pairs) if (f"{head}.q", position) in known
-    ]
-    strongest = lambda listed: [list(item) for item in sorted(listed, key=lambda item: -abs(item[-1]))[:_CONTRIBUTORS]]  # noqa: E731
-    return {
-        "pair_wise_contributors": strongest(by_pair),
-        "top_q_marginal_contributors": strongest(queries),
-        "top_k_marginal_contributors": strongest(keys),
-    }
+    pairs: defaultdict[tuple[str, int], list[tuple[str, str, float]]] = defaultdict(list)
+    for row in rows(graph.edges):
+        query = f"{row.target}.q"
+        if row.source == f"{row.target}.k" and (query, row.position) in known:
+            ends = node_id(query, row.position, ids), node_id(row.source, row.source_position, ids)
+            pairs[row.target, row.position].append((*ends, float(row.score)))
+    return pairs
+
+
+def _strongest(listed: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(item) for item in sorted(listed, key=lambda item: -abs(item[-1]))[:_CONTRIBUTORS]]

@@ -109,6 +109,7 @@ def test_a_circuit_is_enough_from_where_the_curve_stays_high(faithfulness: list[
     assert smallest_faithful(pd.DataFrame({"k": range(4), "faithfulness": faithfulness})) == k
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_where_no_part_of_the_edges_is_enough_that_is_said(found: Findings) -> None:
     rows = [
         ("deeplift", 1, 0.2),
@@ -211,6 +212,7 @@ def test_a_prompt_without_a_counterpart_is_explained_as_by_default(model: Transf
     assert found.heads.iloc[0]["patching"] != 0 and found.n_pairs == 8
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_rules_without_a_reference_explain_the_prompt_itself(model: TransformerBridge) -> None:
     found = find(model, from_prompt(model, PROMPT, "Mary", wrong="John", against=AGAINST), "attnlrp")
     expected = propagate(model, PROMPT, logit_diff("Mary", "John"), rules="attnlrp", audit=True)
@@ -303,6 +305,7 @@ def test_the_page_is_one_file_with_nothing_to_fetch(page: str) -> None:
         assert heading in page
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_text_stays_text(model: TransformerBridge) -> None:
     """Prompts, counterparts, commands and file names are not markup."""
     pairs = ioi(model, n=2)

@@ -59,6 +59,7 @@ def test_texts_are_escaped_as_python_writes_them() -> None:
 BIDIRECTIONAL_CONTROLS = ("LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
+@pytest.mark.usefixtures("pictures_as_dots", "circuits_of_few_sizes")
 @pytest.mark.parametrize(
     "arguments",
     [
