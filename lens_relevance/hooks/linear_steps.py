@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterator
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,9 @@ _OF_ONE_TENSOR = {
 
 def edge_of(x: Tensor) -> Edge:
     """Where a tensor that requires a gradient has come from."""
-    edge = get_gradient_edge(x)
-    return edge.node, edge.output_nr
+    if x.grad_fn is None:  # a leaf
+        return get_gradient_edge(x).node, 0
+    return x.grad_fn, x.output_nr
 
 
 def pulled_back(start: Edge, upstream: Tensor, stops: Container[Edge]) -> dict[Edge, Tensor]:
@@ -58,7 +60,7 @@ def keeps_gradients_whole(start: Edge, stops: Container[Edge]) -> bool:
 
 def _keeps_whole(node: Any, size: int) -> bool:
     """Whether a step has nothing beside the graph that could be a detached copy of what is on it; size: of what is computed in the end."""
-    name, edges = re.sub(r"Backward\d$", "", node.name()), [edge for edge in node.next_functions if edge[0] is not None]
+    name, edges = _step(node.name()), [edge for edge in node.next_functions if edge[0] is not None]
     if name == "Bmm":
         return len(edges) == 2
     if name == "Mul":  # by a number or a weight of the last dimension; the scale of each row may come from what is on the graph
@@ -69,6 +71,12 @@ def _keeps_whole(node: Any, size: int) -> bool:
     if name == "Cat":  # with what is empty, such as a cache of keys and values, or with what is on the graph too
         return sum(map(_size, edges)) == _size((node, 0))
     return name in _OF_ONE_TENSOR
+
+
+@cache  # asked for every node, of which there are few kinds
+def _step(name: str) -> str:
+    """A step's name without what autograd adds to it ("MulBackward0")."""
+    return re.sub(r"Backward\d$", "", name)
 
 
 def _size(edge: Edge) -> int:
@@ -92,7 +100,8 @@ def _children_first(root: Any, stops: Container[Edge]) -> Iterator[Any]:
 def _fitted(gradient: Tensor, edge: Edge) -> Tensor:
     """A gradient summed over what was broadcast, and in the dtype that it belongs to, as autograd's engine does between two nodes."""
     expected = edge[0]._input_metadata[edge[1]]
-    return gradient.sum_to_size(tuple(expected.shape)).to(expected.dtype)
+    shape = tuple(expected.shape)
+    return (gradient if gradient.shape == shape else gradient.sum_to_size(shape)).to(expected.dtype)
 
 
 def _gradients(node: Any, arrived: dict[int, Tensor]) -> tuple[Tensor | None, ...]:

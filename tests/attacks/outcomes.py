@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from lens_relevance.coverage_table import random_inputs, target_for
 from lens_relevance.inputs.prompt import read_inputs
 from lens_relevance.ruleset_keys import check_keys
 from lens_relevance.ruleset_tables import needs_reference, ruleset
-from lens_relevance.sites import anatomy
+from lens_relevance.sites import Site, anatomy
 from tests.attacks.faults import Fault
 
 NOTICED, RIGHT, SILENT = "noticed", "right", "SILENT"
@@ -29,7 +29,8 @@ def outcomes(fault: Fault, names: Iterable[str] = tuple(rulesets())) -> dict[str
         if fault.late:
             propagate(model, inputs, target_for(model), rules="attnlrp")
         fault.make(model, patch)
-        return {name: _outcome(model, inputs, other, name) for name in names}
+        sites = anatomy(model).sites
+        return {name: _outcome(model, inputs, other, name) if _fits(name, sites) else UNFIT for name in names}
 
 
 def pair(model: Any) -> tuple[Any, Any]:
@@ -37,12 +38,16 @@ def pair(model: Any) -> tuple[Any, Any]:
     return tuple(random_inputs(model, 2, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))  # type: ignore[return-value]
 
 
+def _fits(name: str, sites: Sequence[Site]) -> bool:
+    try:
+        check_keys(ruleset(name), sites)
+    except RelevanceError:
+        return False
+    return True
+
+
 def _outcome(model: Any, inputs: Any, other: Any, name: str) -> str:
     reference = other if needs_reference(ruleset(name)) else None
-    try:
-        check_keys(ruleset(name), anatomy(model).sites)
-    except RelevanceError:
-        return UNFIT
     try:
         cache = propagate(model, inputs, target_for(model), rules=name, reference=reference, audit=True)
     except (CoverageError, LivenessError, MismatchError):
