@@ -97,15 +97,14 @@ def backward(model: TransformerBridge, tokens: Tensor = CORRUPT) -> None:
         parameter.grad = None
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_backward_hooks_see_the_right_coefficient_everywhere(family: str, when: str) -> None:
-    """Every HookPoint that has a gradient without rules has one with them, and it is propagate's."""
+def test_backward_hooks_see_the_right_coefficient_everywhere(family: str) -> None:
+    """Every HookPoint that has a gradient without rules has one with them, and it is propagate's; hung before the rules and after."""
     with exact(family):
-        _backward_hooks(build(family), when)
+        _backward_hooks(build(family))
 
 
-def _backward_hooks(model: TransformerBridge, when: str) -> None:
+def _backward_hooks(model: TransformerBridge) -> None:
     def plain(hang: Callable[[], None]) -> None:
         hang()
         backward(model)
@@ -113,29 +112,30 @@ def _backward_hooks(model: TransformerBridge, when: str) -> None:
     without = every_gradient(model, plain)
     assert len(without) > 30
     for rules in ("attnlrp", "deeplift"):
-
-        def ruled(hang: Callable[[], None], rules: str = rules) -> None:
-            if when == "before":
-                hang()
-            with attach(model, rules, reference=reference_for(rules, CLEAN)):
-                if when == "after":
-                    hang()
-                backward(model)
-
-        seen = every_gradient(model, ruled)
-        assert set(without) <= set(seen), sorted(set(without) - set(seen))
         mine = propagate(model, CORRUPT, TARGET, rules=rules, reference=reference_for(rules, CLEAN), names_filter=lambda name: True)
-        compared = 0
-        for name, gradient in seen.items():
-            if name not in mine:
-                assert name.endswith(("hook_scale", "hook_normalized", "hook_cos", "hook_sin")), (name, mine.absent.get(name))
-                continue
-            expected = mine.coefficients[name]
-            size = max(float(expected.abs().max()), 1e-6)
-            worst = float((gradient.reshape(expected.shape) - expected).abs().max())
-            assert worst <= 1e-9 * size, (name, rules, worst)
-            compared += size > 1e-6
-        assert compared > 30
+        for when in ("before", "after"):
+
+            def ruled(hang: Callable[[], None], rules: str = rules, when: str = when) -> None:
+                if when == "before":
+                    hang()
+                with attach(model, rules, reference=reference_for(rules, CLEAN)):
+                    if when == "after":
+                        hang()
+                    backward(model)
+
+            seen = every_gradient(model, ruled)
+            assert set(without) <= set(seen), sorted(set(without) - set(seen))
+            compared = 0
+            for name, gradient in seen.items():
+                if name not in mine:
+                    assert name.endswith(("hook_scale", "hook_normalized", "hook_cos", "hook_sin")), (name, mine.absent.get(name))
+                    continue
+                expected = mine.coefficients[name]
+                size = max(float(expected.abs().max()), 1e-6)
+                worst = float((gradient.reshape(expected.shape) - expected).abs().max())
+                assert worst <= 1e-9 * size, (name, rules, when, worst)
+                compared += size > 1e-6
+            assert compared > 30
 
 
 @pytest.mark.parametrize("rules", ["relp", "deeplift"])
