@@ -94,7 +94,7 @@ def test_a_notebook_runs_on_another_architecture(path: Path) -> None:
         source = cell.source.replace('load_model("embedded")', f"load_model({str(STORIES)!r})")
         for words, others in OTHER_WORDS:
             source = source.replace(words, others)
-        run(re.sub(r"\bn=\d+", "n=4", source), namespace)  # what the figures are is another matter, so few pairs
+        run(re.sub(r"\b(n|steps|samples)=\d+", r"\1=4", source), namespace)  # what the figures are is another matter, so few pairs
     assert namespace["model"].cfg.d_vocab == 512 and namespace["model"].cfg.gated_mlp
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = (
@@ -39,10 +40,17 @@ PUBLIC = (
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages, built offline; a warning is an error (`strict` in mkdocs.yml)."""
     pytest.importorskip("mkdocs", reason="needs the extra [docs]")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300)
-    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    of_this_run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_this_run = of_this_run.parent  # which all processes of a run share
+    folder, finished = of_this_run / "site", of_this_run / "site-is-built"
+    with FileLock(of_this_run / "site.lock"):
+        if not finished.exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+            environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+            built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+            finished.touch()
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -66,11 +67,18 @@ def with_target(pairs: PromptPairs, function: Function) -> PromptPairs:
 
 @pytest.mark.parametrize("form", list(closures(torch.tensor([0]), torch.tensor([1]))))
 def test_rankings_of_many_pairs_are_those_of_the_same_target_as_data(gpt2: TransformerBridge, form: str) -> None:
-    pairs, forms = pairs_of(N if form != "row after row" else 350)  # which is slow
+    n = N if form != "row after row" else 350  # which is slow
+    pairs, forms = pairs_of(n)
     by_function = with_target(pairs, forms[form])
-    pd.testing.assert_frame_equal(rank_heads(gpt2, by_function), rank_heads(gpt2, pairs), check_exact=True)
-    few, by_few = pairs[300:340], by_function[300:340]
-    pd.testing.assert_frame_equal(rank_neurons(gpt2, by_few, batch_size=7), rank_neurons(gpt2, few, batch_size=7), check_exact=True)
+    heads, neurons = rankings_of_the_target_as_data(n)
+    pd.testing.assert_frame_equal(rank_heads(gpt2, by_function), heads, check_exact=True)
+    pd.testing.assert_frame_equal(rank_neurons(gpt2, by_function[300:340], batch_size=7), neurons, check_exact=True)
+
+
+@cache
+def rankings_of_the_target_as_data(n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    pairs, _ = pairs_of(n)
+    return rank_heads(models.build_gpt2(), pairs), rank_neurons(models.build_gpt2(), pairs[300:340], batch_size=7)
 
 
 def test_estimates_and_effects_of_many_pairs_are_those_of_the_same_target_as_data(gpt2: TransformerBridge) -> None:
