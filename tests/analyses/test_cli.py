@@ -87,6 +87,7 @@ def test_rank_writes_all_rows(run: Callable[..., Result], tmp_path: Path) -> Non
     assert len(frame) == 4 * 256
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_compare_prints_the_table_and_writes_it(run: Callable[..., Result], tmp_path: Path) -> None:
     page = run("compare", "--n", "6", "--methods", "deeplift,relp", "--out", str(tmp_path / "page.html"))
     assert page.exit_code == 0, page.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from transformer_lens.model_bridge import TransformerBridge
 from typer.testing import CliRunner
 
@@ -33,6 +34,7 @@ def test_the_report_holds_intervals_against_patching(embedded: TransformerBridge
     assert f"{inside} of the 16 intervals hold it; {int((~table['reliable']).sum())} heads" in html and inside >= 12
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_the_page_of_a_ranking_has_its_bars(gpt2: TransformerBridge) -> None:
     pairs = random_pairs(3)
     for method, bars in (("combined", True), ("relp", False)):
@@ -42,6 +44,7 @@ def test_the_page_of_a_ranking_has_its_bars(gpt2: TransformerBridge) -> None:
         assert html.count("L1H2") >= 1 and "again" in html
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_rank_writes_a_page(tmp_path: Path) -> None:
     out = tmp_path / "heads.html"
     result = CliRunner().invoke(app, ["rank", "heads", "--n", "4", "--out", str(out)])

@@ -301,12 +301,26 @@ CHECKPOINT: dict[str, tuple[str, Damage]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def checkpoint(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of pairs and the checkpoint of their ranking, which a copy of the folder is as good for."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "pairs.csv").write_text(PAIR)
+    assert run(*_ranking(sound, folder)).exit_code == 0
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy"), dirs_exist_ok=True)
+    before = contents(copy)
+    assert run(*_ranking(sound, copy)).exit_code == 0 and contents(copy) == before
+    return folder
+
+
+def _ranking(model: Path, folder: Path) -> tuple[str | Path, ...]:
+    return ("rank", "heads", "--pairs", folder / "pairs.csv", "--model", model, "--checkpoint", folder / "run")
+
+
 @pytest.mark.parametrize("name", list(CHECKPOINT))
-def test_checkpoints(name: str, sound: Path, tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.csv"
-    pairs.write_text(PAIR)
-    command = ("rank", "heads", "--pairs", pairs, "--model", sound, "--checkpoint", tmp_path / "run")
-    assert run(*command).exit_code == 0
+def test_checkpoints(name: str, sound: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    command = _ranking(sound, tmp_path)
     file, damage = CHECKPOINT[name]
     damage(tmp_path / "run" / file)
     before = contents(tmp_path)

@@ -126,6 +126,7 @@ def test_a_file_is_whole_or_as_it_was(
 
 
 @pytest.mark.parametrize("name", ["rank.csv", "compare.html", "graph.json"])
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_on_a_disk_that_is_full_the_table_is_printed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up while the work is done."""
 
