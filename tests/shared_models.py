@@ -52,6 +52,7 @@ LEFT_BY_A_FORWARD = frozenset(
 _HUGGING_FACES_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
+_BOOKS = frozenset({dict, OrderedDict, list, set})
 _SETTINGS = (PreTrainedConfig, GenerationConfig, TransformerBridgeConfig)
 _VALUES = (bool, int, float, str, bytes, torch.dtype, torch.device)
 
@@ -201,6 +202,8 @@ def _add(value: Any, state: list[Any], copies: bool) -> None:
             state.append(name)
             if each is None or isinstance(each, _VALUES):
                 state.append(each)
+            elif type(each) in _BOOKS and not each:  # of PyTorch on every module, most of them empty
+                state.append(0)
             else:
                 _add(each, state, copies)
     elif isinstance(value, _CONTAINERS):
