@@ -77,7 +77,7 @@ class SharedModels:
             key = repr((family, dtype, seed, sorted(settings.items()), upcasts_are_stopped()))
             built = self._free.pop(key, None)
             if built is None or not built.has_usual_classes():
-                with _without_garbage(), _hook_points_have_no_parts():
+                with _without_garbage():
                     built = _Built(key, self._build(family, dtype, seed, **settings))
                 built.held_by = sys.getrefcount(built.model)
         self._lent.append(built)
@@ -111,8 +111,8 @@ def _without_garbage() -> Iterator[None]:
 
 @contextmanager
 def _hook_points_have_no_parts() -> Iterator[None]:
-    """Most modules of a model are HookPoints. TransformerLens looks for others among their attributes, and PyTorch sets their train mode
-    by way of their parts, which they have none of: half of the time of a building."""
+    """Most modules of a bridge are HookPoints. TransformerLens looks for others among their attributes, and PyTorch sets their train mode
+    by way of their parts, which they have none of: half of the time that it takes to make a bridge."""
 
     def train(point: HookPoint, mode: bool = True) -> HookPoint:
         vars(point)["training"] = mode
@@ -235,7 +235,14 @@ SHARED = SharedModels(Family.build)
 
 
 def install() -> None:
-    """Let `Family.build` share models, where tests of their own ask for them."""
+    """Let `Family.build` share models, where tests of their own ask for them, and let bridges be made faster."""
+
+    def make(self: TransformerBridge, *args: Any, **kwargs: Any) -> None:
+        with _hook_points_have_no_parts():
+            library(self, *args, **kwargs)
+
+    library = TransformerBridge.__init__
+    TransformerBridge.__init__ = wraps(library)(make)  # type: ignore[method-assign]
 
     def build(self: Family, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: object) -> TransformerBridge:
         return SHARED.build(self, dtype, seed, **settings)
