@@ -145,6 +145,7 @@ def test_json_of_what_is_not_a_number_is_refused() -> None:
         script_json({1, 2})
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_from_prompts_never_become_markup(kind: str) -> None:
     page = parsed(Page(EVIL[0], EVIL[1]).quote(EVIL[0], EVIL[1]).view(example_views(EVIL)[kind], EVIL[0]).to_html())
@@ -297,6 +298,7 @@ def test_heads_are_ranked_by_the_sum_of_their_flow() -> None:
     assert (props["minValue"], props["maxValue"]) == (-2.0, 2.0)
 
 
+@pytest.mark.usefixtures("pictures_as_dots")
 def test_flow_from_later_tokens_is_not_hidden_by_a_causal_mask() -> None:
     flow = np.ones((1, 2, 3, 3))
     with pytest.raises(ValueError, match="causal=False"):
