@@ -2,11 +2,13 @@
 # make report OUT=file   the same, written elsewhere
 # make test              lint, types and tests
 # make docs              the documentation site, in build/site
-# make real MODEL=folder the tables of a real model again: pages of docs/measurements, and texts in build/real (hours);
+# make real MODEL=folder the tables of a real model again, in pages of docs/measurements that have a place for its name (hours);
 #                        STORIES=folder adds a second model to the table of single prompts
 VENV := .venv
 OUT ?= report.html
 BIN := $(VENV)/bin
+PAGES := docs/measurements
+RIVALS := deeplift,deeplift_ln,relp,attnlrp,cp_lrp,gim,gradient,eap_ig
 
 # The first interpreter on the PATH that the package supports; name one yourself with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -26,15 +28,19 @@ docs: $(VENV)/.installed-dev
 real: $(VENV)/.installed-dev
 	@test -n "$(MODEL)" || { echo "which model? make real MODEL=FOLDER, with a model in Hugging Face format" >&2; exit 1; }
 	mkdir -p build/real
-	$(BIN)/python -m analyses.benchmarks.real_model --model $(MODEL) > build/real/costs.txt
-	$(BIN)/python -m analyses.benchmarks.patching --model $(MODEL) --pairs 16 > build/real/patching.txt
-	$(BIN)/python -m analyses.benchmarks.perturbation --model $(MODEL) > build/real/perturbation.txt
-	$(BIN)/python -m analyses.benchmarks.bracketing --model $(MODEL) > build/real/bracketing.txt
-	$(BIN)/lens-relevance compare --model $(MODEL) --task ioi --n 16 > build/real/ioi.txt
+	$(BIN)/python -m analyses.benchmarks.real_model --model $(MODEL) --page $(PAGES)/costs.md
+	$(BIN)/python -m analyses.benchmarks.checks --model $(MODEL) --repeats 5 --page $(PAGES)/costs.md
+	$(BIN)/python -m analyses.benchmarks.patching --model $(MODEL) --pairs 16 --page $(PAGES)/costs.md
+	$(BIN)/python -m analyses.benchmarks.perturbation --model $(MODEL) --page $(PAGES)/costs.md
+	$(BIN)/python -m analyses.benchmarks.bracketing --model $(MODEL) --page $(PAGES)/bracketing.md
+	$(BIN)/python -m analyses.benchmarks.compared --model $(MODEL) --n 16 --methods $(RIVALS) --page $(PAGES)/gemma_ioi.md
+	$(BIN)/python -m analyses.benchmarks.flow_routes --model $(MODEL) --page $(PAGES)/flow_routes.md
+	$(BIN)/python -m analyses.benchmarks.contexts --model $(MODEL) --windows 16 --window 20 --page $(PAGES)/contexts.md
+	$(BIN)/python -m analyses.benchmarks.features --model $(MODEL) --dictionaries build/real/dictionaries --page $(PAGES)/features.md
 	$(BIN)/python -m analyses.benchmarks.single_prompts --model $(MODEL) --results build/real/single_prompts.csv --steps 6
 	test -z "$(STORIES)" || $(BIN)/python -m analyses.benchmarks.single_prompts --model $(STORIES) --results build/real/single_prompts.csv --texts 48
-	$(BIN)/python -m analyses.benchmarks.single_prompts_table build/real/single_prompts.csv --page docs/measurements/single_prompts.md
-	$(BIN)/python -m analyses.benchmarks.long_contexts --model $(MODEL) --results build/real/long_contexts.csv --page docs/measurements/long_contexts.md
+	$(BIN)/python -m analyses.benchmarks.single_prompts_table build/real/single_prompts.csv --page $(PAGES)/single_prompts.md
+	$(BIN)/python -m analyses.benchmarks.long_contexts --model $(MODEL) --results build/real/long_contexts.csv --page $(PAGES)/long_contexts.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from analyses.benchmarks import bracketing, circuits, compared, contexts, edge_stability, flow_routes
+from analyses.benchmarks import bracketing, circuits, compared, contexts, edge_stability, flow_routes, peers, reliability_table
 from analyses.benchmarks.tables import markdown, read_table, write_table
-from analyses.evaluation.comparison import compare_with_patching
+from analyses.evaluation.comparison import compare, compare_with_patching
 from analyses.graph import flow_graphs
 from analyses.models.loading import load_model
 from analyses.patching import activation_patching
@@ -44,8 +45,6 @@ PRINTED = {
     "costs.md": "analyses.benchmarks.costs",
     "features.md": "analyses.benchmarks.features",
     "mutations.md": "tests.mutation",
-    "peers.md": "repository",
-    "reliability.md": "analyses.benchmarks.reliability",
 }
 
 
@@ -106,6 +105,24 @@ def of_flow_routes() -> dict[str, str]:
     return found.set_index("graph").loc[flow_routes.AGAINST].to_dict()
 
 
+def of_reliability() -> dict[str, str]:
+    model = load_model("embedded")
+    found = compare(model, TASKS["ioi"](model, n=32, seed=0), ["combined", "relp"], components=["heads"])
+    rows = pd.DataFrame(reliability_table.measured(found)).assign(task="ioi", seed=0)
+    return reliability_table.shown(rows).iloc[0].drop(["task", "component"]).to_dict()
+
+
+def of_peers() -> dict[str, str]:
+    """Without the authors' code: on this page ours has a correlation of 1.000000 with it, and so takes its place."""
+    shape = peers.SHAPES[FIRST]
+    model, picture = peers.build(shape, 0), peers.a_picture(shape, 0)
+    label = int(model(picture, return_type="logits").argmax())
+    found = {rules: peers.scores(model, picture, label, rules) for rules in peers.RULES}
+    ours = found.pop("lrp_zplus")
+    return {f"Pearson, `{rules}`": f"{torch.corrcoef(torch.stack([ours, scores]))[0, 1]:.2f}" for rules, scores in found.items()}
+
+
+FIRST = next(iter(peers.SHAPES))
 CELLS: dict[tuple[str, str, str], Callable[[], dict[str, str]]] = {
     ("bracketing.md", "tiny mixtral, random weights", "expert"): of_bracketing,
     ("heads_against_patching.md", "embedded, induction, heads", "heads `relp`"): of_heads,
@@ -114,6 +131,8 @@ CELLS: dict[tuple[str, str, str], Callable[[], dict[str, str]]] = {
     ("gemma_ioi.md", "gemma3-270m, ioi, resid,attn,mlp,heads", "heads `relp`"): of_gemma,
     ("contexts.md", "embedded", "relevance"): of_contexts,
     ("flow_routes.md", "embedded, ioi", flow_routes.AGAINST): of_flow_routes,
+    ("reliability.md", "embedded", "ioi heads"): of_reliability,
+    ("peers.md", "chefer_2021a", f"{FIRST} 0"): of_peers,
 }
 
 
@@ -121,14 +140,29 @@ CELLS: dict[tuple[str, str, str], Callable[[], dict[str, str]]] = {
 def test_a_cell_measured_again_is_what_the_page_has(cell: tuple[str, str, str]) -> None:
     page, table, row = cell
     shown = read_table(PAGES / page, table)
-    if "component" == shown.index.name:  # a row for each component and method
-        shown = shown.reset_index()
-        shown.index = shown["component"] + " " + shown["method"]
+    for second in {"component": ["method"], "task": ["component"], "model": ["seed"]}.get(str(shown.index.name), []):
+        shown.index = shown.index + " " + shown[second]  # what names a row stands in two columns
     found = CELLS[cell]()
     assert found
     for column, fresh in found.items():
         here, there = numbers(shown.loc[row, column]), numbers(str(fresh))
         assert len(here) == len(there) and here == pytest.approx(there, abs=0.002), (column, shown.loc[row, column], fresh)
+
+
+def test_the_tables_of_reliability_are_those_of_the_rows_kept() -> None:
+    page = (PAGES / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"<!-- table: (.*?) -->", page)
+    tables = reliability_table.tables(PAGES / "results")
+    assert len(named) == 7
+    for name in named:
+        assert markdown(tables[name][0]) in page, name
+
+
+def test_a_row_that_is_measured_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    key, file = ["task", "component"], tmp_path / "new" / "rows.csv"
+    reliability_table.keep([{"task": "b", "component": "q", "pearson": 0.5}, {"task": "a", "component": "q", "pearson": 0.25}], file, key)
+    reliability_table.keep([{"task": "b", "component": "q", "pearson": 0.75}], file, key)
+    assert pd.read_csv(file).to_dict("list") == {"task": ["a", "b"], "component": ["q", "q"], "pearson": [0.25, 0.75]}
 
 
 def test_the_short_table_of_pictures_is_that_of_the_results() -> None:

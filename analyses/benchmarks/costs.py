@@ -1,6 +1,6 @@
 """What relevance costs on each family: `propagate` beside a plain forward and input gradient through the same model.
 
-    python -m analyses.benchmarks.costs [--family Mixtral] [--repeats 9] [--batch 4 --positions 64]
+    python -m analyses.benchmarks.costs [--family Mixtral] [--repeats 9] [--batch 4 --positions 64] [--page PAGE]
 
 Random weights, 4 layers of width 256, float32. Every case runs once per round, the rounds interleave, and a figure is the median over
 rounds of the ratio to the plain gradient of the same round, in processor time. A mixture of experts is recomputed under the rules.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
@@ -22,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from analyses.benchmarks.engine import interleaved, ratios
-from analyses.benchmarks.tables import markdown
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.benchmarks.tiny_models import FAMILIES, Family
 from analyses.datasets.progress import watched
 from lens_relevance import RelevanceError, logit_diff, propagate
@@ -109,10 +110,21 @@ def main(
     repeats: int = 9,
     batch: int = 4,
     positions: int = 64,
+    page: Annotated[Path | None, typer.Option(help="The page with the table's place.")] = None,
 ) -> None:
-    """Print the table as Markdown."""
+    """Print the table as Markdown, and write it into the page."""
     logging.set_verbosity_error()
-    typer.echo(markdown(shown(costs(family or list(FAMILIES), repeats, batch, positions=positions))))
+    torch.set_num_threads(1)
+    written = markdown(shown(costs(family or list(FAMILIES), repeats, batch, positions=positions)))
+    typer.echo(written)
+    if page is not None:
+        chosen = "".join(f" --family {name}" for name in family or ())
+        options = f"--repeats {repeats} --batch {batch} --positions {positions}{chosen} --page docs/measurements/costs.md"
+        settings = (
+            f"Random weights, 4 layers of width 256, {batch} x {positions} tokens, float32, one thread; processor time over plain forward "
+            f"and gradient, medians of {repeats} interleaved rounds; `deeplift` runs the reference as well"
+        )
+        write_table(page, "families", written, command=f"analyses.benchmarks.costs {options}", settings=settings)
 
 
 if __name__ == "__main__":

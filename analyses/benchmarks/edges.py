@@ -1,6 +1,6 @@
 """Edges and circuit evaluation side by side with TransformerLens, interleaved, medians; and the memory of a large edge attribution.
 
-    python -m analyses.benchmarks.edges [--repeats 3] [--width 768] [--memory]
+    python -m analyses.benchmarks.edges [--repeats 3] [--width 768] [--memory] [--page PAGE]
 
 The shape is that of GPT-2 small (12 layers, 12 heads, 16 tokens) with random weights. --width 96 shows the same graph on a narrow
 model, where the forward and backward passes, which both sides run, weigh less. Seconds are of processor time on one thread. "at most"
@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,6 +26,7 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 from transformer_lens.tools.analysis.attribution_patching import Node as TransformerLensNode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.circuits import Ablation
 from analyses.components import MLP_INPUT, Node
 from analyses.edges import attribute_edges
@@ -133,10 +135,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    parser.add_argument("--page", type=Path, help="the page with the table's place")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = memory(arguments.width) if arguments.memory else compare(arguments.repeats, arguments.width)
     print(table.to_string(index=False))
+    if arguments.page is not None and not arguments.memory:
+        shown = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else value).replace("nan", "–")
+        options = f"--repeats {arguments.repeats} --width {arguments.width} --page docs/measurements/costs.md"
+        settings = (
+            f"12 layers and 12 heads of width {arguments.width}, random weights, 1 pair of 16 tokens, one thread, processor time, "
+            f"medians of {arguments.repeats} rounds"
+        )
+        name = f"edges, width {arguments.width}"
+        write_table(arguments.page, name, markdown(shown), command=f"analyses.benchmarks.edges {options}", settings=settings)
 
 
 if __name__ == "__main__":

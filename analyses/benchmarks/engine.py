@@ -1,6 +1,6 @@
 """What relevance costs: `propagate` and `attach` beside a plain forward and input gradient through the same bridge.
 
-    python -m analyses.benchmarks.engine [--layers 12 --batch 4 --positions 64 --repeats 15 --device cpu --dtype float32]
+    python -m analyses.benchmarks.engine [--layers 12 --batch 4 --positions 64 --repeats 15 --device cpu --dtype float32] [--page PAGE]
 
 GPT-2-small shape with random weights. Every case runs once per round, the rounds interleave, and each figure is the median over rounds of
 the ratio to the plain gradient of the same round, so that a machine whose speed drifts does not favour anybody.
@@ -11,19 +11,22 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from analyses.benchmarks.tables import markdown, write_table
 from lens_relevance import logit_diff, propagate
 from lens_relevance.hooks.model_state import frozen
+
+PLAIN = "plain forward + gradient at the embeddings, all logits"
 
 
 def gpt2_shape(layers: int = 12, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -97,6 +100,27 @@ def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
     return pd.DataFrame({"ratio": times.div(times[base], axis=0).median(), "seconds": times.median()}).rename_axis("case").reset_index()
 
 
+def cases(model: Any, batch: int, positions: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    device = next(torch.nn.Module.parameters(model)).device
+    generator = torch.Generator().manual_seed(1)
+    tokens, other = (torch.randint(0, 50000, (batch, positions), generator=generator).to(device) for _ in range(2))
+    target = logit_diff(11, 22)
+
+    def case(**options: Any) -> Callable[[], Any]:
+        return lambda: propagate(model, tokens, target, **options)
+
+    found: dict[str, Callable[[], Any]] = {PLAIN: lambda: plain_gradient(model, tokens)}
+    for rules in ("gradient", "attnlrp", "cp_lrp", "relp", "gim"):
+        found[f"`{rules}`, default names"] = case(rules=rules)
+    found["`attnlrp`, tokens only"] = case(rules="attnlrp", names_filter="embed.hook_out")
+    found["`attnlrp` with the audit"] = case(rules="attnlrp", audit=True)
+    found["`deeplift`, default names"] = case(rules="deeplift", reference=other)
+    found["`deeplift`, tokens only"] = case(rules="deeplift", reference=other, names_filter="embed.hook_out")
+    found["`deeplift` with the audit"] = case(rules="deeplift", reference=other, audit=True)
+    return found
+
+
 def main(
     *,
     layers: int = 12,
@@ -105,28 +129,25 @@ def main(
     repeats: int = 15,
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    page: Annotated[Path | None, typer.Option(help="The page with the table's place.")] = None,
 ) -> None:
-    """Print the table of ratios."""
+    """Print the table of ratios, and write it into the page."""
+    torch.set_num_threads(1)
     model = gpt2_shape(layers, device, getattr(torch, dtype))
-    generator = torch.Generator().manual_seed(1)
-    tokens, other = (torch.randint(0, 50000, (batch, positions), generator=generator).to(device) for _ in range(2))
-    target = logit_diff(11, 22)
-
-    def case(**options: Any) -> Callable[[], Any]:
-        return lambda: propagate(model, tokens, target, **options)
-
-    cases: dict[str, Callable[[], Any]] = {"plain gradient": lambda: plain_gradient(model, tokens)}
-    for rules in ("gradient", "attnlrp", "cp_lrp", "relp", "gim"):
-        cases[f"{rules}, default names"] = case(rules=rules)
-    cases["attnlrp, tokens only"] = case(rules="attnlrp", names_filter="embed.hook_out")
-    cases["attnlrp, with audit"] = case(rules="attnlrp", audit=True)
-    cases["deeplift, default names"] = case(rules="deeplift", reference=other)
-    cases["deeplift, tokens only"] = case(rules="deeplift", reference=other, names_filter="embed.hook_out")
-    cases["deeplift, with audit"] = case(rules="deeplift", reference=other, audit=True)
-    table = ratios(interleaved(cases, repeats, device), "plain gradient")
-    table["saved MiB"] = [saved_mebibytes(model, run) for run in cases.values()]
-    Console().print(f"GPT-2-small shape, {layers} layers, {batch} x {positions} tokens, {dtype} on {device}, medians of {repeats} rounds")
-    Console().print(table.to_string(index=False, float_format="{:.3f}".format))
+    runs = cases(model, batch, positions)
+    table = ratios(interleaved(runs, repeats, device), PLAIN)
+    sizes = [f"{saved_mebibytes(model, run):.0f}" for run in runs.values()]
+    written = markdown(
+        pd.DataFrame({"case": table["case"], "time over plain": table["ratio"].map("{:.2f}".format), "tensors saved, MiB": sizes})
+    )
+    about = f"GPT-2-small shape with random weights, {layers} layers, {batch} x {positions} tokens, {dtype} on {device}, one thread"
+    typer.echo(f"{about}, medians of {repeats} rounds\n{written}")
+    if page is not None:
+        shape = f"--layers {layers} --batch {batch} --positions {positions}"
+        options = f"{shape} --repeats {repeats} --device {device} --dtype {dtype} --page docs/measurements/costs.md"
+        clock = "time" if device == "cuda" else "processor time"
+        settings = f"{about}, a logit difference at the last position, {clock}, medians of {repeats} interleaved rounds"
+        write_table(page, "engine", written, command=f"analyses.benchmarks.engine {options}", settings=settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Features of a real model: agreement with ablating single ones, circuits, completeness, cost and memory.
 
-    python -m analyses.benchmarks.features --model FOLDER --dictionaries FOLDER [--layers 8,11,14] [--pairs 8] [--features 210]
+    python -m analyses.benchmarks.features --model FOLDER --dictionaries FOLDER [--layers 8,11,14] [--pairs 8] [--page PAGE]
 
 The dictionaries are TopK autoencoders of the residual stream (1,024 features, 32 on at a token), trained on the descriptions of the
 installed packages and on prompts of the task ioi where the folder does not hold them yet. Cost and memory are those of transcoders with
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.contexts import descriptions
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.circuits.faithfulness import faithfulness_frame
 from analyses.dictionaries import FeatureAblation, compare_features, save_dictionary, train_dictionary
 from analyses.dictionaries.activations import token_rows
@@ -168,6 +169,71 @@ def dense_features(model: TransformerBridge, pairs: PromptPairs, dictionaries: l
     return dense.most, dense.alive
 
 
+def agreement(table: pd.DataFrame, layers: list[int]) -> pd.DataFrame:
+    """A row for each method: Pearson of each layer and of all, Spearman of all, with intervals over pairs."""
+    rows = []
+    for method, here in table.groupby("method", sort=False):
+        by_point = here.set_index("point")
+        points = {f"layer {layer}": f"blocks.{layer}.hook_resid_post" for layer in layers} | {"all": "all"}
+        cells = {f"Pearson, {name}": _interval(by_point.loc[point], "pearson") for name, point in points.items()}
+        magnitude = {f"errors over effects, {name}": "{:.2f}".format(by_point["magnitude_error"][point]) for name, point in points.items()}
+        rows.append({"method": f"`{method}`", **cells, "Spearman, all": _interval(by_point.loc["all"], "spearman"), **magnitude})
+    return pd.DataFrame(rows)
+
+
+def _interval(row: Any, name: str) -> str:
+    return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
+
+
+def memory(model: TransformerBridge, pairs: PromptPairs) -> pd.DataFrame:
+    """Rows for a transcoder in one layer and in each: dense tensors in a pass, and after it."""
+    every = random_transcoders(model)
+    rows = []
+    for name, given in (("one layer", every[:1]), ("each layer", every)):
+        most, left = dense_features(model, pairs, given)
+        rows.append({"a transcoder in": name, "dense tensors at one time, at most": most, "left after the pass": left})
+    return pd.DataFrame(rows)
+
+
+def measured(model: TransformerBridge, given: list[Dictionary], layers: list[int], *, n_pairs: int, features: int) -> dict[str, Any]:
+    """By name: a table, and what its numbers are."""
+    pairs = ioi(model, n_pairs, seed=11)
+    few = pairs[torch.arange(min(4, len(pairs)))]
+    of = f"{len(pairs)} pairs of ioi (seed 11)"
+    account, total = completeness(model, pairs, given)
+    errors = {"the account of any layer": account, "the sum of tokens and errors": total}
+    found = {
+        "completeness": (
+            pd.DataFrame([{"off by": name, "share of the target's difference, at most": f"{x:.1e}"} for name, x in errors.items()]),
+            f"{of}, `deeplift`, path `features`, dictionaries of layers {layers}, float32",
+        )
+    }
+    table = compare_features(model, pairs, given, n_features=features)
+    about = f"{of}, {features} features; `integrated_gradients` takes 10 steps, `relp` and `gradient` are means of both runs"
+    found["agreement"] = agreement(table, layers), f"{about}; in brackets 95 % intervals over pairs"
+    curves, ablation = circuits(model, pairs, given)
+    full, empty = (float(end.mean()) for end in (ablation.full, ablation.empty))
+    curves["method"] = [name if name == "random" else f"`{name}`" for name in curves["method"]]
+    curves.columns = pd.Index([str(column) for column in curves.columns])
+    numbers = curves.columns.drop("method")
+    curves[numbers] = curves[numbers].map("{:.2f}".format)
+    found["circuits"] = (
+        curves,
+        f"{of}, {len(ablation.items):,} features; the target is {full:.2f} with all of them and {empty:.2f} with none",
+    )
+    found["memory"] = memory(model, few), f"{len(few)} pairs of ioi, transcoders of {_COST_N:,} features with random weights"
+    ratios = costs(model, few, random_transcoders(model))
+    ratios["ruleset"] = [f"`{name}`" for name in ratios["ruleset"]]
+    ratios = ratios.rename(columns={"without": "without dictionaries", "features": "path `features`", "model": "path `model`"})
+    ratios[ratios.columns[1:]] = ratios[ratios.columns[1:]].map("{:.2f}".format)
+    found["costs"] = (
+        ratios,
+        f"{len(few)} pairs of ioi, a transcoder of {_COST_N:,} features in each layer (TopK, {_K}, random), processor time over that of a "
+        f"plain forward and gradient with the last logits, the least of {_REPEATS} runs of each, on a busy machine",
+    )
+    return found
+
+
 def main(
     *,
     model: Annotated[str, typer.Option(help="A hub name or a folder.")],
@@ -175,24 +241,18 @@ def main(
     layers: Annotated[str, typer.Option(help="Their layers.")] = "8,11,14",
     n_pairs: Annotated[int, typer.Option("--pairs", help="Pairs of the task ioi.")] = 8,
     features: Annotated[int, typer.Option(help="Features that are ablated, of all layers together.")] = 210,
+    page: Annotated[Path | None, typer.Option(help="The page with the tables' places.")] = None,
 ) -> None:
-    """Print the figures of docs/measurements/features.md."""
-    loaded, say = load_model(model), Console(width=200).print
-    given = dictionaries_in(loaded, dictionaries, [int(layer) for layer in layers.split(",")])
-    pairs = ioi(loaded, n_pairs, seed=11)
-    say("completeness (unexplained share of the account, tokens and errors against the target):", completeness(loaded, pairs, given))
-    table = compare_features(loaded, pairs, given, n_features=features)
-    say(table.drop(columns=["sign_agreement", "top_k_overlap"]).round(3).to_string(index=False))
-    curves, ablation = circuits(loaded, pairs, given)
-    ends = [float(end.mean()) for end in (ablation.full, ablation.empty)]
-    say(
-        f"circuits of the best of {len(ablation.items)} features; the target is {ends[0]:.2f} with all of them and {ends[1]:.2f} with none:"
-    )
-    say(curves.round(2).to_string(index=False))
-    few, transcoders = pairs[torch.arange(min(4, len(pairs)))], random_transcoders(loaded)
-    most, left = dense_features(loaded, few, transcoders)
-    say(f"dense tensors over all features of a dictionary: at most {most} at one time in a pass with one in each layer, {left} after it")
-    say(costs(loaded, few, transcoders).round(2).to_string(index=False))
+    """Print the tables of docs/measurements/features.md, and write them into the page."""
+    torch.set_num_threads(1)
+    loaded, name, chosen = load_model(model), Path(model).name, [int(layer) for layer in layers.split(",")]
+    given = dictionaries_in(loaded, dictionaries, chosen)
+    options = f"--model {name} --dictionaries FOLDER --layers {layers} --pairs {n_pairs} --features {features}"
+    for place, (table, settings) in measured(loaded, given, chosen, n_pairs=n_pairs, features=features).items():
+        typer.echo(f"{settings}\n{markdown(table)}\n")
+        if page is not None:
+            command = f"analyses.benchmarks.features {options} --page docs/measurements/features.md"
+            write_table(page, f"{name}, {place}", markdown(table), command=command, settings=f"{name}, {settings}")
 
 
 if __name__ == "__main__":

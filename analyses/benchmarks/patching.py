@@ -1,7 +1,7 @@
 """Activation patching beside `transformer_lens.patching`: the same numbers, and how many times sooner.
 
     python -m analyses.benchmarks.patching [--pairs 4 --positions 16 --layers 12 --rounds 3 --threads 1]
-    python -m analyses.benchmarks.patching --model FOLDER --pairs 16
+    python -m analyses.benchmarks.patching --model FOLDER --pairs 16 [--page PAGE]
 
 Without a model: GPT-2-small shape with random weights. What it gains depends on the pairs: runs are not repeated before the first token in
 which clean and corrupt differ, so there are two sets, one with a single other token two thirds through (as in IOI, where a name is swapped)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.benchmarks.engine import gpt2_shape
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.models.loading import load_model
 from analyses.patching import activation_patching
 from analyses.tasks import PromptPairs, ioi
@@ -86,8 +88,9 @@ def main(
     layers: int = 12,
     rounds: int = 3,
     threads: int = 1,
+    page: Annotated[Path | None, typer.Option(help="The page with the table's place.")] = None,
 ) -> None:
-    """Print the table."""
+    """Print the table, and write it into the page."""
     torch.set_num_threads(threads)
     tl_patching.tqdm = lambda items: items  # its bars would drown the table
     rows = []
@@ -100,10 +103,17 @@ def main(
     for differ, made in sets.items():
         activation_patching(loaded, made, "z")  # warm up
         rows += [{"pairs differ": differ, **measure(loaded, made, name, rounds=rounds)} for name in sweeps]
-    shape = f"{len(loaded.blocks)} layers, {pairs} pairs of {made.clean.shape[1]} tokens"
-    typer.echo(f"{model or 'GPT-2-small shape'}, {shape}, {threads} thread(s), {rounds} round(s)")
-    formats = {"transformer_lens (s)": "{:.1f}".format, "ours (s)": "{:.1f}".format, "times faster": "{:.1f}".format}
-    typer.echo(pd.DataFrame(rows).to_string(index=False, formatters=formats | {"largest difference": "{:.1e}".format}))
+    name = "GPT-2-small shape" if model is None else Path(model).name
+    table, formats = pd.DataFrame(rows), {"transformer_lens (s)": "{:.1f}", "ours (s)": "{:.1f}", "times faster": "{:.1f}"}
+    for column, form in (formats | {"largest difference": "{:.1e}"}).items():
+        table[column] = table[column].map(form.format)
+    about = f"{name}, {len(loaded.blocks)} layers, {pairs} pairs of {made.clean.shape[1]} tokens, {threads} thread(s), processor time"
+    typer.echo(f"{about}, {rounds} round(s)\n{markdown(table)}")
+    if page is not None:
+        given = f"--layers {layers} --positions {positions}" if model is None else f"--model {name}"
+        options = f"{given} --pairs {pairs} --rounds {rounds} --threads {threads} --page docs/measurements/costs.md"
+        settings = f"{about}, medians of {rounds} interleaved round(s)"
+        write_table(page, f"patching, {name}", markdown(table), command=f"analyses.benchmarks.patching {options}", settings=settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What relevance costs on a real language model, where most of a plain run goes into logits that nobody reads.
 
-    python -m analyses.benchmarks.real_model --model FOLDER [--batch 4 --positions 32 --repeats 7]
+    python -m analyses.benchmarks.real_model --model FOLDER [--batch 4 --positions 32 --repeats 7] [--page PAGE]
 
 Every case runs once per round, the rounds interleave, and each figure is the median over rounds of the ratio of processor times to a plain
 forward and input gradient of the same round: once with all logits, as a plain run has them, and once with those of the last position alone
@@ -10,16 +10,17 @@ forward and input gradient of the same round: once with all logits, as a plain r
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
 from jaxtyping import Int
-from rich.console import Console
 from torch import Tensor
 
 from analyses.benchmarks.engine import gpt2_shape, interleaved
+from analyses.benchmarks.tables import markdown, write_table
 from analyses.models.loading import load_model
 from lens_relevance import logit_diff, propagate
 from lens_relevance.hooks.model_state import frozen
@@ -72,11 +73,11 @@ def cases(model: Any, batch: int, positions: int) -> dict[str, Callable[[], Any]
     return {
         PLAIN: lambda: plain_gradient(model, tokens),
         SPARED: lambda: plain_gradient(model, tokens, logits_to_keep=1),
-        "attnlrp": case(target, rules="attnlrp"),
-        "attnlrp, function": case(function, rules="attnlrp"),
-        "deeplift": case(target, rules="deeplift", reference=other),
-        "deeplift, function": case(function, rules="deeplift", reference=other),
-        "attnlrp, all logits": case(target, rules="attnlrp", names_filter=["embed.hook_out", "unembed.hook_out"]),
+        "`attnlrp`": case(target, rules="attnlrp"),
+        "`attnlrp`, the target as a function": case(function, rules="attnlrp"),
+        "`deeplift`": case(target, rules="deeplift", reference=other),
+        "`deeplift`, the target as a function": case(function, rules="deeplift", reference=other),
+        "`attnlrp`, all logits asked for": case(target, rules="attnlrp", names_filter=["embed.hook_out", "unembed.hook_out"]),
     }
 
 
@@ -95,12 +96,22 @@ def main(
     batch: int = 4,
     positions: int = 32,
     repeats: int = 7,
+    page: Annotated[Path | None, typer.Option(help="The page with the table's place.")] = None,
 ) -> None:
-    """Print the table of ratios."""
-    loaded = gpt2_shape() if model is None else load_model(model)
+    """Print the table of ratios, and write it into the page."""
+    torch.set_num_threads(1)
+    loaded, name = gpt2_shape() if model is None else load_model(model), "GPT-2-small shape" if model is None else Path(model).name
     found = table(loaded, batch, positions, repeats=repeats)
-    Console().print(f"{model or 'GPT-2-small shape'}, {batch} x {positions} tokens, float32 on cpu, medians of {repeats} rounds")
-    Console().print(found.to_string(index=False, float_format="{:.3f}".format))
+    numbers = found.columns.drop("case")
+    found[numbers] = found[numbers].map("{:.2f}".format)
+    written = markdown(found)
+    about = f"{name}, {batch} x {positions} tokens, a logit difference at the last position, float32 on cpu, one thread, processor time"
+    typer.echo(f"{about}\n{written}")
+    if page is not None:
+        given = "" if model is None else f"--model {name} "
+        options = f"{given}--batch {batch} --positions {positions} --repeats {repeats} --page docs/measurements/costs.md"
+        settings = f"{about}, medians of {repeats} interleaved rounds"
+        write_table(page, f"real model, {name}", written, command=f"analyses.benchmarks.real_model {options}", settings=settings)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from tests.mutation import results
 from tests.mutation.everything import MUTATIONS
 from tests.mutation.mutation import Mutation, StaleMutation
+from tests.mutation.results import EQUIVALENT, KILLED, NOT_EQUIVALENT, SURVIVED
 from tests.mutation.runner import REPOSITORY, Done, Running, copy_repository, warm_up, write
-
-KILLED, SURVIVED, EQUIVALENT, NOT_EQUIVALENT = "killed", "SURVIVED", "equivalent", "NOT EQUIVALENT"
 
 
 def main() -> int:
@@ -25,11 +25,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description="Change single lines and see which tests notice.")
     parser.add_argument("--only", default="", help="the mutations whose name or file holds this text")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
+    parser.add_argument("--results", type=Path, help="a .csv for what becomes of each; those that it has, but for survivors, are left out")
+    parser.add_argument("--page", type=Path, help="the page with the table's place; it is written from the results")
     arguments = parser.parse_args()
+    if arguments.page and not arguments.results:
+        parser.error("--page needs --results")
     chosen = [mutation for mutation in MUTATIONS if arguments.only in f"{mutation.file} {mutation.name}"]
     if not chosen:
         print(f"no mutation is called {arguments.only!r}")
         return 2
+    code = _try(results.untried(chosen, arguments.results) if arguments.results else chosen, arguments.jobs, arguments.results)
+    if arguments.page:
+        results.write_page(arguments.page, MUTATIONS, arguments.results)
+    return code
+
+
+def _try(chosen: list[Mutation], jobs: int, file: Path | None) -> int:
+    if not chosen:
+        return 0
     stale = []
     for mutation in chosen:
         try:
@@ -42,10 +55,10 @@ def main() -> int:
     warm_up()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running is ended too
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        return _run(chosen, Path(folder), max(1, arguments.jobs))
+        return _run(chosen, Path(folder), max(1, jobs), file=file)
 
 
-def _run(chosen: list[Mutation], folder: Path, jobs: int) -> int:
+def _run(chosen: list[Mutation], folder: Path, jobs: int, *, file: Path | None) -> int:
     started, copies = time.monotonic(), [folder / f"copy{i}" for i in range(jobs)]
     for copy in copies:
         copy_repository(copy)
@@ -63,6 +76,8 @@ def _run(chosen: list[Mutation], folder: Path, jobs: int) -> int:
         outcomes[outcome] += 1
         survivors += [mutation] * (outcome in (SURVIVED, NOT_EQUIVALENT))
         detail = mutation.equivalent or _first_failure(done.log)
+        if file is not None:
+            results.keep(file, mutation, outcome, "" if mutation.equivalent else detail)
         print(f"{outcome:<10} {done.seconds:6.1f} s  {mutation.file}: {mutation.name}{f'  [{detail}]' if detail else ''}", flush=True)
     minutes = (time.monotonic() - started) / 60
     counted = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
