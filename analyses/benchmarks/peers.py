@@ -18,10 +18,9 @@ import torch
 import typer
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, ViTForImageClassification
 
+from analyses.benchmarks import tiny_models
 from analyses.benchmarks.tables import markdown, write_table
-from analyses.benchmarks.tiny_models import bridged
 from lens_relevance import logit, token_relevance
 
 RULES = ("lrp_zplus", "attnlrp", "gradient")
@@ -33,19 +32,10 @@ _PATCH, _CLASSES, _EPS = 8, 10, 1e-6
 
 
 def build(shape: dict[str, Any], seed: int) -> Any:
-    """A random ViT of transformers behind a bridge, as its authors initialise it."""
-    config = AutoConfig.for_model(
-        "vit",
-        image_size=shape["size"],
-        patch_size=_PATCH,
-        hidden_size=shape["d"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        intermediate_size=2 * shape["d"],
-        num_labels=_CLASSES,
-        layer_norm_eps=_EPS,
-    )
-    return bridged(ViTForImageClassification, config, shape["dtype"], seed=seed)
+    """A random ViT of transformers behind a bridge."""
+    sizes = {"hidden_size": shape["d"], "intermediate_size": 2 * shape["d"], "num_hidden_layers": shape["layers"]}
+    sizes |= {"image_size": shape["size"], "patch_size": _PATCH, "num_attention_heads": shape["heads"], "num_labels": _CLASSES}
+    return tiny_models.build("vit", shape["dtype"], seed, layer_norm_eps=_EPS, **sizes)
 
 
 def authors_weights(model: Any, layers: int) -> dict[str, Tensor]:
