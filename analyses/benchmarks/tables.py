@@ -4,7 +4,7 @@
     command, settings, date, and the table
     <!-- end -->
 
-What stands outside of the marks is written by hand and stays. tests/test_measurements.py measures a cell of each page again that is
+What stands outside of the marks is written by hand and stays. tests/test_measured_again.py measures a cell of each page again that is
 written so.
 """
 
