@@ -13,7 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
-from xdist import is_xdist_controller
 
 from tests import shape_checks
 
@@ -21,7 +20,8 @@ shape_checks.install()  # before anything imports the packages
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if not is_xdist_controller(session):
+    hands_out = session.config.getoption("dist", "no") != "no" and not hasattr(session.config, "workerinput")  # of pytest-xdist
+    if not hands_out:
         session.config.pluginmanager.register(importlib.import_module("tests.fixtures"))
 
 
