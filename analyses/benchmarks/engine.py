@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,20 +80,37 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, device: str) -
     return pd.DataFrame(times)
 
 
+class _Saved:
+    """A tensor that autograd keeps for the backward pass, counted for as long as it is kept."""
+
+    def __init__(self, tensor: Tensor, kept: Counter[int]) -> None:
+        self.tensor, self._kept, self._storage = tensor, kept, tensor.untyped_storage().data_ptr()
+        kept[self._storage] += 1
+
+    def __del__(self) -> None:
+        self._kept[self._storage] -= 1
+        if not self._kept[self._storage]:  # its address may be given to another tensor from here on
+            del self._kept[self._storage]
+
+
 def saved_mebibytes(model: TransformerBridge, run: Callable[[], Any]) -> float:
-    """Size of what autograd saves for the backward pass, weights aside: the memory that a case adds to the model."""
+    """Size of what autograd keeps for the backward pass at once, at most, weights aside: the memory that a case adds to the model."""
     weights = {p.untyped_storage().data_ptr() for p in [*torch.nn.Module.parameters(model), *model.original_model.parameters()]}
+    kept: Counter[int] = Counter()
     sizes: dict[int, int] = {}
+    most = 0
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> _Saved:
+        nonlocal most
+        saved = _Saved(tensor, kept)
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        sizes[storage.data_ptr()] = 0 if storage.data_ptr() in weights else storage.nbytes()
+        most = max(most, sum(sizes[address] for address in kept))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         run()
-    return sum(sizes.values()) / 2**20
+    return most / 2**20
 
 
 def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
