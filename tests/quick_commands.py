@@ -12,17 +12,17 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.models import loading
-from tests.shared_models import _Built, _without_garbage
+from tests.shared_models import Built, without_garbage
 
 KEPT = 16  # models that wait for the next command: those used last
 _load = loading.load_model
-_free: OrderedDict[str, _Built] = OrderedDict()
+_free: OrderedDict[str, Built] = OrderedDict()
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command gets the model that an earlier one has loaded from the same files and left exactly as it was (tests/shared_models.py)."""
-    lent: list[_Built] = []
+    lent: list[Built] = []
 
     def take_back() -> None:
         while lent:
@@ -44,8 +44,8 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         key = repr((name, _files(Path(name)), trust_remote_code, dtype, device))
         built = _free.pop(key, None)
         if built is None:
-            with _without_garbage():
-                built = _Built(key, _load(name, trust_remote_code, dtype=dtype, device=device))
+            with without_garbage():
+                built = Built(key, _load(name, trust_remote_code, dtype=dtype, device=device))
             built.held_by = sys.getrefcount(built.model)
         lent.append(built)
         return built.model

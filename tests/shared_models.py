@@ -62,8 +62,8 @@ class SharedModels:
 
     def __init__(self, build: Callable[..., TransformerBridge]) -> None:
         self._build = build
-        self._free: OrderedDict[str, _Built] = OrderedDict()
-        self._lent: list[_Built] = []
+        self._free: OrderedDict[str, Built] = OrderedDict()
+        self._lent: list[Built] = []
         self.is_open = False
 
     def build(self, family: Family, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: object) -> TransformerBridge:
@@ -77,8 +77,8 @@ class SharedModels:
             key = repr((family, dtype, seed, sorted(settings.items()), upcasts_are_stopped()))
             built = self._free.pop(key, None)
             if built is None or not built.has_usual_classes():
-                with _without_garbage():
-                    built = _Built(key, self._build(family, dtype, seed, **settings))
+                with without_garbage():
+                    built = Built(key, self._build(family, dtype, seed, **settings))
                 built.held_by = sys.getrefcount(built.model)
         self._lent.append(built)
         return built.model
@@ -96,7 +96,7 @@ class SharedModels:
 
 
 @contextmanager
-def _without_garbage() -> Iterator[None]:
+def without_garbage() -> Iterator[None]:
     """What is made inside and in nobody's hands at the end is freed, reference cycles too."""
     was_enabled = gc.isenabled()
     gc.collect(0)
@@ -122,7 +122,7 @@ def _hook_points_have_no_parts() -> Iterator[None]:
         yield
 
 
-class _Built:
+class Built:
     """A model and how it was built."""
 
     def __init__(self, key: str, model: TransformerBridge) -> None:

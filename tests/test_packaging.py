@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import tomllib
 import zipfile
@@ -11,6 +12,7 @@ import jaxtyping
 import pytest
 import torch
 from hatchling.builders.wheel import WheelBuilder
+from packaging.specifiers import SpecifierSet
 
 import lens_relevance
 from analyses.tasks.fitting import tokenize_rows
@@ -64,6 +66,21 @@ def test_every_dependency_is_pinned() -> None:
     wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {requirement.split(">=")[0] for requirement in wanted} <= pinned
+
+
+def test_every_pin_installs_on_the_oldest_python() -> None:
+    """Not on the newest release of that version alone, which a system's own Python often is not."""
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].split(",")[0].removeprefix(">=") + ".0"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    seen = 0
+    for name, version in pins.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra that is not installed
+            found = importlib.metadata.metadata(name)
+            if found["Version"] == version:
+                seen += 1
+                needed = found["Requires-Python"] or ""
+                assert SpecifierSet(needed).contains(oldest), f"{name} {version} needs Python {needed}"
+    assert seen > 50
 
 
 def test_the_range_of_transformers_is_the_one_that_the_tests_have_seen() -> None:
