@@ -2,7 +2,7 @@
 // shown edges below, and those under attention above, so that pointing redraws a few curves and not thousands. The layout always fits.
 (() => {
   "use strict";
-  const DRAFT = 1200; // edges drawn while the slider moves; the weaker ones, all faint, follow when it rests
+  const DRAFT = 600; // edges drawn while the slider moves; the weaker ones, all faint, follow when it rests
   const LABELLED = 40; // names of nodes
   const { place, edgesOf, marksOf, element, button, signOf, short, number, reads, nodePanel, overviewPanel, svgElement, save } = lensRelevance.flow;
 
