@@ -176,6 +176,9 @@ def test_from_strings_lists_every_bad_row(embedded: TransformerBridge) -> None:
     assert "row 2: answer 'Mary John' is 2 tokens ['Mary', 'John']" in message
     assert "row 2: wrong 'Zaphod' is not in the vocabulary" in message
     assert "row 3: a prompt is empty" in message
+    with pytest.raises(RelevanceError, match="'Mary John' is 2 tokens") as caught:  # a single answer stands for both, and is named once
+        PromptPairs.from_strings(embedded, [CLEAN], [CORRUPT], answer=["Mary John"], wrong=["Mary John"])
+    assert str(caught.value).count("Mary John") == 1 and "wrong" not in str(caught.value)
     with pytest.raises(RelevanceError, match="one entry per row.*'clean': 2.*'corrupt': 1"):
         PromptPairs.from_strings(embedded, [CLEAN] * 2, [CORRUPT], answer=["Mary"], wrong=["John"])
 
