@@ -28,7 +28,7 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
         return (yield)
     finally:
         shared_models.SHARED.is_open = False
-        shared_models.SHARED.end_of_test()
+        shared_models.SHARED.models.take_back()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,26 +10,15 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from analyses.models import loading
-from tests.shared_models import Built, without_garbage
+from tests.shared_models import Lent
 
-KEPT = 16  # models that wait for the next command: those used last
 _load = loading.load_model
-_free: OrderedDict[str, Built] = OrderedDict()
+_models = Lent(kept=16)  # those used last wait for the next command
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command gets the model that an earlier one has loaded from the same files and left exactly as it was (tests/shared_models.py)."""
-    lent: list[Built] = []
-
-    def take_back() -> None:
-        while lent:
-            built = lent.pop()
-            if built.has_usual_classes() and built.is_as_built():
-                built.forget()
-                _free[built.key] = built
-        while len(_free) > KEPT:
-            _free.popitem(last=False)
 
     def load_model(
         name: str = loading.EMBEDDED,
@@ -40,19 +27,13 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dtype: torch.dtype | str = torch.float32,
         device: str | None = None,
     ) -> TransformerBridge:
-        take_back()
+        _models.take_back()
         key = repr((name, _files(Path(name)), trust_remote_code, dtype, device))
-        built = _free.pop(key, None)
-        if built is None:
-            with without_garbage():
-                built = Built(key, _load(name, trust_remote_code, dtype=dtype, device=device))
-            built.held_by = sys.getrefcount(built.model)
-        lent.append(built)
-        return built.model
+        return _models.lend(key, lambda: _load(name, trust_remote_code, dtype=dtype, device=device))
 
     monkeypatch.setattr(loading, "load_model", load_model)
     yield
-    take_back()
+    _models.take_back()
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

@@ -57,13 +57,41 @@ _SETTINGS = (PreTrainedConfig, GenerationConfig, TransformerBridgeConfig)
 _VALUES = (bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
+class Lent:
+    """Models that are in use, and those that wait to be handed out again."""
+
+    def __init__(self, kept: int) -> None:
+        self.in_use: list[Built] = []
+        self._free: OrderedDict[str, Built] = OrderedDict()
+        self._kept = kept
+
+    def lend(self, key: str, make: Callable[[], TransformerBridge]) -> TransformerBridge:
+        """The model of this key that waits, or a new one."""
+        built = self._free.pop(key, None)
+        if built is None or not built.has_usual_classes():
+            with _without_garbage():
+                built = Built(key, make())
+            built.held_by = sys.getrefcount(built.model)
+        self.in_use.append(built)
+        return built.model
+
+    def take_back(self) -> None:
+        """Take back what is as it was built and what nothing else holds."""
+        while self.in_use:
+            built = self.in_use.pop()
+            if built.has_usual_classes() and built.is_as_built():
+                built.forget()
+                self._free[built.key] = built
+        while len(self._free) > self._kept:
+            self._free.popitem(last=False)
+
+
 class SharedModels:
     """Stands for `Family.build`, the method that it is made with, while it is open."""
 
     def __init__(self, build: Callable[..., TransformerBridge]) -> None:
         self._build = build
-        self._free: OrderedDict[str, Built] = OrderedDict()
-        self._lent: list[Built] = []
+        self.models = Lent(KEPT)
         self.is_open = False
 
     def build(self, family: Family, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: object) -> TransformerBridge:
@@ -75,28 +103,11 @@ class SharedModels:
             if not self.is_open or not usual:
                 return self._build(family, dtype, seed, **settings)
             key = repr((family, dtype, seed, sorted(settings.items()), upcasts_are_stopped()))
-            built = self._free.pop(key, None)
-            if built is None or not built.has_usual_classes():
-                with without_garbage():
-                    built = Built(key, self._build(family, dtype, seed, **settings))
-                built.held_by = sys.getrefcount(built.model)
-        self._lent.append(built)
-        return built.model
-
-    def end_of_test(self) -> None:
-        """Take back what is as it was built and what nothing else holds."""
-        lent, self._lent = self._lent, []
-        while lent:
-            built = lent.pop()
-            if built.has_usual_classes() and built.is_as_built():
-                built.forget()
-                self._free[built.key] = built
-        while len(self._free) > KEPT:
-            self._free.popitem(last=False)
+            return self.models.lend(key, lambda: self._build(family, dtype, seed, **settings))
 
 
 @contextmanager
-def without_garbage() -> Iterator[None]:
+def _without_garbage() -> Iterator[None]:
     """What is made inside and in nobody's hands at the end is freed, reference cycles too."""
     was_enabled = gc.isenabled()
     gc.collect(0)

@@ -41,7 +41,7 @@ def handed_out_again(shared: SharedModels, use: Callable[[TransformerBridge], An
     model = build(shared)
     kept, number = use(model), id(model)
     del model
-    shared.end_of_test()
+    shared.models.take_back()
     again = build(shared)
     del kept
     return id(again) == number
@@ -126,7 +126,7 @@ def test_a_class_that_a_test_puts_in_the_place_of_a_librarys(shared: SharedModel
         model = build(shared)
         found = type(model.original_model.transformer.h[0].mlp.original_component)
         del model
-        shared.end_of_test()
+        shared.models.take_back()
         return found
 
     assert kind() is GPT2MLP
@@ -144,7 +144,7 @@ def test_what_is_handed_out_again_is_as_if_it_were_new(shared: SharedModels) -> 
     engine.CHECKED._as[model] = 1
     number = id(model)
     del model
-    shared.end_of_test()
+    shared.models.take_back()
     again = build(shared)
     assert id(again) == number
     noted = {module for memory in _memories(0) for module in memory}
@@ -172,7 +172,7 @@ def test_no_model_is_two_models(shared: SharedModels) -> None:
     assert build(shared) is not first
     numbers = {id(first)}
     del first
-    shared.end_of_test()
+    shared.models.take_back()
     assert id(build(shared, seed=1)) not in numbers and build(shared, n_layers=1).cfg.n_layers == 1
     with no_upcasts():
         assert id(build(shared)) not in numbers
@@ -214,7 +214,7 @@ def test_no_reference_cycle_of_ours_holds_a_model(shared: SharedModels, use: Cal
         model = build(shared)
         use(model)
         del model
-        built = shared._lent[0]
+        built = shared.models.in_use[0]
         references = sys.getrefcount(built.model)
         assert references == built.held_by
     finally:

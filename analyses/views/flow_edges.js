@@ -65,11 +65,12 @@
     function nearest(list, x, y) {
       let best = null, least = (5 / view.zoomed.k) ** 2;
       for (const i of list) {
-        if (!line(i)) continue;
-        const [from, to, [x1, y1, x2, y2]] = line(i);
+        const drawn = line(i);
+        if (!drawn) continue;
+        const [from, to, [x1, y1, x2, y2]] = drawn;
         if (x < Math.min(from.x, to.x, x1, x2) - 6 || x > Math.max(from.x, to.x, x1, x2) + 6 || y < Math.min(from.y, to.y, y1, y2) - 6 || y > Math.max(from.y, to.y, y1, y2) + 6) continue;
         for (let n = 0; n <= 40; n += 1) {
-          const [px, py] = along(n / 40, line(i)), far = (px - x) ** 2 + (py - y) ** 2;
+          const [px, py] = along(n / 40, drawn), far = (px - x) ** 2 + (py - y) ** 2;
           if (far <= least) { least = far; best = i; }
         }
       }
